@@ -1,0 +1,1 @@
+"""Mechanisms that cut across strategies, one file each."""

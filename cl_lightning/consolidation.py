@@ -1,0 +1,139 @@
+"""Weight consolidation: measure which weights mattered, and hold them where they were.
+
+One mechanism for a strategy (``EWC``) and for a callback (``ImportancePenalty``). With P the quadratic of
+:class:`~cl_lightning.importance.Importance`, the term added to the loss is
+
+    fisher  lambda/2 P   EWC (Kirkpatrick et al., PNAS 2017, arXiv:1612.00796), online EWC (arXiv:1805.06370)
+    mas     lambda/2 P   Memory Aware Synapses (Aljundi et al., ECCV 2018, arXiv:1711.09601)
+    si      c P          Synaptic Intelligence (Zenke et al., ICML 2017, arXiv:1703.04200)
+    l2      lambda P     L2 to the previous weights (Smith et al., CVPR-W 2023, arXiv:2203.17269)
+"""
+
+from collections.abc import Iterable
+from typing import Literal
+
+from torch import Tensor, nn
+
+from cl_lightning.batch import Batch
+from cl_lightning.importance import Importance, PathIntegral, fisher_diagonal, output_norm
+from cl_lightning.network import Network
+
+Estimator = Literal["fisher", "mas", "si", "l2"]
+Merge = Literal["add", "decay", "average"]
+Labels = Literal["exact", "sampled", "predicted", "empirical"]
+
+_FACTOR = {"fisher": 0.5, "mas": 0.5, "si": 1.0, "l2": 1.0}
+
+
+class Consolidation(nn.Module):
+    """Importances of a network's weights over a stream, and their penalty.
+
+    Args:
+        estimator: How importance is measured.
+        weight: lambda or c above, at least 0.
+        merge: What a new task does to the importances so far: ``add`` sums the quadratics, each with its anchor (EWC);
+            ``decay`` multiplies the old importances by ``decay``, adds the new and moves the anchor (online EWC; with
+            decay 1 SI and MAS); ``average`` weighs old and new by ``decay`` and ``1 - decay`` (the survey framework of
+            Masana et al.). ``l2`` always moves its anchor.
+        decay: Factor in [0, 1] for ``decay`` and ``average``.
+        labels: For ``fisher``: labels of the log-likelihood whose gradient is squared, see ``fisher_diagonal``.
+        per_sample: Square (or take the absolute value of) the gradient of each sample; False takes that of each batch's
+            mean, as several frameworks do, which is not the Fisher information but reproduces their numbers.
+        on: ``backbone`` leaves the head free; ``all`` holds the rows of earlier classes too (new rows are always free).
+        xi: Damping of ``si``, positive.
+    """
+
+    def __init__(
+        self,
+        estimator: Estimator = "fisher",
+        weight: float = 1.0,
+        *,
+        merge: Merge = "add",
+        decay: float = 1.0,
+        labels: Labels = "sampled",
+        per_sample: bool = True,
+        on: Literal["backbone", "all"] = "all",
+        xi: float = 0.1,
+    ) -> None:
+        super().__init__()
+        for name, value, allowed in (
+            ("estimator", estimator, _FACTOR),
+            ("merge", merge, ("add", "decay", "average")),
+            ("labels", labels, ("exact", "sampled", "predicted", "empirical")),
+            ("on", on, ("backbone", "all")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"Consolidation: {name} is {value!r}; use one of {', '.join(allowed)}")
+        if weight < 0 or not 0 <= decay <= 1 or xi <= 0:
+            raise ValueError(
+                f"Consolidation: weight={weight}, decay={decay}, xi={xi}; weight is at least 0, decay in [0, 1], xi "
+                "above 0"
+            )
+        self.estimator, self.weight, self.merge, self.decay = estimator, weight, merge, decay
+        self.labels, self.per_sample, self.on, self.xi = labels, per_sample, on, xi
+        self.importance = Importance()
+        self.path = PathIntegral() if estimator == "si" else None
+        self._held: dict[str, nn.Parameter] = {}
+
+    def parameters_of(self, network: Network) -> dict[str, nn.Parameter]:
+        """The parameters that are held, by their names in the network."""
+        names = network.named_parameters()
+        return {name: p for name, p in names if self.on == "all" or name.startswith("backbone.")}
+
+    def begin_task(self, network: Network, *, anchor_now: bool = False) -> None:
+        """Call before the first step of a task.
+
+        Args:
+            network: With the head of the new task.
+            anchor_now: For ``l2``: hold the weights of now, such as pretrained ones before the first task.
+        """
+        parameters = self.parameters_of(network)
+        if self.path is not None:
+            self.path.begin(parameters)
+        if anchor_now and self.estimator == "l2":
+            self.importance.anchor_at(parameters)
+
+    def begin_phase(self, network: Network) -> None:
+        """Call before each fit: notes which parameters there are."""
+        self._held = self.parameters_of(network)
+
+    def penalty(self) -> Tensor:
+        """The term to add to the loss, a scalar; 0 before anything was consolidated."""
+        return self.weight * _FACTOR[self.estimator] * self.importance.penalty(self._held)
+
+    def before_step(self) -> None:
+        """Call when gradients are reduced and unscaled, before they are clipped."""
+        if self.path is None:
+            return
+        factor = self.weight * _FACTOR[self.estimator]
+        pulls = self.importance.gradient(self._held)
+        self.path.before_step(self._held, {name: factor * pull for name, pull in pulls.items()})
+
+    def after_step(self) -> None:
+        """Call when the weights have moved."""
+        if self.path is not None:
+            self.path.after_step(self._held)
+
+    def end_task(self, network: Network, batches: Iterable[Batch]) -> None:
+        """Measure importance on the task that ends, and merge it.
+
+        Args:
+            network: In eval mode.
+            batches: The task's training data, un-augmented, each process its share.
+        """
+        parameters = self.parameters_of(network)
+        if self.estimator == "l2":
+            self.importance.anchor_at(parameters)
+            return
+        if self.path is not None:
+            omega = self.path.importance(parameters, self.xi)
+        elif self.estimator == "mas":
+            omega = output_norm(network, parameters, batches, per_sample=self.per_sample)
+        else:
+            omega = fisher_diagonal(network, parameters, batches, labels=self.labels, per_sample=self.per_sample)
+        if self.merge == "add":
+            self.importance.add(parameters, omega)
+        elif self.merge == "decay":
+            self.importance.merge(parameters, omega, decay=self.decay)
+        else:
+            self.importance.average(parameters, omega, alpha=self.decay)

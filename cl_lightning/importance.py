@@ -1,0 +1,495 @@
+"""How much each weight matters to what was learnt: measured, kept, and turned into a penalty.
+
+:class:`Importance` keeps an anchor and an importance per weight and gives the quadratic penalty of EWC, SI, MAS and
+L2. :func:`fisher_diagonal` (EWC), :func:`output_norm` (MAS) and :class:`PathIntegral` (SI) measure importances.
+Parameters go by their names, as ``named_parameters`` gives them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+from cl_lightning.batch import Batch
+from cl_lightning.distributed import all_sum
+from cl_lightning.losses import masked_logits
+
+Tensors = Mapping[str, Tensor]
+_SAMPLED = 0x5A3D  # salt of the labels that fisher_diagonal draws
+
+
+class _TensorsByName(nn.Module):
+    """Buffers called ``kind/name``, with the dots of the parameter's name as slashes, since a buffer's has none.
+
+    The scalar buffers that a subclass registers are always there; which others there are, and all shapes and types,
+    come from the state dict that is loaded.
+    """
+
+    def _get(self, kind: str) -> dict[str, Tensor]:
+        start = f"{kind}/"
+        buffers = ((key, buffer) for key, buffer in self._buffers.items() if buffer is not None)
+        return {key.removeprefix(start).replace("/", "."): b for key, b in buffers if key.startswith(start)}
+
+    def _set(self, kind: str, name: str, value: Tensor) -> None:
+        if "/" in name:
+            raise ValueError(f"{type(self).__name__}: {name!r} is the name of a parameter; it may not contain '/'")
+        self.register_buffer(f"{kind}/{name.replace('.', '/')}", value.detach().clone())
+
+    def _clear(self) -> None:
+        for key in [key for key in self._buffers if "/" in key]:
+            del self._buffers[key]
+
+    def num_bytes(self) -> int:
+        """Memory that the store takes, in bytes."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        scalars = {key: buffer for key, buffer in self._buffers.items() if "/" not in key and buffer is not None}
+        if all(prefix + key in state_dict for key in scalars):  # else the state dict knows nothing of this store
+            device = next(iter(scalars.values())).device
+            self._clear()
+            for key, value in state_dict.items():
+                name = key.removeprefix(prefix)
+                if key.startswith(prefix) and "." not in name and (name in scalars or "/" in name):
+                    self.register_buffer(name, torch.empty_like(value, device=device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _Quadratic(torch.autograd.Function):
+    """``sum_j omega_j (theta_j - anchor_j)^2`` over lists of tensors, with its gradient ready: few kernels a step."""
+
+    @staticmethod
+    def forward(ctx: Any, anchors: list[Tensor], omegas: list[Tensor], *parameters: Tensor) -> Tensor:
+        gaps = torch._foreach_sub(parameters, anchors)
+        pulls = torch._foreach_mul(gaps, omegas)
+        ctx.save_for_backward(*pulls)
+        return torch.stack([term.sum() for term in torch._foreach_mul(gaps, pulls)]).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *torch._foreach_mul(ctx.saved_tensors, 2 * gradient)
+
+
+class Importance(_TensorsByName):
+    """Anchor and importance per weight, and the penalty for leaving the anchor.
+
+        P(theta) = sum_j omega_j (theta_j - anchor_j)^2 + offset
+
+    EWC (Kirkpatrick et al., PNAS 2017, arXiv:1612.00796) uses lambda/2 P, MAS (arXiv:1711.09601) lambda P or half of
+    that, SI (arXiv:1703.04200) c P; the factors belong to the caller. Which of the methods below follows a task makes
+    the method:
+
+        add       exact sum of all tasks' penalties (EWC with one term per task)
+        merge     omega <- decay * omega + new, anchor <- theta (online EWC; decay 1: SI, MAS)
+        average   omega <- alpha * omega + (1 - alpha) * new, anchor <- theta (FACIL's EWC and MAS)
+        anchor_at omega <- constant, anchor <- theta (L2)
+
+    Of names that are not among the parameters given, or not among the stored ones (blocks that a head has grown
+    since), there is no penalty. State is in buffers and takes its shape from the state dict that is loaded. It is the
+    same on all processes if what goes in is.
+    """
+
+    offset: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("offset", torch.zeros(()))
+
+    def __len__(self) -> int:
+        """Number of parameters that have an importance."""
+        return len(self.anchors)
+
+    def __bool__(self) -> bool:
+        return len(self) > 0
+
+    @property
+    def anchors(self) -> dict[str, Tensor]:
+        return self._get("anchor")
+
+    @property
+    def omegas(self) -> dict[str, Tensor]:
+        """Importances, each of the shape of its parameter, or a scalar that holds for all of its weights."""
+        return self._get("omega")
+
+    def penalty(self, parameters: Tensors) -> Tensor:
+        """P(theta), a scalar with gradient; 0 while the store is empty.
+
+        Args:
+            parameters: The weights now, by name.
+
+        Raises:
+            ValueError: If a parameter's shape is not its anchor's, or no name is known (a prefix too much or too few).
+        """
+        if not self:
+            return torch.zeros_like(self.offset)
+        weights, anchors, omegas = self._matched(parameters)
+        value: Tensor = _Quadratic.apply(anchors, omegas, *weights.values())
+        return value + self.offset.to(value.dtype)
+
+    @torch.no_grad()
+    def gradient(self, parameters: Tensors) -> dict[str, Tensor]:
+        """dP/dtheta by name, ``2 omega (theta - anchor)``, without a backward pass."""
+        if not self:
+            return {}
+        weights, anchors, omegas = self._matched(parameters)
+        gaps = torch._foreach_sub(list(weights.values()), anchors)
+        pulls = torch._foreach_mul(torch._foreach_mul(gaps, omegas), 2.0)
+        return dict(zip(weights, pulls, strict=True))
+
+    def _matched(self, parameters: Tensors) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
+        anchors, omegas = self.anchors, self.omegas
+        weights = {name: parameters[name] for name in anchors if name in parameters}
+        if not weights:
+            raise ValueError(
+                f"Importance: none of its parameters ({next(iter(anchors))}, ...) is among those given "
+                f"({next(iter(parameters), 'none')}, ...); take the names from the same module as for the importances"
+            )
+        for name, weight in weights.items():
+            if weight.shape != anchors[name].shape:  # broadcasting would hide it
+                raise ValueError(
+                    f"Importance: {name} has shape {tuple(weight.shape)}, its anchor {tuple(anchors[name].shape)}; "
+                    "a layer that grows must do so by new parameters"
+                )
+        return weights, [anchors[name] for name in weights], [omegas[name] for name in weights]
+
+    @torch.no_grad()
+    def add(self, parameters: Tensors, omega: Tensors) -> None:
+        """Add the quadratic ``sum_j omega_j (theta_j - parameters_j)^2``, exactly, value and gradient.
+
+        A sum of quadratics is one quadratic, so the memory does not grow with the number of tasks:
+
+            F (t - a)^2 + G (t - b)^2 = (F + G) (t - m)^2 + F G / (F + G) (a - b)^2,   m = (F a + G b) / (F + G)
+
+        Args:
+            parameters: Where the new term is 0, by name.
+            omega: Importances >= 0 by name; all of them among ``parameters``.
+        """
+        anchors, omegas = self.anchors, self.omegas
+        for name, new in omega.items():
+            theta = parameters[name].detach()
+            if name in anchors:
+                total = omegas[name] + new
+                share = torch.where(total > 0, new / total, 1.0)  # where nothing matters, any anchor will do
+                constant = (omegas[name] * share * (theta - anchors[name]).square()).sum()
+                self.offset = self.offset.to(constant.dtype) + constant
+                self._set("anchor", name, torch.lerp(anchors[name], theta, share))
+                self._set("omega", name, total)
+            else:
+                self._set("anchor", name, theta)
+                self._set("omega", name, new)
+
+    def merge(self, parameters: Tensors, omega: Tensors, decay: float = 1.0) -> None:
+        """Let old importances decay, add the new ones, and anchor at the weights of now.
+
+        Online EWC (Schwarz et al., Progress & Compress, ICML 2018, arXiv:1805.06370); SI and MAS with decay 1.
+
+        Args:
+            parameters: The new anchors, by name.
+            omega: New importances, by name; all of them among ``parameters``.
+            decay: Factor of the old importances, in [0, 1].
+        """
+        self._blend(parameters, omega, decay, 1.0)
+
+    def average(self, parameters: Tensors, omega: Tensors, alpha: float = 0.5) -> None:
+        """Average old and new importances, and anchor at the weights of now, as FACIL does (arXiv:2010.15277).
+
+        Args:
+            parameters: The new anchors, by name.
+            omega: New importances, by name; all of them among ``parameters``.
+            alpha: Share of the old importances, in [0, 1]. They count as 0 before the first task, as in FACIL, so that
+                what a first task gives is scaled by ``1 - alpha``.
+        """
+        self._blend(parameters, omega, alpha, 1 - alpha)
+
+    @torch.no_grad()
+    def _blend(self, parameters: Tensors, omega: Tensors, keep: float, take: float) -> None:
+        omegas = self.omegas
+        self.offset = torch.zeros_like(self.offset)
+        for name in omegas.keys() | omega.keys():
+            old, new = omegas.get(name), omega.get(name)
+            terms = ([] if old is None else [keep * old]) + ([] if new is None else [take * new])
+            self._set("omega", name, sum(terms[1:], start=terms[0]))
+            if new is not None or name in parameters:
+                self._set("anchor", name, parameters[name])
+
+    def anchor_at(self, parameters: Tensors, omega: float = 1.0) -> None:
+        """Forget everything and anchor at the given weights, all equally important.
+
+        L2, Smith et al. (CVPR-W 2023, arXiv:2203.17269).
+
+        Args:
+            parameters: The new anchors, by name.
+            omega: Importance of every weight; one number per parameter is stored.
+        """
+        self._clear()
+        self.offset = torch.zeros_like(self.offset)
+        for name, value in parameters.items():
+            self._set("anchor", name, value)
+            self._set("omega", name, torch.full((), omega, dtype=value.dtype, device=value.device))
+
+
+class PathIntegral(_TensorsByName):
+    """Share of each weight in the decrease of the loss along the path of training (SI).
+
+        w_j = - sum_steps g_j delta_j,   Omega_j = relu(w_j) / ((theta_j - theta_start_j)^2 + xi)
+
+    Zenke et al. (ICML 2017, arXiv:1703.04200): g is the gradient of the task's loss, without penalty, before a step,
+    and delta what the step, by whatever optimizer, did. With gradient descent and a small step ``sum_j w_j`` is the
+    decrease of the loss. State is in buffers and takes its shape from the state dict that is loaded. With gradients
+    that are averaged over processes it is the same on all of them.
+
+    Usage: :meth:`begin` at the start of a task, :meth:`before_step` when gradients are reduced and unscaled but not
+    yet clipped (``on_before_optimizer_step``), :meth:`after_step` once the weights have moved, :meth:`importance` at
+    the end.
+    """
+
+    steps: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._pending: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def work(self) -> dict[str, Tensor]:
+        """w by name."""
+        return self._get("work")
+
+    def begin(self, parameters: Tensors) -> None:
+        """Start a path at the given weights; what was accumulated is forgotten."""
+        self._clear()
+        self._pending = {}
+        self.steps = torch.zeros_like(self.steps)
+        for name, value in parameters.items():
+            self._set("start", name, value)
+            self._set("work", name, torch.zeros_like(value))
+
+    @torch.no_grad()
+    def before_step(self, parameters: Tensors, penalty_gradient: Tensors | None = None) -> None:
+        """Note weights and gradients (``.grad``) before a step; parameters without a gradient are left out.
+
+        Args:
+            parameters: Weights by name, as in :meth:`begin`.
+            penalty_gradient: What the penalty contributes to ``.grad``, by name (c times :meth:`Importance.gradient`),
+                to be taken out again.
+        """
+        extra = penalty_gradient or {}
+        self._pending = {
+            name: (value.detach().clone(), value.grad - extra[name] if name in extra else value.grad.clone())
+            for name, value in parameters.items()
+            if value.grad is not None
+        }
+
+    def after_step(self, parameters: Tensors) -> None:
+        """Add what the step since :meth:`before_step` did; without one, nothing happens."""
+        if self._pending:
+            before = {name: value for name, (value, _) in self._pending.items()}
+            gradients = {name: gradient for name, (_, gradient) in self._pending.items()}
+            self._pending = {}
+            self.accumulate(before, gradients, parameters)
+
+    @torch.no_grad()
+    def accumulate(self, before: Tensors, gradients: Tensors, after: Tensors) -> None:
+        """``w <- w - g (after - before)`` for the names that have a gradient and were there at :meth:`begin`."""
+        work = self.work
+        names = [name for name in gradients if name in work]
+        moves = torch._foreach_sub([after[name].detach() for name in names], [before[name] for name in names])
+        # A step that loss scaling skipped leaves infinite gradients and no move: it must not become NaN.
+        done = [(gradients[name] * move).where(move != 0, 0.0) for name, move in zip(names, moves, strict=True)]
+        torch._foreach_sub_([work[name] for name in names], done)
+        self.steps += 1
+
+    @torch.no_grad()
+    def importance(self, parameters: Tensors, xi: float = 0.1, *, clamp: bool = True) -> dict[str, Tensor]:
+        """Omega of the path from :meth:`begin` to the given weights, by name; to be merged with decay 1.
+
+        Args:
+            parameters: Weights at the end of the task.
+            xi: Damping, positive; 0.1 for MNIST, 1e-3 for CIFAR.
+            clamp: Whether a negative w counts as 0; else importances can be negative (FACIL does not clamp).
+        """
+        work, start = self.work, self._get("start")
+        numerator = {name: value.clamp(min=0) if clamp else value for name, value in work.items()}
+        return {name: numerator[name] / ((parameters[name] - start[name]).square() + xi) for name in work}
+
+
+@contextmanager
+def _eval_mode(network: nn.Module) -> Iterator[None]:
+    """Eval mode inside, afterwards the mode that each module had."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+Labels = Literal["exact", "sampled", "predicted", "empirical"]
+Seeds = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits (n, C), labels (n,), uniform numbers (n,)) -> vectors (n, K, C) to pull back to the weights."""
+
+
+@torch.no_grad()
+def _pull_back(
+    network: nn.Module,
+    parameters: Tensors,
+    batches: Iterable[Batch],
+    seeds: Seeds,
+    power: int,
+    *,
+    per_sample: bool,
+    chunk_size: int | None,
+    labels: Labels | None = None,
+) -> dict[str, Tensor]:
+    """``1/N sum_i sum_k | J_i^T v_ik |^power``, J_i = dz(x_i)/dtheta, over the batches of all processes.
+
+    Not ``per_sample``: B times the same of the batch's mean of J_i^T v_i, per batch of B.
+    """
+    if not parameters:
+        raise ValueError("importance: there are no parameters to differentiate by; give at least one")
+    if chunk_size is None:  # about 1 GiB of float32 per set of per-sample gradients
+        chunk_size = max(1, 2**28 // max(1, sum(value.numel() for value in parameters.values())))
+    weights = {name: value.detach() for name, value in parameters.items()}
+    sums = {name: torch.zeros_like(value) for name, value in weights.items()}
+    device = next(iter(weights.values())).device
+    count = torch.zeros((), dtype=torch.int64, device=device)
+
+    def logits_of(values: dict[str, Tensor], images: Tensor) -> Tensor:
+        logits: Tensor = functional_call(network, values, (images,)).logits
+        return logits
+
+    def of_sample(image: Tensor, label: Tensor, uniform: Tensor) -> dict[str, Tensor]:
+        logits, pull = vjp(lambda values: logits_of(values, image[None]), weights)[:2]
+        vectors = seeds(logits, label[None], uniform[None])
+        total: dict[str, Tensor] = {}
+        for k in range(vectors.shape[1]):  # one at a time: memory for one gradient per sample, not for K
+            for name, gradient in pull(vectors[:, k])[0].items():
+                term = gradient.abs() if power == 1 else gradient.square()
+                total[name] = total[name] + term if k else term
+        return total
+
+    def of_batch(images: Tensor, labels: Tensor, uniform: Tensor) -> dict[str, Tensor]:
+        logits, pull = vjp(lambda values: logits_of(values, images), weights)[:2]
+        gradients: dict[str, Tensor] = pull(seeds(logits, labels, uniform)[:, 0] / len(images))[0]
+        return {name: len(images) * gradient.abs() ** power for name, gradient in gradients.items()}
+
+    with _eval_mode(network), torch.autocast(device.type, enabled=False):
+        for batch in batches:
+            if labels == "empirical":
+                batch = batch.select(batch.labels >= 0)
+            if not len(batch):
+                continue
+            count += len(batch)
+            uniform = torch.zeros(len(batch), device=device)
+            if labels == "sampled":
+                uniform = batch.draw.fork(_SAMPLED).rand(device=device)
+            if not per_sample:
+                for name, term in of_batch(batch.images, batch.labels, uniform).items():
+                    sums[name] += term
+                continue
+            chunks = (torch.split(rows, chunk_size) for rows in (batch.images, batch.labels, uniform))
+            for chunk in zip(*chunks, strict=True):
+                for name, terms in vmap(of_sample)(*chunk).items():
+                    sums[name] += terms.sum(dim=0)
+    all_sum(count)
+    return {name: all_sum(total) / count.clamp(min=1) for name, total in sums.items()}
+
+
+def fisher_diagonal(
+    network: nn.Module,
+    parameters: Tensors,
+    batches: Iterable[Batch],
+    *,
+    labels: Labels = "exact",
+    per_sample: bool = True,
+    visible: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> dict[str, Tensor]:
+    """Diagonal of the Fisher information of softmax(z(x)), averaged over samples (EWC, arXiv:1612.00796).
+
+        F_j = 1/N sum_i E_y [ (d log p(y | x_i) / d theta_j)^2 ]
+
+    ``labels`` says what y is: ``exact`` takes the expectation over p(y | x), one backward pass per class; ``sampled``
+    draws one y from p (unbiased); ``predicted`` takes the most likely y; ``empirical`` the true label, rows without one
+    left out. Samples go through the network one by one (``vmap``), in eval mode, since batch statistics would tie them
+    together.
+
+    Args:
+        network: Maps images to an object with ``.logits``; not wrapped for distributed training.
+        parameters: The weights to differentiate by, by their names in ``network``.
+        batches: This process's share of the task's data, normalised and on the network's device. Samples are counted,
+            sums are taken over processes: the result is that of all data, the same on every process.
+        labels: What y is.
+        per_sample: Square per sample. False squares the gradient of each batch's mean loss and multiplies by the
+            batch's size, as FACIL does: not the Fisher information, much smaller, and dependent on the batch size.
+        visible: Classes that take part in the softmax, bool ``(C,)``; default all.
+        chunk_size: Number of samples at a time; default as many as have about 1 GiB of gradients.
+
+    Returns:
+        Importances >= 0 by name, of the parameters' shapes.
+
+    Raises:
+        ValueError: For ``exact`` without ``per_sample``, since a batch has no single y.
+    """
+    if labels == "exact" and not per_sample:
+        raise ValueError(
+            "fisher_diagonal: labels='exact' sums over classes for each sample; with per_sample=False use 'sampled', "
+            "'predicted' or 'empirical'"
+        )
+    columns = None if visible is None else visible.nonzero().squeeze(1)
+
+    def seeds(logits: Tensor, true: Tensor, uniform: Tensor) -> Tensor:
+        """Gradients with respect to the logits: ``sqrt(p_y) (e_y - p)`` for each class, or ``e_y - p`` for one."""
+        p = (logits if visible is None else masked_logits(logits, visible)).softmax(dim=1)
+        every = torch.arange(p.shape[1], device=p.device)
+        if labels == "exact":
+            some = every if columns is None else columns
+            e = (some[:, None] == every).to(p.dtype)  # (K, C)
+            return p[:, some, None].sqrt() * (e - p[:, None, :])
+        if labels == "sampled":  # y is the number of classes whose cumulated probability is not above u
+            y = (p.cumsum(dim=1)[:, :-1] <= uniform[:, None]).sum(dim=1)
+        else:
+            y = true if labels == "empirical" else p.argmax(dim=1)
+        return ((y[:, None] == every).to(p.dtype) - p)[:, None, :]
+
+    return _pull_back(
+        network, parameters, batches, seeds, 2, per_sample=per_sample, chunk_size=chunk_size, labels=labels
+    )
+
+
+def output_norm(
+    network: nn.Module,
+    parameters: Tensors,
+    batches: Iterable[Batch],
+    *,
+    squared: bool = True,
+    per_sample: bool = True,
+    chunk_size: int | None = None,
+) -> dict[str, Tensor]:
+    """Sensitivity of the output's norm to each weight; needs no labels (MAS).
+
+        Omega_j = 1/N sum_i | d ||z(x_i)||^2 / d theta_j |
+
+    Memory Aware Synapses (Aljundi et al., ECCV 2018, arXiv:1711.09601). Samples, modes and processes as in
+    :func:`fisher_diagonal`.
+
+    Args:
+        network, parameters, batches, chunk_size: As in :func:`fisher_diagonal`.
+        squared: The squared norm, as in the paper, or the norm, as in FACIL.
+        per_sample: Absolute value per sample. False takes it of each batch's mean gradient, times the batch's size, as
+            FACIL does: signs cancel.
+
+    Returns:
+        Importances >= 0 by name, of the parameters' shapes.
+    """
+
+    def seeds(logits: Tensor, true: Tensor, uniform: Tensor) -> Tensor:
+        gradient = 2 * logits if squared else logits / logits.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        return gradient[:, None, :]
+
+    return _pull_back(network, parameters, batches, seeds, 1, per_sample=per_sample, chunk_size=chunk_size)

@@ -1,0 +1,569 @@
+"""The task loop: one Trainer learns a stream, task after task, and can be stopped and resumed anywhere in it."""
+
+import json
+import os
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import nn
+
+from cl_lightning import checkpoint as checkpoints
+from cl_lightning import distributed, results
+from cl_lightning.batch import mix
+from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.hooks import ContinualCallback
+from cl_lightning.measures import AccuracyMatrix
+from cl_lightning.strategy import ContinualStrategy, Phase
+from cl_lightning.stream import Stream, Task
+
+
+class Interrupted(Exception):  # noqa: N818  # no error
+    """The run was asked to stop and has written a checkpoint."""
+
+    def __init__(self, path: Path, signum: int) -> None:
+        self.path, self.signum = path, signum
+        super().__init__(f"stopped; the state is in {path}")
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How a stream is gone through.
+
+    Attributes:
+        first_task_epochs: Epochs of the first task where they differ from ``trainer.max_epochs``.
+        phase_epochs: Epochs of phases by their name, over what the strategy asks for.
+        save_every_n_steps: Write a checkpoint after every so many steps, beside those between epochs.
+        save_every_seconds: Least time between two checkpoints at ends of epochs; 0 to write one after each epoch.
+        keep_tasks: Keep the checkpoints of the last so many finished tasks; None for all of them.
+        stop_after_task: End the run after the task of this index; it can be continued later.
+    """
+
+    first_task_epochs: int | None = None
+    phase_epochs: dict[str, int] = field(default_factory=dict)
+    save_every_n_steps: int | None = None
+    save_every_seconds: float = 60.0
+    keep_tasks: int | None = 1
+    stop_after_task: int | None = None
+
+    def __post_init__(self) -> None:
+        epochs = {"first_task_epochs": self.first_task_epochs, **self.phase_epochs}
+        for name, value in epochs.items():
+            if value is not None and value < 1:
+                raise ValueError(f"loop: epochs of {name!r} are {value}; they must be at least 1")
+        if self.save_every_n_steps is not None and self.save_every_n_steps < 1:
+            raise ValueError(f"loop: save_every_n_steps is {self.save_every_n_steps}; it must be at least 1, or null")
+        if self.keep_tasks is not None and self.keep_tasks < 0:
+            raise ValueError(f"loop: keep_tasks is {self.keep_tasks}; it must be at least 0, or null")
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a stream is learnt.
+
+    Attributes:
+        task: Index of the task.
+        phase: Index of its phase; the number of phases when all are over and ``end_task`` is due.
+        running: Whether the phase has begun, so that its fit is to be resumed rather than started.
+        origin: Epoch of the Trainer at which the phase began.
+        done: Whether the task is over and evaluated.
+    """
+
+    task: int = 0
+    phase: int = 0
+    running: bool = False
+    origin: int = 0
+    done: bool = False
+
+
+class TaskLoop:
+    """Learns a stream with one Trainer.
+
+    Each task is prepared (the head grows), learnt in one fit per phase, closed (statistics, snapshots) and evaluated on
+    the test data of all tasks so far in one pass; then a checkpoint and the results are written.
+
+    Args:
+        trainer: The one Trainer; its ``max_epochs`` are epochs per task.
+        strategy: What learns.
+        datamodule: What serves the stream.
+        options: How the stream is gone through.
+        run_dir: Folder for checkpoints and results; None to write nothing.
+        seed: Of everything that is drawn.
+        config: The configuration as YAML, kept in checkpoints and results.
+
+    Raises:
+        ValueError: If the Trainer is set up in a way that a stream cannot be learnt with.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        strategy: ContinualStrategy,
+        datamodule: ContinualDataModule,
+        *,
+        options: LoopOptions | None = None,
+        run_dir: str | Path | None = None,
+        seed: int = 0,
+        config: str = "",
+    ) -> None:
+        self.trainer, self.strategy, self.datamodule = trainer, strategy, datamodule
+        self.options = options or LoopOptions()
+        self.run_dir = Path(run_dir) if run_dir is not None else None
+        self.seed, self.config = seed, config
+        self.epochs = self._check_trainer()
+        self.place = Place()
+        self.matrix = AccuracyMatrix()
+        self.costs: list[dict[str, float]] = []
+        self.fingerprints: list[str] = []
+        self.stream: Stream
+        self.started = False
+        self._signal: int | None = None
+        self._phases: list[Phase] = []
+        self._last_save = time.monotonic()
+        self._driver = _Driver(self)
+        trainer.callbacks.insert(0, self._driver)  # type: ignore[attr-defined]  # before all others, see _Driver
+        # Values written in no_grad mode can take part in later gradients; those of inference mode cannot.
+        trainer.test_loop.inference_mode = trainer.validate_loop.inference_mode = False
+
+    # ------------------------------------------------------------------ what a user calls
+
+    def fit(self, ckpt_path: str | Path | None = None) -> AccuracyMatrix:
+        """Learn the stream, from its beginning or from a checkpoint.
+
+        Args:
+            ckpt_path: Checkpoint to go on from, ``last`` for that of the run folder, None to begin.
+
+        Returns:
+            The accuracies after each task on each task.
+
+        Raises:
+            ValueError: Before training starts, if data, configuration or checkpoint do not fit together.
+            Interrupted: If SIGINT or SIGTERM came; a checkpoint was written.
+        """
+        saved = self._read(ckpt_path) if ckpt_path is not None else None
+        if saved is None and self.run_dir is not None and (self.run_dir / "checkpoints" / "last.ckpt").exists():
+            raise ValueError(
+                f"{self.run_dir} holds a run already; add --ckpt_path last to go on with it, or give another --run_dir"
+            )
+        self._prepare(saved)
+        path = self._path_of(ckpt_path) if ckpt_path is not None else None
+        with self._signals():
+            self._write_start()
+            for task in self.stream.tasks[self.place.task + self.place.done :]:
+                self._run_task(task, path if saved is not None and task.index == self.place.task else None)
+                saved = None
+                if task.index == self.options.stop_after_task:
+                    break
+        return self.matrix
+
+    def test(self, ckpt_path: str | Path) -> AccuracyMatrix:
+        """Evaluate a checkpoint on the test data of the tasks that it has seen: the last row of the matrix."""
+        self._prepare(self._read(ckpt_path))
+        task = self._last_seen()
+        self.datamodule.begin(task)
+        self._evaluate(task)
+        return self.matrix
+
+    def validate(self, ckpt_path: str | Path) -> dict[str, float]:
+        """Accuracy and loss of a checkpoint on the validation samples of the tasks that it has seen."""
+        self._prepare(self._read(ckpt_path))
+        self.datamodule.begin(self._last_seen())
+        if not self.datamodule.val_dataloader():
+            raise ValueError("there are no validation samples; give data.val_fraction the value it was trained with")
+        self.trainer.validate(self.strategy, datamodule=self.datamodule, verbose=False)
+        return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+
+    # ------------------------------------------------------------------ the stream
+
+    def _run_task(self, task: Task, resume: Path | None) -> None:
+        strategy, data = self.strategy, self.datamodule
+        data.begin(task, cumulative=strategy.needs_all_data, with_unlabelled=strategy.uses_unlabelled)
+        strategy.task = task
+        if resume is None:
+            self.place = Place(task.index)
+            self._seed(task.index)
+            strategy.mark_columns(task)
+            strategy.begin_task(task)
+            self._call("on_task_start", task)
+            self.costs.append({"training": 0.0, "statistics": 0.0, "evaluation": 0.0, "images": 0.0})
+        self._phases = strategy.phases(task)
+        for index in range(self.place.phase, len(self._phases)):
+            self._run_phase(task, index, resume if self.place.running else None)
+            if self._signal is not None:
+                self._stop()
+        self._driver.closing = task
+        self._evaluate(task)
+        self.place = Place(task.index, len(self._phases), origin=self.trainer.current_epoch, done=True)
+        self._write_task(task)
+
+    def _run_phase(self, task: Task, index: int, resume: Path | None) -> None:
+        phase, trainer = self._phases[index], self.trainer
+        epochs = self._epochs(task, phase)
+        origin = self.place.origin if resume is not None else trainer.current_epoch
+        # A callback that looks at a metric begins each phase with nothing to compare with.
+        trainer.should_stop = False
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EarlyStopping) and resume is None:
+                callback.wait_count, callback.stopped_epoch = 0, 0
+                callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+        self.place = Place(task.index, index, running=True, origin=origin)
+        self._seed(task.index, index)
+        self.strategy.trainer = trainer
+        self.strategy.begin_phase(phase, epochs, origin)
+        at = _progress(resume) if resume is not None else None
+        self.datamodule.begin_phase(index, self.strategy.rehearsal(), origin, at)
+        trainer.fit_loop.max_epochs = origin + epochs
+        path = str(resume) if resume is not None else None
+        trainer.fit(self.strategy, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
+
+    def _evaluate(self, task: Task) -> None:
+        self.strategy.task = task
+        self.trainer.test(self.strategy, datamodule=self.datamodule, verbose=False)
+        assert self.strategy.row is not None
+        self.matrix.fill(task.index, self.strategy.row)
+
+    def _epochs(self, task: Task, phase: Phase) -> int:
+        if self.stream.one_pass:
+            return 1
+        if phase.name in self.options.phase_epochs:
+            return self.options.phase_epochs[phase.name]
+        if phase.epochs is not None:
+            return phase.epochs
+        return self.options.first_task_epochs or self.epochs if task.is_first else self.epochs
+
+    def _call(self, hook: str, task: Task) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ContinualCallback):
+                getattr(callback, hook)(self.trainer, self.strategy, task)
+
+    def _seed(self, *place: int) -> None:
+        """Start the global generators from a place that only the seed and the place in the stream decide."""
+        torch.manual_seed(mix(self.seed, 0x7A5C, *place) & 0x7FFFFFFFFFFFFFFF)
+
+    # ------------------------------------------------------------------ before training
+
+    def _check_trainer(self) -> int:
+        trainer = self.trainer
+        if trainer.max_epochs is None or trainer.max_epochs < 1:
+            raise ValueError(
+                f"trainer.max_epochs is {trainer.max_epochs}; it is the number of epochs per task, at least 1"
+            )
+        if trainer.max_steps != -1:
+            raise ValueError(
+                f"trainer.max_steps is {trainer.max_steps}; it would count over the whole stream: use "
+                "trainer.max_epochs, or trainer.limit_train_batches for fewer steps per epoch"
+            )
+        if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+            raise ValueError("trainer.reload_dataloaders_every_n_epochs must stay 0: loaders are made per phase")
+        kind = trainer.strategy
+        spawned = isinstance(kind, DDPStrategy) and kind._start_method != "popen"
+        if spawned or not isinstance(kind, (DDPStrategy, SingleDeviceStrategy)):
+            raise ValueError(
+                f"trainer.strategy {type(kind).__name__} keeps its state where a next task cannot find it; use "
+                "'auto' or 'ddp' (also 'ddp_find_unused_parameters_true')"
+            )
+        if isinstance(kind, DDPStrategy):
+            # Statistics of normalisation layers are averaged between epochs instead (see _Driver). Sent with every
+            # forward pass, they would carry prototypes with them, and those of the first process would win.
+            kind._ddp_kwargs.setdefault("broadcast_buffers", False)
+        trainer._accelerator_connector.use_distributed_sampler = False  # batches are shared out by the data module
+        trainer.strategy.checkpoint_io = checkpoints.AtomicCheckpointIO()
+        return trainer.max_epochs
+
+    def _prepare(self, saved: Mapping[str, Any] | None) -> None:
+        self._prepare_data()
+        self.strategy.seed = self.seed
+        self.strategy.augment = lambda batch: self.datamodule.finish(batch, augment=True)
+        self.stream = self._match(saved) if saved is not None else self.datamodule.make_stream(self.seed)
+        self.fingerprints = [self.datamodule.fingerprint(task.index) for task in self.stream.tasks]
+        if not self.strategy.is_built:
+            self._seed()
+            self.strategy.build(self.datamodule.image_shape)
+        if saved is not None:
+            self._restore(saved)
+
+    def _prepare_data(self) -> None:
+        """Let one process per machine download; the others wait."""
+        environment = (
+            self.trainer.strategy.cluster_environment if isinstance(self.trainer.strategy, DDPStrategy) else None
+        )
+        if environment is None or isinstance(environment, LightningEnvironment):
+            # The process that starts the others comes here before they exist.
+            if self.trainer.local_rank == 0:
+                self.datamodule.prepare_data()
+            return
+        self.trainer.strategy.setup_environment()
+        if self.trainer.local_rank == 0:
+            self.datamodule.prepare_data()
+        self.trainer.strategy.barrier("prepare_data")
+
+    def _match(self, saved: Mapping[str, Any]) -> Stream:
+        """The stream of a checkpoint, with the tasks that the data have gained since."""
+        earlier = Stream.from_dict(json.loads(saved["cl_lightning"]["manifest"]))
+        data = self.datamodule
+        stream = data.make_stream(self.seed)
+        if stream != earlier:
+            catalogue = data.catalogue()
+            gained = set(catalogue.class_names) - set(earlier.class_names) or len(catalogue.domain_names) > len(earlier)
+            if not gained and stream.to_dict()["scenario"] != earlier.to_dict()["scenario"]:
+                raise ValueError(
+                    f"the checkpoint is of another stream: it was learnt with {earlier.to_dict()['scenario']}, the "
+                    f"configuration says {stream.to_dict()['scenario']}"
+                )
+            stream = data.make_stream(self.seed, earlier)
+        for index, expected in enumerate(saved["cl_lightning"]["fingerprints"]):
+            if index < len(stream.tasks) and data.fingerprint(index) != expected:
+                raise ValueError(
+                    f"the checkpoint is of another stream: task {index} ({stream.tasks[index].name}) has other "
+                    "classes or other samples than when it was learnt; give the data, class order and seed of that run"
+                )
+        return stream
+
+    def _restore(self, saved: Mapping[str, Any]) -> None:
+        part, strategy = saved["cl_lightning"], self.strategy
+        mine = _class_path(strategy)
+        if part["strategy"] != mine:
+            raise ValueError(f"the checkpoint is of another strategy: {part['strategy']}, not {mine}")
+        try:
+            strategy.load_state_dict(saved["state_dict"])
+        except RuntimeError as error:
+            first = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+            raise ValueError(f"the checkpoint is of another network or other options: {first}") from error
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if (state := saved["callbacks"].get(callback.state_key)) is not None:
+                callback.load_state_dict(state)
+        fit_loop = self.trainer.fit_loop
+        fit_loop.load_state_dict(saved["loops"]["fit_loop"])
+        fit_loop.restarting = False  # a fit that goes on half-way restores the loop once more
+        self.place = Place(**part["place"])
+        self.matrix.load_state_dict(part["matrix"])
+        self.costs = [dict(cost) for cost in part["costs"]]
+        strategy.task = self.stream.tasks[self.place.task]
+
+    def _read(self, ckpt_path: str | Path) -> dict[str, Any]:
+        return checkpoints.load(self._path_of(ckpt_path))
+
+    def _path_of(self, ckpt_path: str | Path) -> Path:
+        if str(ckpt_path) != "last":
+            return Path(ckpt_path)
+        if self.run_dir is None:
+            raise ValueError("ckpt_path 'last' needs a run folder; give run_dir, or the path of a checkpoint")
+        return self.run_dir / "checkpoints" / "last.ckpt"
+
+    def _last_seen(self) -> Task:
+        if self.place.task == 0 and not self.place.done and not self.strategy.task_columns.numel():
+            raise ValueError("the checkpoint has seen no task yet")
+        return self.stream.tasks[self.strategy.task_columns.shape[0] - 1]
+
+    # ------------------------------------------------------------------ what is written
+
+    def state(self) -> dict[str, Any]:
+        """The part of a checkpoint that belongs to the stream: plain values and tensors."""
+        return {
+            "schema": checkpoints.SCHEMA,
+            "place": vars(self.place).copy(),
+            "strategy": _class_path(self.strategy),
+            "manifest": json.dumps(self.stream.to_dict()),
+            "fingerprints": self.fingerprints,
+            "class_names": list(self.stream.class_names),
+            "matrix": self.matrix.state_dict(),
+            "costs": self.costs,
+            "config": self.config,
+            "seed": self.seed,
+            "versions": results.versions(),
+        }
+
+    def save(self, name: str = "last.ckpt") -> Path | None:
+        """Write a checkpoint; called on all processes."""
+        if self.run_dir is None:
+            return None
+        path = self.run_dir / "checkpoints" / name
+        self.trainer.save_checkpoint(path)
+        self._last_save = time.monotonic()
+        return path
+
+    def save_is_due(self) -> bool:
+        """Whether enough time has passed since the last checkpoint; the same answer on all processes."""
+        due = time.monotonic() - self._last_save >= self.options.save_every_seconds
+        return bool(self.trainer.strategy.broadcast(due)) if distributed.is_distributed() else due
+
+    def _write_start(self) -> None:
+        if self.run_dir is not None and self.trainer.is_global_zero:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.stream.save(self.run_dir / "manifest.json")
+            results.write(self.run_dir / "results.json", self.results())
+        self.started = True
+
+    def _write_task(self, task: Task) -> None:
+        last = self.save()
+        if last is None:
+            return
+        if self.trainer.is_global_zero:
+            if self.options.keep_tasks != 0:
+                target = last.with_name(f"task_{task.index:03d}.ckpt")
+                target.unlink(missing_ok=True)
+                try:
+                    os.link(last, target)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(last, target)
+            kept = sorted(last.parent.glob("task_*.ckpt"))
+            for old in kept[: -self.options.keep_tasks] if self.options.keep_tasks else []:
+                old.unlink()
+            results.write(last.parents[1] / "results.json", self.results())
+        for logger in self.trainer.loggers:
+            logger.log_metrics(results.summary(self.matrix, task.index), step=self.trainer.global_step)
+            logger.save()
+
+    def results(self) -> dict[str, Any]:
+        """All that is known of the run so far, as plain values for JSON."""
+        return results.collect(self)
+
+    # ------------------------------------------------------------------ stopping
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn the first SIGINT or SIGTERM into a checkpoint and a stop after the current step; a second one kills."""
+
+        def note(signum: int, frame: FrameType | None) -> None:
+            if self._signal is not None:
+                signal.signal(signum, before[signal.Signals(signum)] or signal.SIG_DFL)
+                raise KeyboardInterrupt
+            self._signal = signum
+
+        before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                before[number] = signal.signal(number, note)
+            except ValueError:  # not in the main thread, where signals cannot be caught
+                continue
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+    def stop_requested(self) -> bool:
+        """Whether any process was asked to stop; the same answer on all of them."""
+        if not distributed.is_distributed():
+            return self._signal is not None
+        flag = torch.tensor(float(self._signal or 0), device=self.trainer.strategy.root_device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        number = int(flag)
+        self._signal = number or None
+        return number > 0
+
+    def _stop(self) -> None:
+        assert self._signal is not None
+        path = self.save()
+        raise Interrupted(path or Path("nowhere"), self._signal)
+
+
+class _Driver(Callback):
+    """Does the loop's work inside a fit. It comes first: what it saves in a hook is the state before that hook."""
+
+    def __init__(self, loop: TaskLoop) -> None:
+        self.loop = loop
+        self.closing: Task | None = None
+        self._mid_epoch = False
+        self._clock = 0.0
+        self._since_save = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock = time.monotonic()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch > self.loop.place.origin:
+            self._mid_epoch = False
+            self._check(self.loop.save_is_due())
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0 or batch_idx % trainer.accumulate_grad_batches:
+            return
+        self._since_save += 1
+        every = self.loop.options.save_every_n_steps
+        self._mid_epoch = True
+        self._check(every is not None and self._since_save % every == 0)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        average_batch_statistics(pl_module)
+        cost = self.loop.costs[-1]
+        data = self.loop.datamodule
+        cost["images"] += float(min(trainer.num_training_batches, 1e18)) * (data.stream.batch_size or data.batch_size)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loop, place = self.loop, self.loop.place
+        self._spend("training")
+        loop.strategy.end_phase(loop.strategy.phase)
+        loop.place = Place(place.task, place.phase + 1, origin=trainer.current_epoch)
+        self._mid_epoch = False
+        if loop.save_is_due():
+            loop.save()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock = time.monotonic()
+        task, self.closing = self.closing, None
+        if task is None:
+            return
+        self.loop.strategy.end_task(task)
+        self.loop._call("on_task_end", task)
+        self._spend("statistics")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._spend("evaluation")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        place = self.loop.place
+        checkpoints.settle_progress(checkpoint["loops"]["fit_loop"], mid_epoch=self._mid_epoch and place.running)
+        if not place.running:  # the next fit begins with a new optimizer
+            checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
+        checkpoint["cl_lightning"] = self.loop.state()
+
+    def _check(self, due: bool) -> None:
+        if self.loop.stop_requested():
+            self.loop._stop()
+        if due:
+            self.loop.save()
+
+    def _spend(self, kind: str) -> None:
+        now = time.monotonic()
+        if self.loop.costs:
+            self.loop.costs[-1][kind] += now - self._clock
+        self._clock = now
+
+
+def average_batch_statistics(module: nn.Module) -> None:
+    """Average the running statistics of batch normalisation over the processes, in place."""
+    if not distributed.is_distributed():
+        return
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None:
+            for statistic in (layer.running_mean, layer.running_var):
+                assert statistic is not None
+                distributed.all_sum(statistic).div_(distributed.world_size())
+
+
+def _class_path(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def _progress(path: Path) -> tuple[int, int]:
+    """Epoch of the Trainer and step at which a checkpoint goes on."""
+    loops = checkpoints.load(path)["loops"]["fit_loop"]
+    epochs, batches = loops["epoch_progress"]["current"], loops["epoch_loop.batch_progress"]["current"]
+    mid_epoch = epochs["ready"] != epochs["processed"]
+    return epochs["processed"], batches["completed"] if mid_epoch else 0
+
+
+warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")

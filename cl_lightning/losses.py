@@ -1,0 +1,193 @@
+"""Losses that several methods share: tensors in, a scalar out.
+
+Every function computes in float32 at least, also under autocast, and takes no gradient through what teaches
+(``teacher``, ``targets``). A mean over a batch without rows is 0, so an empty memory adds nothing.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 if it is that already."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _mean(per_row: Tensor) -> Tensor:
+    return per_row.sum() / max(len(per_row), 1)
+
+
+def _same_shape(name: str, student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"{name}: the student's shape is {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}; they must "
+            "be equal, so pass only what the teacher knows, for logits student[:, : teacher.shape[1]]"
+        )
+
+
+def masked_logits(logits: Tensor, visible: Tensor) -> Tensor:
+    """Take classes out of a softmax: their logits become -inf, and no gradient reaches them (exactly 0).
+
+    Args:
+        logits: ``(B, C)``.
+        visible: Which classes stay, bool, ``(C,)`` or one row per sample ``(B, C)``; at least one in each row.
+
+    Returns:
+        ``(B, C)``. A cross-entropy with a label whose class is not visible is infinite.
+    """
+    return logits.masked_fill(~visible, -torch.inf)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of softmax(z), the mean over the labelled rows, in nats.
+
+        L = 1/n sum_i [ -(1 - s) log p_i,y_i - s / V_i sum_{c visible} log p_ic ]
+
+    The smoothing is spread over the V_i classes whose logits are finite, so it goes with :func:`masked_logits`.
+
+    Args:
+        logits: ``(B, C)``; -inf takes a class out.
+        labels: Columns, int64 ``(B,)``; -1 for rows to leave out. Without any labelled row the loss and its gradient
+            are 0.
+        label_smoothing: s, in [0, 1).
+    """
+    labelled = labels >= 0
+    log_p = F.log_softmax(_full(logits), dim=1)
+    loss = -log_p.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+    if label_smoothing:
+        hidden = logits == -torch.inf
+        uniform = -log_p.masked_fill(hidden, 0.0).sum(dim=1) / (~hidden).sum(dim=1)
+        loss = (1 - label_smoothing) * loss + label_smoothing * uniform
+    return loss.where(labelled, 0.0).sum() / labelled.sum().clamp(min=1)
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of sigmoids, summed over classes, mean over the batch: the form of LwF.MC and iCaRL.
+
+        L = -1/B sum_i sum_c [ y_ic log s(z_ic) + (1 - y_ic) log(1 - s(z_ic)) ],   dL/dz_ic = (s(z_ic) - y_ic) / B
+
+    Rebuffi et al. (CVPR 2017, arXiv:1611.07725). Implementations that take the mean over the outputs too have this
+    loss divided by C.
+
+    Args:
+        logits: ``(B, C)``, finite.
+        targets: In [0, 1], ``(B, C)``.
+    """
+    logits = _full(logits)
+    loss = F.binary_cross_entropy_with_logits(logits, targets.detach().to(logits.dtype), reduction="none")
+    return _mean(loss.sum(dim=1))
+
+
+def lwf_mc_targets(labels: Tensor, num_classes: int, teacher_logits: Tensor | None = None) -> Tensor:
+    """Targets of LwF.MC and iCaRL (arXiv:1611.07725): one-hot, but what the teacher says for the classes it knows.
+
+    Args:
+        labels: Columns, int64 ``(B,)``; a row with label -1 is 0 where there is no teacher.
+        num_classes: C, the number of columns.
+        teacher_logits: ``(B, C_old)`` with ``C_old <= C``; their sigmoids replace the first C_old columns.
+
+    Returns:
+        ``(B, C)``, float32 (or the teacher's float64), without gradient.
+    """
+    columns = torch.arange(num_classes, device=labels.device)
+    one_hot = labels[:, None] == columns
+    if teacher_logits is None:
+        return one_hot.float()
+    old = _full(teacher_logits.detach()).sigmoid()
+    return torch.cat([old, one_hot[:, old.shape[1] :].to(old.dtype)], dim=1)
+
+
+def softmax_distillation(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 2.0,
+    *,
+    form: Literal["ce", "kl"] = "ce",
+    scale_by_temperature: bool = False,
+    groups: Sequence[Sequence[int]] | None = None,
+) -> Tensor:
+    """Match the student's softened class probabilities p to the teacher's q, mean over the batch, in nats.
+
+        p = softmax(z / T),  q = softmax(z_teacher / T)
+        ce:  L = -1/B sum_i sum_c q_ic log p_ic            dL/dz = (p - q) / (T B)
+        kl:  L =  1/B sum_i sum_c q_ic log(q_ic / p_ic)    the same gradient; 0 where p = q
+
+    The forms in use are not interchangeable at equal weight: ``ce`` unscaled is LwF (Li & Hoiem, arXiv:1606.09282),
+    FACIL, WA and PyCIL's iCaRL; ``kl`` with ``scale_by_temperature`` (times T^2) is Hinton et al. (arXiv:1503.02531);
+    the same with ``groups`` is SS-IL's task-wise distillation (Ahn et al., arXiv:2003.13947). For sigmoids see
+    :func:`sigmoid_distillation`.
+
+    Args:
+        student: Finite logits of the classes that the teacher knows, ``(B, C_old)``.
+        teacher: The teacher's, ``(B, C_old)``.
+        temperature: T, positive.
+        form: Cross-entropy or Kullback-Leibler divergence.
+        scale_by_temperature: Whether to multiply by T^2, which keeps the gradient's size as T grows.
+        groups: Columns of each softmax, for one per old task, summed over the groups; default one over all columns.
+    """
+    _same_shape("softmax_distillation", student, teacher)
+    student, teacher = _full(student) / temperature, _full(teacher.detach()) / temperature
+    loss = student.new_zeros(())
+    for columns in [range(student.shape[1])] if groups is None else groups:
+        log_p, log_q = (F.log_softmax(_take(z, columns), dim=1) for z in (student, teacher))
+        difference = log_q - log_p if form == "kl" else -log_p
+        loss = loss + _mean((log_q.exp() * difference).sum(dim=1))
+    return loss * temperature**2 if scale_by_temperature else loss
+
+
+def _take(logits: Tensor, columns: Sequence[int]) -> Tensor:
+    """Columns of the logits; a slice where they are neighbours, since an index travels to the GPU at each step."""
+    if len(columns) and list(columns) == list(range(columns[0], columns[-1] + 1)):
+        return logits[:, columns[0] : columns[-1] + 1]
+    return logits[:, list(columns)]
+
+
+def sigmoid_distillation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Match each class's sigmoid to the teacher's: :func:`binary_cross_entropy` with targets s(teacher).
+
+    Sum over classes, mean over the batch (the old-class part of LwF.MC, arXiv:1611.07725).
+
+    Args:
+        student: Logits of the classes that the teacher knows, ``(B, C_old)``.
+        teacher: The teacher's, ``(B, C_old)``.
+    """
+    _same_shape("sigmoid_distillation", student, teacher)
+    return binary_cross_entropy(student, _full(teacher).sigmoid())
+
+
+def feature_distillation(student: Tensor, teacher: Tensor, metric: Tensor | None = None) -> Tensor:
+    """Keep features where the teacher has them: mean over the batch of a squared norm.
+
+        L = 1/B sum_i || f(x_i) - g(x_i) ||^2,   with a metric M   1/B sum_i (f_i - g_i)^T M (f_i - g_i)
+
+    Plain: Smith et al. (CVPR-W 2023, arXiv:2203.17269). With ``M = lambda E + eta I``, E the empirical feature
+    matrix: Elastic Feature Consolidation (Magistri et al., ICLR 2024, arXiv:2402.03917).
+
+    Args:
+        student: Features, ``(B, d)``.
+        teacher: The teacher's, ``(B, d)``.
+        metric: M, symmetric positive semi-definite, ``(d, d)``; default the identity.
+    """
+    _same_shape("feature_distillation", student, teacher)
+    gap = _full(student) - _full(teacher.detach())
+    if metric is None:
+        return _mean(gap.square().sum(dim=1))
+    with torch.autocast(gap.device.type, enabled=False):  # a product of matrices would run in half precision
+        return _mean((gap @ metric.to(gap.dtype) * gap).sum(dim=1))
+
+
+def cosine_feature_distillation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Keep the direction of features: ``1 - cos(f(x), g(x))``, mean over the batch, in [0, 2].
+
+    The less-forget constraint of LUCIR (Hou et al., CVPR 2019, eq. 6).
+
+    Args:
+        student: Features, ``(B, d)``.
+        teacher: The teacher's, ``(B, d)``.
+    """
+    _same_shape("cosine_feature_distillation", student, teacher)
+    return _mean(1 - F.cosine_similarity(_full(student), _full(teacher.detach()), dim=1))

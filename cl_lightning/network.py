@@ -1,0 +1,36 @@
+"""A backbone with a head that grows."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from cl_lightning.heads import Head
+
+
+class Output(NamedTuple):
+    """What one forward pass gives.
+
+    Attributes:
+        features: Of the backbone, ``(B, d)``.
+        logits: One per class seen so far, in order of arrival, ``(B, columns)``.
+    """
+
+    features: Tensor
+    logits: Tensor
+
+
+class Network(nn.Module):
+    """Backbone, then head: images ``(B, C, H, W)`` to :class:`Output`."""
+
+    def __init__(self, backbone: nn.Module, head: Head) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, images: Tensor) -> Output:
+        features = self.backbone(images)
+        return Output(features, self.head(features))
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Scores ``(B, columns)`` that predictions are made of."""
+        return self.head.classify(self.backbone(images))

@@ -1,0 +1,445 @@
+"""The base of all continual-learning methods: a LightningModule that learns one task after another."""
+
+import functools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from cl_lightning.backbones import MLP, Backbone, ImageShape
+from cl_lightning.batch import Batch, mix
+from cl_lightning.distributed import all_sum, rank, world_size
+from cl_lightning.heads import Head, LinearHead
+from cl_lightning.hooks import AddsLosses, ContinualCallback
+from cl_lightning.losses import cross_entropy, masked_logits
+from cl_lightning.measures import StreamAccuracy
+from cl_lightning.memory import Memory
+from cl_lightning.network import Network, Output
+from cl_lightning.schedules import PhaseSchedule
+from cl_lightning.stream import Task
+from cl_lightning.teacher import Teacher
+
+if TYPE_CHECKING:
+    from cl_lightning.measures import Row
+
+Visible = Literal["all", "current", "task"]
+BackboneFactory = Callable[[ImageShape], Backbone]
+HeadFactory = Callable[[int], Head]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One fit inside a task.
+
+    Attributes:
+        name: Names the phase in logs, in ``loop.phase_epochs`` and in checkpoints.
+        epochs: Number of epochs; None for those of the Trainer.
+        optimizer: Builds the optimizer of this phase; None for the strategy's.
+        scheduler: Builds its schedule; None for the strategy's where ``optimizer`` is None too, else for none.
+    """
+
+    name: str = "train"
+    epochs: int | None = None
+    optimizer: OptimizerCallable | None = None
+    scheduler: LRSchedulerCallable | None = None
+
+
+def default_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Of strategies that were given none."""
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+class ContinualStrategy(LightningModule):
+    """Owns the network and all that a method remembers; a subclass says what it learns from.
+
+    A step is ``batch = prepare(batch)``, one forward pass, then ``losses(batch, output)``; the base sums the terms,
+    adds those of callbacks, logs them and steps. A subclass writes ``losses`` and, where the method needs them,
+    ``prepare``, ``observe``, ``begin_task``, ``end_task``, ``phases``, ``trainable`` and ``predict``. Whatever must
+    outlive a task is a parameter, a buffer or a module of tensors, so that it is in ``state_dict`` and a restart finds
+    it again.
+
+    Args:
+        backbone: Builds the feature extractor for a shape of image ``(channels, height, width)``; None for ``MLP``.
+        head: Builds the classifier for a number of features; None for ``LinearHead``.
+        optimizer: Builds the optimizer over the parameters that a phase trains, anew for each phase; None for SGD with
+            learning rate 0.05 and momentum 0.9.
+        scheduler: Builds its schedule, stepped once per epoch; None for a constant learning rate.
+        first_optimizer: Optimizer of the first task where it differs; None for ``optimizer``.
+        first_scheduler: Schedule of the first task where it differs; None for ``scheduler``, unless ``first_optimizer``
+            is given.
+        visible: Logits over which the classification loss is taken: ``all`` classes seen so far, only those of the
+            ``current`` task, or for each sample those of its own ``task`` (training with task ids).
+        freeze_backbone: Keep the backbone as it is built, in eval mode, and train the head alone.
+    """
+
+    family: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    keeps_exemplars: ClassVar[bool] = False
+    needs_task_ids: ClassVar[bool] = False
+    needs_pretrained: ClassVar[bool] = False
+    needs_all_data: ClassVar[bool] = False
+    """Whether every task trains on the data of all tasks so far."""
+    uses_unlabelled: ClassVar[bool] = False
+    """Whether the strategy also wants training samples without a label (their ``labels`` are -1)."""
+    uses_old_logits: ClassVar[bool] = False
+    """Whether its losses depend on logits of earlier classes even where ``visible`` is ``current``."""
+
+    # Set by the task loop.
+    task: Task
+    phase: Phase
+    phase_epochs: int = 1
+    phase_origin: int = 0
+    seed: int = 0
+
+    def __init__(
+        self,
+        *,
+        backbone: BackboneFactory | None = None,
+        head: HeadFactory | None = None,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        first_optimizer: OptimizerCallable | None = None,
+        first_scheduler: LRSchedulerCallable | None = None,
+        visible: Visible = "all",
+        freeze_backbone: bool = False,
+    ) -> None:
+        super().__init__()
+        if visible not in ("all", "current", "task"):
+            raise ValueError(f"{type(self).__name__}: visible is {visible!r}; use 'all', 'current' or 'task'")
+        # Defaults are resolved here: given in the signature, their options would leak into a class that replaces them.
+        self.build_backbone: BackboneFactory = backbone or MLP
+        self.build_head: HeadFactory = head or LinearHead
+        self.optimizer: OptimizerCallable = optimizer or default_optimizer
+        self.scheduler = scheduler
+        self.first_optimizer, self.first_scheduler = first_optimizer, first_scheduler
+        self.visible: Visible = visible
+        self.freeze_backbone = freeze_backbone
+        self.image_shape: ImageShape | None = None
+        self.augment: Callable[[Batch], Batch] | None = None
+        self.network: Network
+        # Row t marks the columns of task t, (tasks so far, classes so far).
+        self.register_buffer("task_columns", torch.zeros(0, 0, dtype=torch.bool))
+        self.task_columns: Tensor
+        self._terms: dict[str, Tensor] = {}
+        self._num_recorded = 0
+        self._loss_callbacks: list[AddsLosses] = []
+        self._accuracy: StreamAccuracy | None = None
+        self.row: Row | None = None
+
+    # ------------------------------------------------------------------ what a method may write
+
+    def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
+        """Terms of the loss by name: scalars, means over the batch or independent of it. Their sum is minimised."""
+        raise NotImplementedError
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch that the network sees, made of the one that arrives: add samples from a memory, rotate, ..."""
+        return batch
+
+    def observe(self, batch: Batch) -> None:
+        """Take notice of the batch that arrived, after the step that it led to."""
+
+    def begin_task(self, task: Task) -> None:
+        """Prepare for a task, before any of its steps; the base grows the head."""
+        self.network.head.grow(task.num_new)
+
+    def end_task(self, task: Task) -> None:
+        """Remember what the next tasks need; in eval mode, on the device. The base fits heads that are not trained."""
+        if self.network.head.needs_statistics:
+            self.network.head.fit_features(*self.features())
+
+    def phases(self, task: Task) -> list[Phase]:
+        """The fits of a task, in order; none for a method that only takes statistics."""
+        return [Phase()]
+
+    def end_phase(self, phase: Phase) -> None:
+        """Called after the last step of a phase, on the device."""
+
+    def trainable(self) -> Iterable[nn.Parameter]:
+        """Parameters that the current phase trains; all others take no gradient."""
+        yield from self.network.backbone.parameters() if not self.freeze_backbone else ()
+        blocks = list(self.network.head.blocks)
+        # Rows that no loss reaches would still move by weight decay and momentum: they are left out.
+        old = blocks[:-1] if self.visible == "current" and not self._old_logits_used() else []
+        frozen = {id(parameter) for block in old for parameter in block.parameters()} if self.task.num_new else set()
+        yield from (parameter for parameter in self.network.head.parameters() if id(parameter) not in frozen)
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Scores ``(B, classes seen)`` of images ``(B, C, H, W)``; the largest one is the prediction."""
+        return self.network.classify(images)
+
+    def rehearsal(self) -> Memory | None:
+        """Memory whose samples the loader mixes with those of the task; None for none."""
+        return None
+
+    # ------------------------------------------------------------------ what a method may use
+
+    def classification_loss(self, output: Output, batch: Batch) -> Tensor:
+        """Mean cross-entropy over the visible logits; samples whose label is hidden do not count."""
+        if self.visible == "all":
+            return cross_entropy(output.logits, batch.labels)
+        mask = self.task_columns[batch.tasks] if self.visible == "task" else self.task_columns[-1]
+        return cross_entropy(masked_logits(output.logits, mask), batch.labels)
+
+    def statistics_batches(self) -> Iterator[Batch]:
+        """The training data of the current task once, un-augmented, in order, each process its share, on the device."""
+        datamodule, trainer = self._datamodule, self.trainer
+        for batch in datamodule.statistics_dataloader():
+            moved = trainer.strategy.batch_to_device(batch)
+            yield datamodule.finish(moved, augment=False)
+
+    @torch.no_grad()
+    def features(self, network: Network | None = None) -> tuple[Tensor, Tensor]:
+        """Features of this process's share of the current task's un-augmented training data.
+
+        Args:
+            network: Network to take them from; None for the strategy's own.
+
+        Returns:
+            Features ``(n, d)``, float32, and columns ``(n,)``, on the device.
+        """
+        network = self.network if network is None else network
+        parts: list[tuple[Tensor, Tensor]] = []
+        for batch in self.statistics_batches():
+            if len(batch) == 0:
+                continue
+            with self.trainer.precision_plugin.forward_context():
+                parts.append((network.backbone(batch.images).float(), batch.labels))
+        if not parts:
+            empty = torch.zeros(0, network.head.num_features, device=self.device)
+            return empty, torch.zeros(0, dtype=torch.int64, device=self.device)
+        features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+        return features, labels
+
+    @property
+    def epoch(self) -> int:
+        """Epoch within the phase, from 0."""
+        return self.trainer.current_epoch - self.phase_origin
+
+    @property
+    def prototypes(self) -> Any:
+        """Class means of a head that keeps them (``PrototypeHead``)."""
+        prototypes = getattr(self.network.head, "prototypes", None)
+        if prototypes is None:
+            name = type(self.network.head).__name__
+            raise ValueError(f"{type(self).__name__}: its head, {name}, keeps no class means; use PrototypeHead")
+        return prototypes
+
+    def bytes_kept(self) -> dict[str, int]:
+        """What is kept from task to task beside the network, in bytes by kind."""
+        kept: dict[str, int] = {}
+        kinds = {"Memory": "exemplars", "Teacher": "teachers", "Importance": "importance", "Prototypes": "prototypes"}
+        for module in self.modules():
+            if (kind := kinds.get(type(module).__name__)) is not None:
+                kept[kind] = kept.get(kind, 0) + module.num_bytes()  # type: ignore[operator]
+        return kept
+
+    # ------------------------------------------------------------------ called by the task loop
+
+    def build(self, image_shape: ImageShape) -> None:
+        """Make the network for a shape of image; the head has no columns yet."""
+        self.image_shape = image_shape
+        backbone = self.build_backbone(image_shape)
+        self.network = Network(backbone, self.build_head(backbone.num_features))
+
+    @property
+    def is_built(self) -> bool:
+        return "network" in self._modules
+
+    def mark_columns(self, task: Task) -> None:
+        """Note the columns of a task that begins."""
+        marks = torch.zeros(task.index + 1, task.num_seen, dtype=torch.bool, device=self.task_columns.device)
+        rows, columns = self.task_columns.shape
+        marks[:rows, :columns] = self.task_columns
+        marks[task.index, list(task.columns)] = True
+        self.task_columns = marks
+
+    def begin_phase(self, phase: Phase, epochs: int, origin: int) -> None:
+        """Choose what a phase trains, before it is wrapped for distribution.
+
+        Args:
+            phase: The phase.
+            epochs: Its number of epochs.
+            origin: Epoch of the Trainer at which it begins.
+        """
+        self.phase, self.phase_epochs, self.phase_origin = phase, epochs, origin
+        self._loss_callbacks = [c for c in self._trainer_callbacks() if isinstance(c, AddsLosses)]
+        chosen = {id(parameter) for parameter in self.trainable()}
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+
+    # ------------------------------------------------------------------ Lightning
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.predict(images)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        batch = self.prepare(batch)
+        output = self.network(batch.images)
+        terms = self.losses(batch, output)
+        for callback in self._loss_callbacks:
+            more = callback.losses(self, batch, output)
+            if doubled := terms.keys() & more.keys():
+                raise ValueError(f"{type(callback).__name__}: the loss term {min(doubled)!r} exists already")
+            terms.update(more)
+        self._record(terms, batch.weight)
+        loss = functools.reduce(operator.add, terms.values())
+        return loss if batch.weight == 1.0 else loss * batch.weight
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Dropout and the like draw from the global generators: they start each step from a known place, so that a
+        # resumed run draws what the uninterrupted one draws.
+        key = mix(batch.draw.key, 0xD80, rank())
+        torch.default_generator.manual_seed(key)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(key)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        with torch.no_grad():
+            self.observe(batch)
+        step = self.trainer.global_step
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self._num_recorded and step % every == 0:
+            self._log_terms(step)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise ValueError(
+                f"{type(self).__name__}: phase {self.phase.name!r} of task {self.task.index} has no parameters to "
+                "train; a method that takes no gradient step returns [] from phases()"
+            )
+        build, build_scheduler = self.phase.optimizer, self.phase.scheduler
+        if build is None and self.task.is_first and self.first_optimizer is not None:
+            build, build_scheduler = self.first_optimizer, build_scheduler or self.first_scheduler
+        elif build is None:
+            first = self.first_scheduler if self.task.is_first else None
+            build, build_scheduler = self.optimizer, build_scheduler or first or self.scheduler
+        optimizer = build(parameters)
+        if build_scheduler is None:
+            return optimizer
+        scheduler = build_scheduler(optimizer)
+        if isinstance(scheduler, PhaseSchedule):
+            scheduler.begin(self.phase_epochs)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            monitor = getattr(scheduler, "monitor", "val/loss")
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.predict(batch.images).float().softmax(dim=1)
+
+    def on_validation_epoch_start(self) -> None:
+        self._begin_evaluation(confusion=False)
+
+    def on_test_epoch_start(self) -> None:
+        self._begin_evaluation(confusion=True)
+
+    def on_validation_epoch_end(self) -> None:
+        row = self._end_evaluation()
+        total = row.totals.sum().clamp(min=1)
+        self.log("val/accuracy", (row.correct.sum() / total).to(torch.float32))
+        self.log("val/loss", (self._loss_sum / total).to(torch.float32))
+
+    def on_test_epoch_end(self) -> None:
+        self.row = self._end_evaluation()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.freeze_backbone and self.is_built:
+            self.network.backbone.eval()
+        return self
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint.setdefault("cl_lightning", {})["image_shape"] = list(self.image_shape or ())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not self.is_built:
+            channels, height, width = checkpoint["cl_lightning"]["image_shape"]
+            self.build((channels, height, width))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # Shapes come from what is loaded; the modules below do the same for themselves.
+        if (marks := state_dict.get(f"{prefix}task_columns")) is not None:
+            self.task_columns = torch.zeros_like(marks, device=self.task_columns.device)
+        for name, module in self.named_modules():
+            if isinstance(module, Teacher):
+                module.restore_shape(self.network, state_dict, f"{prefix}{name}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------------ inside
+
+    @property
+    def _datamodule(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    def _trainer_callbacks(self) -> list[Any]:
+        return list(self.trainer.callbacks) if self._trainer is not None else []  # type: ignore[attr-defined]
+
+    def _old_logits_used(self) -> bool:
+        callbacks = (c for c in self._trainer_callbacks() if isinstance(c, ContinualCallback))
+        return self.uses_old_logits or any(callback.uses_old_logits for callback in callbacks)
+
+    def _record(self, terms: dict[str, Tensor], weight: float) -> None:
+        for name, term in terms.items():
+            value = term.detach() if weight == 1.0 else term.detach() * weight
+            previous = self._terms.get(name)
+            self._terms[name] = value.float() if previous is None else previous + value
+        self._num_recorded += 1
+
+    def mean_terms(self) -> dict[str, float]:
+        """Means of the loss terms since they were last logged, over this process's steps; waits for the device."""
+        return {name: float(value) / max(self._num_recorded, 1) for name, value in self._terms.items()}
+
+    def _log_terms(self, step: int) -> None:
+        names = list(self._terms)
+        sums = all_sum(torch.stack([self._terms[name] for name in names]) / world_size()) / self._num_recorded
+        self._terms, self._num_recorded = {}, 0
+        values: list[float] = sums.tolist()
+        metrics = {f"train/{name}": value for name, value in zip(names, values, strict=True)}
+        metrics["train/loss"] = sum(values)
+        optimizer = self.optimizers()
+        if isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "param_groups"):
+            metrics["train/lr"] = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
+        metrics |= {"task": float(self.task.index), "epoch": float(self.trainer.current_epoch)}
+        self.shown_terms = metrics
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=step)
+
+    shown_terms: Mapping[str, float] = {}
+    """What was logged last, for progress bars."""
+
+    def _begin_evaluation(self, *, confusion: bool) -> None:
+        tasks, columns = self.task_columns.shape
+        counts = [int(marks.nonzero().max()) + 1 for marks in self.task_columns.cpu()]
+        prefixes = [max(counts[: t + 1]) for t in range(tasks)] if confusion else None
+        self._accuracy = StreamAccuracy(
+            tasks, columns, confusion=confusion, calibration=confusion, prefixes=prefixes
+        ).to(self.device)
+        self._loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
+
+    def _evaluate(self, batch: Batch) -> None:
+        scores = self.predict(batch.images).float()
+        assert self._accuracy is not None
+        self._accuracy.update(scores, batch.labels, batch.tasks, self.task_columns)
+        self._loss_sum += nn.functional.cross_entropy(scores, batch.labels, reduction="sum")
+
+    def _end_evaluation(self) -> "Row":
+        assert self._accuracy is not None
+        row = self._accuracy.compute()
+        all_sum(self._loss_sum)
+        self._loss_sum = self._loss_sum.cpu()
+        self._accuracy = None
+        return row
