@@ -16,7 +16,7 @@ check: $(VENV)/installed-dev ## Formatting, lint and types
 	$(VENV)/bin/mypy
 
 docs: $(VENV)/installed ## Write the generated tables of the documentation
-	$(RUN) -m docs.generate
+	$(RUN) docs/generate.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

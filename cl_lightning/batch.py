@@ -90,7 +90,7 @@ class Batch:
         draw: Random numbers of this step; ``draw.total`` is the size of the batch over all processes.
         extra: Further tensors with B rows that a memory or a strategy adds, by name (stored logits, views, ...).
         weight: Share of this process in the mean over the global batch, times the number of processes: 1 unless the
-            processes hold unequal numbers of samples (the last batch of an epoch), 0 where this one holds only padding.
+            processes hold unequal numbers of samples (the last batch of an epoch), 0 where this one holds none.
     """
 
     images: Tensor
@@ -134,22 +134,18 @@ def cat(batches: Sequence[Batch], world_size: int = 1) -> Batch:
     """Join batches row by row; the draw is the first one's, ``extra`` keeps the names that all of them have.
 
     The weight is such that the mean over the joint rows is again this process's part of the mean over the global rows.
-    Batches that hold only padding (weight 0) are left out, unless there is nothing else.
 
     Args:
         batches: At least one.
         world_size: Number of processes.
     """
-    real = [batch for batch in batches if batch.weight > 0 and len(batch) > 0] or [batches[0]]
-    first = real[0]
-    if len(batches) == 1:
-        return first
+    first, *rest = batches
     joined = {
-        name: torch.cat([getattr(batch, name) for batch in real])
+        name: torch.cat([getattr(batch, name) for batch in batches])
         for name in ("images", "labels", "tasks", "indices", "raw")
     }
-    names = sorted(set(first.extra).intersection(*(batch.extra for batch in real)))
-    extra = {name: torch.cat([batch.extra[name] for batch in real]) for name in names}
-    rows = sum(len(batch) for batch in real if batch.weight > 0)
-    weight = world_size * rows / max(sum(batch.draw.total for batch in batches), 1)
-    return first.replace(**joined, extra=extra, weight=weight, draw=batches[0].draw)
+    names = sorted(set(first.extra).intersection(*(batch.extra for batch in rest)))
+    extra = {name: torch.cat([batch.extra[name] for batch in batches]) for name in names}
+    total = sum(batch.draw.total for batch in batches)
+    weight = world_size * len(joined["labels"]) / total if total else 1.0
+    return first.replace(**joined, extra=extra, weight=weight)

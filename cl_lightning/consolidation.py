@@ -85,13 +85,14 @@ class Consolidation(nn.Module):
 
         Args:
             network: With the head of the new task.
-            anchor_now: For ``l2``: hold the weights of now, such as pretrained ones before the first task.
+            anchor_now: For ``l2``: hold the backbone's weights of now, such as pretrained ones before the first task.
         """
         parameters = self.parameters_of(network)
         if self.path is not None:
             self.path.begin(parameters)
         if anchor_now and self.estimator == "l2":
-            self.importance.anchor_at(parameters)
+            backbone = {name: p for name, p in parameters.items() if name.startswith("backbone.")}
+            self.importance.anchor_at(backbone)  # the head's rows are new
 
     def begin_phase(self, network: Network) -> None:
         """Call before each fit: notes which parameters there are."""

@@ -6,7 +6,6 @@ the same steps as a run on one.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -47,9 +46,8 @@ class Plan:
         shuffle: Whether each epoch has an order of its own; else the pool is taken as it is.
         drop_last: Leave out a last batch that is not full, unless it is the only one.
         passes: Number of consecutive steps on each batch.
-        shortage: What a process without a sample of a batch (smaller than the number of processes) takes. ``repeat``:
-            one that does not count, so that it takes part in the reduction of gradients; ``empty``: an empty batch, so
-            that it takes part in other reductions; ``skip``: nothing.
+        skip_empty: Whether a process without a sample of a batch (smaller than the number of processes) skips it; else
+            it gets an empty one, so that it takes part in what the processes do together.
     """
 
     def __init__(
@@ -64,12 +62,14 @@ class Plan:
         shuffle: bool = True,
         drop_last: bool = False,
         passes: int = 1,
-        shortage: Literal["repeat", "empty", "skip"] = "repeat",
+        skip_empty: bool = False,
     ) -> None:
+        if skip_empty:
+            batch_size = max(batch_size, world)  # so that only the last batch can be too small for all processes
         self.indices, self.tasks, self.batch_size, self.key = indices, tasks, batch_size, key
-        self.rank, self.world, self.shuffle, self.passes, self.shortage = rank, world, shuffle, passes, shortage
+        self.rank, self.world, self.shuffle, self.passes = rank, world, shuffle, passes
         full, rest = divmod(len(indices), batch_size)
-        if shortage == "skip" and self._bounds(rest)[0] == self._bounds(rest)[1]:
+        if skip_empty and self._bounds(rest)[0] == self._bounds(rest)[1]:
             rest = 0
         self.num_batches = full + (rest > 0 and not (drop_last and full > 0))
 
@@ -89,30 +89,20 @@ class Plan:
             total = min(self.batch_size, len(self.indices) - begin)
             low, high = self._bounds(total)
             weight = (high - low) * self.world / total
-            if low == high and self.shortage == "repeat":
-                low, high = min(low, total - 1), min(low, total - 1) + 1
             place = slice(begin + low, begin + high)
             rows = order[place] if order is not None else place
             yield Rows(self.indices[rows], self.tasks[rows], Draw(mix(self.key, epoch, step), low, high, total), weight)
 
 
-class _Fetch(Dataset[Batch]):
-    """Turns :class:`Rows` into a batch of raw images; what worker processes run."""
+class _Images(Dataset[Tensor]):
+    """Raw images of a step, changed as the domains of their tasks ask for; what worker processes run."""
 
-    def __init__(
-        self, source: Source, columns: Tensor, hidden: Tensor | None, shift: Callable[[Tensor, Tensor], Tensor] | None
-    ):
-        self.source, self.columns, self.hidden, self.shift = source, columns, hidden, shift
-        self.labels = torch.as_tensor(source.labels)
+    def __init__(self, source: Source, shift: Callable[[Tensor, Tensor], Tensor] | None) -> None:
+        self.source, self.shift = source, shift
 
-    def __getitem__(self, rows: Rows) -> Batch:
+    def __getitem__(self, rows: Rows) -> Tensor:
         raw = self.source.take(rows.indices)
-        if self.shift is not None:
-            raw = self.shift(raw, rows.tasks)
-        labels = self.columns[self.labels[rows.indices]]
-        if self.hidden is not None:
-            labels = labels.masked_fill(self.hidden[rows.indices], -1)
-        return Batch(raw, labels, rows.tasks, rows.indices, raw, rows.draw, weight=rows.weight)
+        return raw if self.shift is None else self.shift(raw, rows.tasks)
 
 
 class _Steps:
@@ -126,14 +116,15 @@ class _Steps:
 
 
 class StreamLoader:
-    """Iterable over the batches of a plan.
+    """Takes the samples of a plan from a source.
 
-    Images in memory are taken by one index operation per batch, in this process; files are decoded by workers that are
-    started once and kept over the stream.
+    Images in memory are taken by one index operation per batch, in this process. Files are decoded by workers that are
+    started once and kept over the stream; they only get to see indices and send back images, and draw nothing at random,
+    so that their number changes no result.
 
     Args:
         source: Where images come from.
-        columns: Column of each raw label, int64; -1 for classes not seen yet.
+        columns: Column of each raw label, int64; -1 for classes that never come, as for labels beyond its end.
         hidden: Which samples hide their label, bool, or None.
         shift: What the domains of a stream do to raw images ``(images, tasks) -> images``, or None.
         workers: Number of worker processes for files.
@@ -150,18 +141,22 @@ class StreamLoader:
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        self.fetch = _Fetch(source, columns, hidden, shift)
+        raw = torch.as_tensor(source.labels)
+        labels = torch.where(raw < len(columns), columns[raw.clamp(max=len(columns) - 1)], -1)
+        self.labels = labels if hidden is None else labels.masked_fill(hidden, -1)
         self.pin_memory = pin_memory
+        self._images = _Images(source, shift)
         self._steps = _Steps()
-        self._inner: DataLoader[Batch] | None = None
+        self._workers: DataLoader[Tensor] | None = None
         if workers > 0 and not source.in_memory:
-            self._inner = DataLoader(
-                self.fetch,
+            self._workers = DataLoader(
+                self._images,
                 batch_size=None,
                 sampler=self._steps,  # type: ignore[arg-type]
                 num_workers=workers,
                 pin_memory=pin_memory,
                 persistent_workers=True,
+                generator=torch.Generator(),  # else each epoch would draw from the global one
             )
 
     def over(
@@ -176,18 +171,16 @@ class StreamLoader:
         Args:
             plan: Which samples come when.
             place: Tells, when an iteration begins, the epoch and the step to start at.
-            memory: Source of the rows whose index lies beyond the data set.
+            memory: Source of the rows whose index lies beyond the data set. It must not change during an epoch.
         """
         return PlannedLoader(self, plan, place, memory)
 
-    def batches(self, rows: Callable[[], Iterator[Rows]]) -> Iterator[Batch]:
-        if self._inner is not None:
-            self._steps.rows = rows
-            yield from self._inner
-            return
-        for item in rows():
-            batch = self.fetch[item]
-            yield batch.pin_memory() if self.pin_memory else batch
+    def images(self, rows: Callable[[], Iterator[Rows]]) -> Iterator[Tensor]:
+        """Raw images of the given steps, in their order."""
+        if self._workers is None:
+            return (self._images[item] for item in rows())
+        self._steps.rows = rows
+        return iter(self._workers)
 
 
 class PlannedLoader:
@@ -197,34 +190,47 @@ class PlannedLoader:
         self, loader: StreamLoader, plan: Plan, place: Callable[[], tuple[int, int]], memory: Memory | None
     ) -> None:
         self.loader, self.plan, self.place, self.memory = loader, plan, place, memory
-        self.num_data = len(loader.fetch.labels)
+        self.num_data = len(loader.labels)
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, first = self.place()
-        if self.memory is None:
-            return self.loader.batches(lambda: self.plan.epoch(epoch, first))
-        return self._mixed(epoch, first)
+        return self._batches(*self.place())
 
-    def _mixed(self, epoch: int, first: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
         # Workers hold no memory: they fetch the rows of the data set, and the rows of the memory are put between here.
-        assert self.memory is not None
-        data = self.loader.batches(lambda: (self._data_rows(rows) for rows in self.plan.epoch(epoch, first)))
-        for rows, batch in zip(self.plan.epoch(epoch, first), data, strict=True):
-            replayed = rows.indices >= self.num_data
-            images, labels, tasks = self.memory.gather(rows.indices[replayed] - self.num_data)
-            raw = images.new_empty((len(rows.indices), *images.shape[1:]), device=batch.raw.device)
-            kept: dict[str, Tensor] = {}
-            for name, old, new in (("labels", batch.labels, labels), ("tasks", batch.tasks, tasks)):
-                kept[name] = old.new_empty(len(rows.indices))
-                kept[name][~replayed], kept[name][replayed] = old, new.to(old.device)
-            raw[~replayed], raw[replayed] = batch.raw, images.to(raw.device)
-            indices = torch.where(replayed, -1, rows.indices)
-            yield batch.replace(raw=raw, images=raw, indices=indices, **kept)
+        images = self.loader.images(lambda: map(self._of_data, self.plan.epoch(epoch, first)))
+        stored = self._stored() if self.memory is not None else None
+        for rows, raw in zip(self.plan.epoch(epoch, first), images, strict=True):
+            if stored is None:
+                labels, indices, tasks = self.loader.labels[rows.indices], rows.indices, rows.tasks
+            else:
+                raw, labels, tasks = self._mixed(rows, raw, *stored)
+                indices = torch.where(rows.indices >= self.num_data, -1, rows.indices)
+            batch = Batch(raw, labels, tasks, indices, raw, rows.draw, weight=rows.weight)
+            yield batch.pin_memory() if self.loader.pin_memory else batch
 
-    def _data_rows(self, rows: Rows) -> Rows:
+    def _of_data(self, rows: Rows) -> Rows:
+        if self.memory is None:
+            return rows
         data = rows.indices < self.num_data
         return Rows(rows.indices[data], rows.tasks[data], rows.draw, rows.weight)
 
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, labels and tasks of the whole memory on the CPU: fetched once per epoch, not once per step."""
+        assert self.memory is not None
+        return self.memory.images.cpu(), self.memory.labels.cpu(), self.memory.tasks.cpu()
+
+    def _mixed(
+        self, rows: Rows, raw: Tensor, images: Tensor, labels: Tensor, tasks: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, labels and tasks of all rows, those of the memory among those of the data, in the order of the plan."""
+        replayed = rows.indices >= self.num_data
+        places = rows.indices[replayed] - self.num_data
+        joint = images.new_empty((len(replayed), *images.shape[1:]), pin_memory=self.loader.pin_memory)
+        joint[~replayed], joint[replayed] = raw, images[places]
+        joint_labels, joint_tasks = torch.empty_like(rows.indices), rows.tasks.clone()
+        joint_labels[~replayed], joint_labels[replayed] = self.loader.labels[rows.indices[~replayed]], labels[places]
+        joint_tasks[replayed] = tasks[places]
+        return joint, joint_labels, joint_tasks

@@ -89,6 +89,11 @@ class ContinualStrategy(LightningModule):
     """Whether the strategy also wants training samples without a label (their ``labels`` are -1)."""
     uses_old_logits: ClassVar[bool] = False
     """Whether its losses depend on logits of earlier classes even where ``visible`` is ``current``."""
+    ranks_agree: ClassVar[bool] = True
+    """Whether two processes with the same global batch give what one gives, within rounding; a method that cannot says why
+    where it sets this to False."""
+    plain_first_task: bool = True
+    """Whether the first task is fine-tuning, bit by bit; an option that changes this sets it on the instance."""
 
     # Set by the task loop.
     task: Task
@@ -131,6 +136,11 @@ class ContinualStrategy(LightningModule):
         self._loss_callbacks: list[AddsLosses] = []
         self._accuracy: StreamAccuracy | None = None
         self.row: Row | None = None
+
+    @classmethod
+    def conformance_options(cls) -> dict[str, Any]:
+        """Constructor options with which the conformance tests run the method in seconds, where its defaults do not do."""
+        return {}
 
     # ------------------------------------------------------------------ what a method may write
 
@@ -281,6 +291,8 @@ class ContinualStrategy(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         batch = self.prepare(batch)
+        if len(batch) == 0:  # another process has what there is; this one takes part with gradients of zero
+            return sum_of_zeros(parameter for parameter in self.parameters() if parameter.requires_grad)
         output = self.network(batch.images)
         terms = self.losses(batch, output)
         for callback in self._loss_callbacks:
@@ -443,3 +455,8 @@ class ContinualStrategy(LightningModule):
         self._loss_sum = self._loss_sum.cpu()
         self._accuracy = None
         return row
+
+
+def sum_of_zeros(parameters: Iterable[Tensor]) -> Tensor:
+    """A scalar 0 whose gradient is zero for each of the parameters."""
+    return functools.reduce(operator.add, (parameter.sum() * 0.0 for parameter in parameters))

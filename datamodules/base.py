@@ -3,10 +3,11 @@
 import hashlib
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
@@ -15,18 +16,18 @@ from cl_lightning.backbones import ImageShape
 from cl_lightning.batch import Batch, mix
 from cl_lightning.loaders import Plan, PlannedLoader, StreamLoader
 from cl_lightning.memory import Memory
-from cl_lightning.sources import FileSource, Source, TensorSource
-from cl_lightning.stream import Catalogue, ClassIncremental, Scenario, Stream, Task
+from cl_lightning.sources import FileSource, Source, checked, decoded
+from cl_lightning.stream import Catalogue, ClassIncremental, Part, Scenario, Stream, Task
 from cl_lightning.transforms import Compose, Context, Normalize, Transform, permute_pixels, rotate_images
 
 
 class ContinualDataModule(LightningDataModule):
     """Serves a stream of tasks; a subclass says where the samples come from.
 
-    A subclass writes ``source(train=...)`` and, where it downloads, ``prepare_data``; facts of its data set (``mean``,
-    ``std``, default augmentation) are class attributes. The base deals the samples out by a scenario, keeps a share of
-    each task for validation, and serves the loaders of the current task, of all tasks seen so far, and un-augmented
-    ones. Test data is never part of a fit.
+    A subclass writes ``source(train=...)`` and, where it downloads, ``prepare_data``; what else it may say of its data set
+    are ``mean`` and ``std`` (of its pixels in [0, 1], per channel), ``default_transforms`` and ``default_scenario``. The
+    base deals the samples out by a scenario, keeps a share of each task for validation, and serves the loaders of the
+    current task, of all tasks seen so far, and un-augmented ones. Test data is never part of a fit.
 
     Args:
         scenario: How the data are dealt out over tasks; None for five tasks of equally many classes (fewer if the
@@ -35,16 +36,23 @@ class ContinualDataModule(LightningDataModule):
         eval_batch_size: The same where no gradient is taken.
         val_fraction: Share of each class's training samples kept for validation, in [0, 1).
         transforms: Augmentation of training batches, in order, on the device; None for that of the data set.
-        mean: Of the pixels in [0, 1], per channel, subtracted; None for that of the data set.
-        std: Divisor, per channel; None for that of the data set.
+        mean: Of the pixels in [0, 1], per channel, subtracted; None for that of the data set. Where none is known it is
+            measured on images of the first task, at most 10,000 in memory or 1,000 files, evenly spaced: what comes later
+            has no influence.
+        std: Divisor, per channel; None as for ``mean``.
+        resize: Height and width that images are scaled to on the device, after augmentation, such as the size that a
+            pretrained backbone wants; a memory keeps them as they are. None to leave them.
         seed: Of class order, order of samples, validation share and augmentation; None for ``seed_everything``.
         drop_last: Leave out a last training batch that is not full.
-        workers: Worker processes that decode files.
+        workers: Worker processes that decode files for each loader; their number changes no result.
         in_memory: Decode files once and keep them as uint8 tensors; None to do so if they take at most 1 GiB.
+
+    Raises:
+        ValueError: If an option is outside its range, or later, but before training, if the data are not as they must be.
     """
 
-    mean: Sequence[float] = (0.5,)
-    std: Sequence[float] = (0.5,)
+    mean: ClassVar[Sequence[float] | None] = None
+    std: ClassVar[Sequence[float] | None] = None
 
     def __init__(
         self,
@@ -56,22 +64,27 @@ class ContinualDataModule(LightningDataModule):
         transforms: list[Transform] | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        resize: int | None = None,
         seed: int | None = None,
         drop_last: bool = False,
         workers: int = 0,
         in_memory: bool | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
-                raise ValueError(f"{type(self).__name__}: {name} is {value}; it must be at least 1")
+        least = {"batch_size": (batch_size, 1), "eval_batch_size": (eval_batch_size, 1), "workers": (workers, 0)}
+        for name, (value, low) in {**least, **({} if resize is None else {"resize": (resize, 1)})}.items():
+            if value < low:
+                raise ValueError(f"{type(self).__name__}: {name} is {value}; it must be at least {low}")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"{type(self).__name__}: val_fraction is {val_fraction}; it must lie in [0, 1)")
-        if workers < 0:
-            raise ValueError(f"{type(self).__name__}: workers is {workers}; it must be at least 0")
         self.scenario = scenario
         self.batch_size, self.eval_batch_size, self.val_fraction = batch_size, eval_batch_size, val_fraction
-        self.normalize = Normalize(mean or self.mean, std or self.std)
+        self.resize = resize
+        self._given = (mean, std)
+        self._measured: tuple[list[float], list[float]] | None = None
+        self._normalize: Normalize | None = None
+        if None not in self.statistics():
+            _ = self.normalize  # so that a mistake is told now
         self.augmentation = Compose(self.default_transforms() if transforms is None else transforms)
         self.seed, self.drop_last, self.workers, self.in_memory = seed, drop_last, workers, in_memory
         self.allow_zero_length_dataloader_with_multiple_devices = True
@@ -81,7 +94,7 @@ class ContinualDataModule(LightningDataModule):
         self.cumulative = False
         self.with_unlabelled = False
         self.phase_index = 0
-        self._origin = (0, 0)
+        self._origin = 0
         self._resume: tuple[int, int] | None = None
         self._sources: dict[bool, Source] = {}
         self._loaders: dict[str, StreamLoader] = {}
@@ -96,20 +109,52 @@ class ContinualDataModule(LightningDataModule):
         """Augmentation that is usual for the data set."""
         return []
 
+    def default_scenario(self, catalogue: Catalogue) -> Scenario:
+        """How the data are dealt out where the configuration does not say it."""
+        return default_scenario(catalogue.num_classes)
+
+    def statistics(self) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+        """Mean and standard deviation of the pixels in [0, 1], per channel; None for what is to be measured."""
+        mean, std = self._given
+        return mean or self.mean, std or self.std
+
     # ------------------------------------------------------------------ the stream
 
     def samples(self, *, train: bool) -> Source:
         """Training or test samples, in memory where that is wanted."""
         if train not in self._sources:
             source = self.source(train=train)
-            if isinstance(source, FileSource) and self._keep(source):
-                source = in_memory(source)
+            if not source.in_memory and self._keep(source):
+                source = decoded(source, self.workers)
+            elif isinstance(source, FileSource):
+                source = checked(source, self.workers)
             self._sources[train] = source
         return self._sources[train]
 
     @property
     def image_shape(self) -> ImageShape:
-        return self.samples(train=True).image_shape
+        """Shape that the network sees."""
+        channels, height, width = self.samples(train=True).image_shape
+        return (channels, height, width) if self.resize is None else (channels, self.resize, self.resize)
+
+    @property
+    def normalize(self) -> Normalize:
+        """``(x - mean) / std``; measures what is not given."""
+        if self._normalize is None:
+            mean, std = self.statistics()
+            if mean is None or std is None:
+                self._measured = self._measured or self._measure()
+                mean, std = mean or self._measured[0], std or self._measured[1]
+            self._normalize = Normalize(mean, std)
+        return self._normalize
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data: how images are normalised, where that was measured."""
+        return {} if self._measured is None else {"mean": self._measured[0], "std": self._measured[1]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            self._measured, self._normalize = (state_dict["mean"], state_dict["std"]), None
 
     def catalogue(self) -> Catalogue:
         """What a scenario needs to know of the data."""
@@ -133,32 +178,59 @@ class ContinualDataModule(LightningDataModule):
         """
         self.seed = seed if self.seed is None else self.seed
         catalogue = self.catalogue()
-        scenario = self.scenario or default_scenario(len(catalogue.class_names))
+        train, test = (self.samples(train=part).image_shape for part in (True, False))
+        if train != test:
+            raise ValueError(f"{type(self).__name__}: training images have shape {train}, test images {test}")
+        scenario = self.scenario or self.default_scenario(catalogue)
         if earlier is None:
             self.stream = scenario(catalogue, seed=self.seed, val_fraction=self.val_fraction)
         else:
-            self.stream = scenario.extend(earlier, catalogue, seed=self.seed, val_fraction=self.val_fraction)
+            self.stream = self._continued(scenario, catalogue, Part(1, self.seed, self.val_fraction), earlier)
         self._loaders = {}
-        if len(self.normalize.mean) not in (1, self.image_shape[0]):
+        if (numbers := len(self.normalize.mean)) not in (1, train[0]):
             raise ValueError(
-                f"{type(self).__name__}: mean has {len(self.normalize.mean)} numbers, images have {self.image_shape[0]} "
-                "channels; give one per channel, or one for all"
+                f"{type(self).__name__}: mean has {numbers} numbers, images have {train[0]} channels; give one per "
+                "channel, or one for all"
             )
         return self.stream
 
+    def _continued(self, scenario: Scenario, catalogue: Catalogue, part: Part, earlier: Stream) -> Stream:
+        """The earlier stream as the data give it today, with a further part if the data have gained classes or domains."""
+        try:
+            fresh = scenario(catalogue, seed=part.seed, val_fraction=part.val_fraction)
+        except ValueError:  # three classes in tasks of two can only come as an extension
+            fresh = None
+        if fresh == earlier:
+            return earlier
+        longer = scenario.stream(catalogue, part, earlier)
+        if len(longer) > len(earlier):
+            return scenario.extend(earlier, catalogue, seed=part.seed, val_fraction=part.val_fraction)
+        last = earlier.parts[-1]
+        if (scenario.describe(), part.seed, part.val_fraction) != (earlier.scenario, last.seed, last.val_fraction):
+            raise ValueError(
+                f"{type(self).__name__}: the data have gained no task, and the stream so far is another one: it was made by "
+                f"{earlier.scenario} with seed {last.seed} and val_fraction {last.val_fraction}, the configuration says "
+                f"{scenario.describe()}, {part.seed} and {part.val_fraction}"
+            )
+        return longer
+
     def fingerprint(self, task: int) -> str:
-        """Hash of a task's classes, by name, and of the content of its training, validation and test samples."""
+        """Hash of a task's classes, by name, and of the content and class of its training, validation and test samples."""
         stream, digest = self.stream, hashlib.blake2b(digest_size=16)
-        digest.update("\0".join(stream.class_names[column] for column in stream.tasks[task].columns).encode())
+        digest.update("\0".join(stream.names_of(stream.tasks[task])).encode("utf-8", "surrogatepass"))
         for train, indices in ((True, stream.train[task]), (True, stream.val[task]), (False, stream.test[task])):
-            digest.update(self.samples(train=train).digest(indices))
+            source = self.samples(train=train)
+            digest.update(source.digest(indices))
+            digest.update(stream.columns_of(source.labels[indices]).astype("<i8").tobytes())
         return digest.hexdigest()
 
     def begin(self, task: Task, *, cumulative: bool = False, with_unlabelled: bool = False) -> None:
         """Make ``task`` the current one."""
         self.task, self.cumulative, self.with_unlabelled = task, cumulative, with_unlabelled
 
-    def begin_phase(self, index: int, memory: Memory | None, origin: int, resume: tuple[int, int] | None = None) -> None:
+    def begin_phase(
+        self, index: int, memory: Memory | None, origin: int, resume: tuple[int, int] | None = None
+    ) -> None:
         """Prepare the training loader for a phase.
 
         Args:
@@ -168,7 +240,7 @@ class ContinualDataModule(LightningDataModule):
             resume: Epoch of the Trainer and step to start at, when a fit goes on half-way.
         """
         self.phase_index, self.memory, self._resume = index, memory, resume
-        self._origin = (origin, index)
+        self._origin = origin
 
     # ------------------------------------------------------------------ loaders
 
@@ -179,8 +251,9 @@ class ContinualDataModule(LightningDataModule):
         if not self.with_unlabelled and (hidden := self._hidden()) is not None:
             labelled = ~hidden[indices]
             indices, tasks = indices[labelled], tasks[labelled]
-        if self.memory is not None and len(self.memory) > 0:
-            extra = torch.arange(len(self.memory)) + len(self.samples(train=True).labels)
+        memory = self.memory if self.memory is not None and len(self.memory) > 0 else None
+        if memory is not None:
+            extra = torch.arange(len(memory)) + len(self.samples(train=True).labels)
             indices, tasks = torch.cat([indices, extra]), torch.cat([tasks, torch.full_like(extra, -1)])
         plan = self._plan(
             indices,
@@ -190,7 +263,7 @@ class ContinualDataModule(LightningDataModule):
             drop_last=self.drop_last,
             passes=stream.passes,
         )
-        return self._loader("train").over(plan, place=self._place, memory=self.memory)
+        return self._loader("train").over(plan, place=self._place, memory=memory)
 
     def val_dataloader(self) -> PlannedLoader | list[Any]:
         """Validation samples of all tasks seen so far, in one pass; nothing without ``val_fraction``."""
@@ -207,32 +280,63 @@ class ContinualDataModule(LightningDataModule):
         indices, tasks = self._pool(self.stream.train, range(self.task.index, self.task.index + 1))
         if (hidden := self._hidden()) is not None:
             indices, tasks = indices[~hidden[indices]], tasks[~hidden[indices]]
-        plan = self._plan(indices, tasks, batch_size=self.eval_batch_size, shuffle=False, shortage="empty")
+        plan = self._plan(indices, tasks, batch_size=self.eval_batch_size, shuffle=False)
         return self._loader("statistics").over(plan)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        # Lightning would wait for the copy of anything that is not a plain tensor.
+        return batch.to(device, non_blocking=device.type == "cuda")
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         return self.finish(batch, augment=self.trainer is not None and bool(self.trainer.training))
 
     def finish(self, batch: Batch, *, augment: bool) -> Batch:
-        """Augment, if asked to, and normalise the raw images of a batch, where they are."""
+        """Augment, if asked to, scale and normalise the raw images of a batch, where they are."""
         images = batch.raw
         if augment and self.augmentation.transforms:
-            epoch = self.trainer.current_epoch - self._origin[0] if self.trainer is not None else 0
-            images = self.augmentation(images, batch.draw, Context(indices=batch.indices, epoch=epoch, seed=self.seed or 0))
+            epoch = self.trainer.current_epoch - self._origin if self.trainer is not None else 0
+            images = self.augmentation(
+                images, batch.draw, Context(indices=batch.indices, epoch=epoch, seed=self.seed or 0)
+            )
+        if self.resize is not None and images.shape[-2:] != (self.resize, self.resize):
+            images = images if images.is_floating_point() else images.float().div_(255)
+            side = (self.resize, self.resize)
+            images = F.interpolate(images, side, mode="bilinear", antialias=True) if len(images) else images
         return batch.replace(images=self.normalize(images, batch.draw))
 
     # ------------------------------------------------------------------ inside
 
-    def _keep(self, source: FileSource) -> bool:
+    def _keep(self, source: Source) -> bool:
         if self.in_memory is not None:
             return self.in_memory
         channels, height, width = source.image_shape
-        return len(source) * channels * height * width <= 2**30
+        return len(source.labels) * channels * height * width <= 2**30
+
+    def _measure(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel over images of the first task, to 4 digits."""
+        if not hasattr(self, "stream"):
+            raise ValueError(
+                f"{type(self).__name__}: how images are normalised is known neither from the configuration nor from the "
+                "checkpoint; give data.mean and data.std"
+            )
+        source, indices = self.samples(train=True), torch.as_tensor(self.stream.train[0].copy())
+        most = 10_000 if source.in_memory else 1_000
+        if len(indices) > most:
+            indices = indices[torch.linspace(0, len(indices) - 1, most, dtype=torch.float64).long()]
+        total = squares = torch.zeros((), dtype=torch.float64)
+        count = 0
+        for part in indices.split(256):
+            values = source.take(part).transpose(0, 1).flatten(1).double()  # (C, pixels)
+            total, squares = total + values.sum(1), squares + values.square().sum(1)
+            count += values.shape[1]
+        mean = total / count
+        std = (squares / count - mean.square()).clamp(min=1).sqrt()  # at least a grey level, where all are the same
+        return [round(value, 4) for value in (mean / 255).tolist()], [round(value, 4) for value in (std / 255).tolist()]
 
     def _place(self) -> tuple[int, int]:
-        epoch = self.trainer.current_epoch if self.trainer is not None else self._origin[0]
+        epoch = self.trainer.current_epoch if self.trainer is not None else self._origin
         first = self._resume[1] if self._resume is not None and self._resume[0] == epoch else 0
-        return epoch - self._origin[0], first
+        return epoch - self._origin, first
 
     def _pool(self, parts: Sequence[np.ndarray], chosen: range) -> tuple[Tensor, Tensor]:
         arrays = [torch.as_tensor(np.asarray(parts[task], dtype=np.int64)) for task in chosen]
@@ -243,7 +347,7 @@ class ContinualDataModule(LightningDataModule):
         return Plan(indices, tasks, rank=distributed.rank(), world=distributed.world_size(), **options)
 
     def _evaluation_plan(self, indices: Tensor, tasks: Tensor) -> Plan:
-        return self._plan(indices, tasks, batch_size=self.eval_batch_size, shuffle=False, shortage="skip")
+        return self._plan(indices, tasks, batch_size=self.eval_batch_size, shuffle=False, skip_empty=True)
 
     def _hidden(self) -> Tensor | None:
         unlabelled = [part for part in self.stream.unlabelled if len(part)]
@@ -273,37 +377,26 @@ class Shifts:
     """Applies to raw images what the domain of their task does to them: a fixed permutation or rotation."""
 
     def __init__(self, stream: Stream) -> None:
-        self.shifts = [task.domain for task in stream.tasks]
+        self.shifts = stream.shifts
+        self._orders: dict[int, Tensor] = {}
 
     def __call__(self, images: Tensor, tasks: Tensor) -> Tensor:
         result = images.clone()
-        for task in tasks.unique().tolist():
-            shift = self.shifts[task]
-            rows = tasks == task
-            if shift is None:
-                continue
-            if shift.kind == "permute":
-                result[rows] = permute_pixels(images[rows], int(shift.value))
-            else:
-                result[rows] = rotate_images(images[rows], float(shift.value))
+        for task in sorted(set(tasks.tolist())):
+            if self.shifts[task] is not None:
+                rows = tasks == task
+                result[rows] = self._shifted(images[rows], task)
         return result
 
-
-def in_memory(source: FileSource) -> TensorSource:
-    """The same samples, decoded once."""
-    images = torch.empty(len(source), *source.image_shape, dtype=torch.uint8)
-    for index, path in enumerate(source.paths):
-        images[index] = source.decode(path)
-    kept = TensorSource(
-        images,
-        source.labels,
-        class_names=source.class_names,
-        channels_last=False,
-        domains=source.domains,
-        domain_names=source.domain_names,
-    )
-    kept.digest = source.digest  # type: ignore[method-assign]  # by name and size, as when files are read each time
-    return kept
+    def _shifted(self, images: Tensor, task: int) -> Tensor:
+        shift = self.shifts[task]
+        assert shift is not None
+        if shift.kind == "rotate":
+            return rotate_images(images, float(shift.value))
+        if task not in self._orders:  # drawn once, not for every batch
+            places = torch.arange(images.shape[-2] * images.shape[-1]).view(images.shape[-2:])
+            self._orders[task] = permute_pixels(places, int(shift.value)).flatten()
+        return images.flatten(-2).index_select(-1, self._orders[task]).view(images.shape)
 
 
 def default_scenario(num_classes: int) -> Scenario:

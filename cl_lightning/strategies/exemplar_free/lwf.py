@@ -66,6 +66,7 @@ class LwF(ContinualStrategy):
         self.distill_weight, self.temperature, self.form = distill_weight, temperature, form
         self.scale_by_temperature, self.warmup_epochs = scale_by_temperature, warmup_epochs
         self.teacher = Teacher()
+        self.plain_first_task = form == "softmax"
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
         if self.form == "sigmoid":

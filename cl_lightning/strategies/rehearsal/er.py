@@ -60,6 +60,7 @@ class ER(ContinualStrategy):
             raise ValueError(f"ER: replay_size is {replay_size}; it must be at least 1, or null for the batch size")
         self.memory = Memory(memory_size, policy)
         self.mix, self.replay_size, self.reduction = mix, replay_size, reduction
+        self.plain_first_task = mix == "loader"  # else the memory is replayed from the second step on
 
     def prepare(self, batch: Batch) -> Batch:
         if self.mix == "loader" or len(self.memory) == 0:
@@ -89,5 +90,4 @@ class ER(ContinualStrategy):
         return self.memory if self.mix == "loader" else None
 
     def _offer(self, batch: Batch) -> None:
-        real = batch if batch.weight > 0 else batch.select(slice(0, 0))  # a row that does not count is no sample
-        self.memory.add(real.raw, real.labels, real.tasks, real.draw)
+        self.memory.add(batch.raw, batch.labels, batch.tasks, batch.draw)

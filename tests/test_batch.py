@@ -1,0 +1,46 @@
+import torch
+
+from cl_lightning.batch import Batch, Draw, cat, mix
+
+
+def batch(start: int, stop: int, total: int, world: int) -> Batch:
+    rows = torch.arange(start, stop)
+    images = rows[:, None, None, None].float()
+    weight = (stop - start) * world / total
+    return Batch(images, rows, rows, rows, images, Draw(1, start, stop, total), weight=weight)
+
+
+def test_mix_is_the_same_on_every_platform_and_depends_on_the_order():
+    assert mix(0, 1, 2) == 0xF4F373571B7FEB84
+    assert mix(1, 2) != mix(2, 1)
+    assert len({mix(0, index) for index in range(10_000)}) == 10_000
+
+
+def test_ranks_together_draw_what_one_process_draws():
+    whole = Draw.of(7, 3)
+    parts = [Draw(whole.key, 0, 3, 7), Draw(whole.key, 3, 3, 7), Draw(whole.key, 3, 7, 7)]
+    for draw in (lambda d: d.rand(2), lambda d: d.randn(), lambda d: d.randint(9, 4)):
+        assert torch.equal(torch.cat([draw(part) for part in parts]), draw(whole))
+
+
+def test_a_share_of_other_rows_covers_them_once_even_where_a_rank_has_none():
+    parts = [Draw(5, 0, 0, 1), Draw(5, 0, 1, 1)]
+    shares = [part.share(9, 2) for part in parts]
+    assert [(share.start, share.stop) for share in shares] == [(0, 0), (0, 9)]
+    assert shares[0].key == shares[1].key != parts[0].key
+
+
+def test_the_weighted_means_of_joint_batches_are_the_mean_over_all_rows():
+    # 5 samples of the stream and 3 of a memory over two processes: 2 + 1 and 3 + 2 rows.
+    stream = [batch(0, 2, 5, 2), batch(2, 5, 5, 2)]
+    memory = [batch(0, 1, 3, 2), batch(1, 3, 3, 2)]
+    joint = [cat(pair, world_size=2) for pair in zip(stream, memory, strict=True)]
+    value = sum(part.images.mean() * part.weight for part in joint) / 2
+    torch.testing.assert_close(value, torch.tensor([0.0, 1, 2, 3, 4, 0, 1, 2]).mean())
+
+
+def test_moving_a_batch_keeps_raw_and_images_one_tensor_where_they_are():
+    one = batch(0, 2, 2, 1)
+    assert one.to("cpu").raw is one.to("cpu").images
+    apart = one.replace(raw=one.raw.clone())
+    assert apart.to("cpu").raw is not apart.to("cpu").images
