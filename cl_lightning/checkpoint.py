@@ -42,17 +42,18 @@ def load(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {path}: no such file; give the path of a .ckpt file, or 'last'")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"checkpoint {path}: not a readable checkpoint (not whole, or not written by this framework)")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
-            raise ValueError(
-                f"checkpoint {path}: refused, it holds pickled objects, which can run any code when they are loaded; "
-                "checkpoints of this framework hold tensors and plain values only"
-            ) from error
-        raise ValueError(f"checkpoint {path}: not a readable checkpoint ({_short(error)})") from error
+        raise ValueError(
+            f"checkpoint {path}: refused, it holds pickled objects, which can run any code when they are loaded; "
+            "checkpoints of this framework hold tensors and plain values only"
+        ) from error
     except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"checkpoint {path}: not a readable checkpoint ({_short(error)})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"checkpoint {path}: not a readable checkpoint ({reason})") from error
     part = checkpoint.get("cl_lightning") if isinstance(checkpoint, Mapping) else None
     if not isinstance(part, Mapping) or "schema" not in part:
         raise ValueError(f"checkpoint {path}: not written by this framework; it has no part 'cl_lightning'")
@@ -61,10 +62,6 @@ def load(path: str | Path) -> dict[str, Any]:
             f"checkpoint {path}: its version is {part['schema']}, this program reads up to {SCHEMA}; update it"
         )
     return dict(checkpoint)
-
-
-def _short(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def settle_progress(loops: dict[str, Any], *, mid_epoch: bool) -> None:

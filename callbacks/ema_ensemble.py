@@ -1,0 +1,192 @@
+"""Temporal ensembles: the network is evaluated with a running average of its weights."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cl_lightning.distributed import all_sum, is_distributed, world_size
+from cl_lightning.hooks import ContinualCallback
+from cl_lightning.network import Network
+from cl_lightning.stream import Task
+
+if TYPE_CHECKING:
+    from cl_lightning.strategy import ContinualStrategy
+
+
+class EMAEnsemble(ContinualCallback):
+    """Evaluates an exponential moving average of the weights, an ensemble over the time of training.
+
+    After every optimizer step, with theta the network and phi its average,
+
+        phi <- m phi + (1 - m) theta,   so   phi_t = m^t theta_0 + sum_{s=1..t} (1 - m) m^(t-s) theta_s
+
+    and phi takes theta's place while validating, testing and predicting (Soutif-Cormerais et al., CoLLAs 2023,
+    arXiv:2306.16817). m -> momentum; it covers about 1 / (1 - m) steps. As in the authors' code m is 0.9 at first
+    (``warmup_momentum``) and goes up in one step: after the first task, or after ``warmup_steps``. Training does not
+    see phi: the live weights are the same, to the bit, with and without this callback.
+
+    Averaged are the weights that are trained and the floating-point buffers of the backbone (statistics of batch
+    normalisation); counters and frozen weights are those of the live network. New weights (the rows of new classes)
+    enter with their first value. What a strategy takes from the network when a task ends (class means, Fisher
+    information, teachers) comes from the live weights, and so do the statistics of heads that are fitted to them.
+    Weights that it rewrites there, in place of an optimizer, enter the average as they are.
+
+    Args:
+        momentum: m, in [0, 1); 0 evaluates the live weights.
+        warmup_momentum: m at first, where it is smaller.
+        warmup_steps: Optimizer steps with ``warmup_momentum``; None for those of the first task.
+        restart: Begin each task with an average of its first weights, instead of going on over the stream; also needed
+            where a strategy builds its network anew for each task.
+    """
+
+    paper: str = "Soutif-Cormerais et al., CoLLAs 2023, arXiv:2306.16817"
+
+    def __init__(
+        self,
+        *,
+        momentum: float = 0.99,
+        warmup_momentum: float = 0.9,
+        warmup_steps: int | None = None,
+        restart: bool = False,
+    ) -> None:
+        for name, value in (("momentum", momentum), ("warmup_momentum", warmup_momentum)):
+            if not 0 <= value < 1:
+                raise ValueError(f"EMAEnsemble: {name} is {value}; it must lie in [0, 1), 0 for the live weights")
+        if warmup_steps is not None and warmup_steps < 0:
+            raise ValueError(f"EMAEnsemble: warmup_steps is {warmup_steps}; it must be at least 0, or null")
+        self.momentum, self.warmup_momentum = momentum, warmup_momentum
+        self.warmup_steps, self.restart = warmup_steps, restart
+        self.average: dict[str, Tensor] = {}
+        """phi by the names of the network's state, float32 at least."""
+        self.updates = 0
+        self._global_step = 0
+        self._theta: list[Tensor] = []  # what is averaged in this fit, in the order of `average`
+        self._swapped: dict[str, Tensor] = {}  # the live values, while the average is in their place
+        self._unclosed: dict[str, Tensor] = {}  # the live values before the end of a task
+
+    # ------------------------------------------------------------------ the average
+
+    def on_task_start(self, trainer: Trainer, strategy: "ContinualStrategy", task: Task) -> None:
+        if self.restart:
+            self.average, self.updates = {}, 0
+
+    @torch.no_grad()
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        live = _state(pl_module)
+        averages: dict[str, Tensor] = {}
+        for name, value in live.items():
+            average = self.average.get(name)
+            if average is not None and average.shape == value.shape:
+                averages[name] = average.to(value.device)
+            elif value.requires_grad or (name.startswith("backbone.") and _is_statistic(value)):
+                # Half precision could not hold the small steps of an average.
+                averages[name] = value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
+        self.average, self._theta = averages, [live[name] for name in averages]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._global_step = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._global_step:  # gradients are being accumulated
+            return
+        self._global_step = trainer.global_step
+        averages = list(self.average.values())
+        theta = [value.to(average.dtype) for value, average in zip(self._theta, averages, strict=True)]
+        torch._foreach_lerp_(averages, theta, 1 - self._momentum(pl_module))
+        self.updates += 1
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not is_distributed():
+            return
+        # Each process has normalised by its share of each batch; the live statistics are averaged here too.
+        for prefix, layer in pl_module.network.named_modules():  # type: ignore[union-attr]
+            for name in ("running_mean", "running_var") if isinstance(layer, _BatchNorm) else ():
+                if (average := self.average.get(f"{prefix}.{name}")) is not None:
+                    all_sum(average).div_(world_size())
+
+    def _momentum(self, strategy: Any) -> float:
+        warming = strategy.task.is_first if self.warmup_steps is None else self.updates < self.warmup_steps
+        return min(self.momentum, self.warmup_momentum) if warming else self.momentum
+
+    # ------------------------------------------------------------------ evaluation
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "test" and self.average:
+            live = _state(pl_module)
+            self._unclosed = {name: live[name].detach().clone() for name in self.average if name in live}
+
+    @torch.no_grad()
+    def on_task_end(self, trainer: Trainer, strategy: "ContinualStrategy", task: Task) -> None:
+        live = _state(strategy)
+        for name, before in self._unclosed.items():
+            if not torch.equal(before.to(strategy.device), live[name]):
+                self.average[name].copy_(live[name])
+
+    @torch.no_grad()
+    def _swap_in(self, strategy: object) -> None:
+        live = _state(strategy)
+        self._unclosed = {}
+        for name, average in self.average.items():
+            if name not in self._swapped and name in live:
+                self._swapped[name] = live[name].detach().clone()
+                live[name].copy_(average)
+
+    @torch.no_grad()
+    def _swap_out(self, strategy: object) -> None:
+        live, swapped, self._swapped = _state(strategy), self._swapped, {}
+        for name, value in swapped.items():
+            live[name].copy_(value)
+
+    # The loop's own callback comes first, so the end of a task, which is part of a test, sees the live weights.
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_in(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_in(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_in(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_out(pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_out(pl_module)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_out(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._swap_out(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._swap_out(pl_module)
+
+    # ------------------------------------------------------------------ what is kept
+
+    def bytes_kept(self) -> dict[str, int]:
+        return {"averages": sum(value.numel() * value.element_size() for value in self.average.values())}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": dict(self.average), "updates": self.updates} if self.average else {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.average = {name: value.clone() for name, value in state_dict["average"].items()}
+        self.updates = state_dict["updates"]
+
+
+def _is_statistic(value: Tensor) -> bool:
+    return not isinstance(value, torch.nn.Parameter) and value.is_floating_point()
+
+
+def _state(strategy: Any) -> dict[str, Tensor]:
+    """Parameters and buffers of the network by name; the tensors themselves."""
+    network: Network = strategy.network
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}

@@ -1,0 +1,161 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from callback_runs import NormNet, assert_resumes, assert_same, assert_same_run, loop, plain_net, run, sgd
+
+from cl_lightning.callbacks.importance_penalty import ImportancePenalty
+from cl_lightning.heads import LinearHead
+from cl_lightning.hooks import ContinualCallback
+from cl_lightning.network import Network
+from cl_lightning.strategies.baselines.finetune import Finetune
+from cl_lightning.strategies.exemplar_free.ewc import EWC
+
+
+def finetune(**options):
+    return Finetune(**{"backbone": NormNet, "optimizer": sgd, **options})
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({}, {}),
+        ({"on": "backbone", "labels": "empirical", "per_sample": False}, {}),
+        ({"merge": "decay", "decay": 0.5}, {"online": True, "decay": 0.5}),
+    ],
+    ids=["ewc", "backbone", "online"],
+)
+def test_finetune_with_the_fisher_penalty_is_ewc_to_the_bit(ours, theirs):
+    shared = {key: value for key, value in ours.items() if key not in ("merge", "decay")}
+    callback = ImportancePenalty(weight=100.0, **ours)
+    ewc = run(EWC(backbone=NormNet, optimizer=sgd, penalty_weight=100.0, **shared, **theirs))
+    assert_same_run(run(finetune(), callback), ewc)
+    assert_same(callback.state_dict(), dict(ewc.strategy.consolidation.state_dict()))
+    assert callback.bytes_kept() == {"importance": ewc.strategy.bytes_kept()["importance"]}
+
+
+@pytest.mark.parametrize("visible", ["all", "current"])
+@pytest.mark.parametrize("estimator", ["fisher", "mas", "si", "l2"])
+def test_weight_0_is_finetuning_to_the_bit(estimator, visible):
+    callback = ImportancePenalty(estimator=estimator, weight=0.0)
+    assert_same_run(run(finetune(visible=visible), callback), run(finetune(visible=visible)))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "weight"), [("fisher", 100.0), ("mas", 0.01), ("si", 1.0), ("l2", 0.1)], ids=lambda value: str(value)
+)
+def test_a_penalty_holds_weights_and_resumes_to_the_bit(estimator, weight, tmp_path):
+    assert_resumes(lambda: (finetune(), [ImportancePenalty(estimator=estimator, weight=weight)]), tmp_path)
+
+    def moved(*callbacks):
+        start = {}
+
+        class Remember(ContinualCallback):
+            def on_task_start(self, trainer, strategy, task):
+                start.update({name: p.detach().clone() for name, p in strategy.network.backbone.named_parameters()})
+
+        end = dict(run(finetune(), Remember(), *callbacks).strategy.network.backbone.named_parameters())
+        return sum(float((end[name].detach() - value).square().sum()) for name, value in start.items())
+
+    assert moved(ImportancePenalty(estimator=estimator, weight=weight)) < 0.95 * moved()
+
+
+def test_importances_of_the_path_are_those_of_its_definition():
+    c, xi = 0.1, 0.01
+    callback = ImportancePenalty(estimator="si", weight=c, xi=xi)
+
+    class Plain(ContinualCallback):
+        """omega_j = sum over tasks of relu(w_j) / ((theta_j - start_j)^2 + xi), in float64."""
+
+        def __init__(self):
+            self.omega, self.anchor = {}, {}
+
+        def parameters(self, strategy):
+            return {name: p.detach().double().clone() for name, p in strategy.network.named_parameters()}
+
+        def on_task_start(self, trainer, strategy, task):
+            self.start = self.parameters(strategy)
+            self.work = {name: torch.zeros_like(value) for name, value in self.start.items()}
+
+        def on_before_optimizer_step(self, trainer, strategy, optimizer):
+            self.before = self.parameters(strategy)
+            self.gradient = {}
+            for name, p in strategy.network.named_parameters():
+                self.gradient[name] = p.grad.double().clone()
+                if name in self.omega:
+                    self.gradient[name] -= 2 * c * self.omega[name] * (self.before[name] - self.anchor[name])
+
+        def on_train_batch_end(self, trainer, strategy, outputs, batch, batch_idx):
+            if (batch_idx + 1) % 2 and batch_idx + 1 != trainer.num_training_batches:
+                return  # gradients are being accumulated
+            for name, value in self.parameters(strategy).items():
+                self.work[name] -= self.gradient[name] * (value - self.before[name])
+
+        def on_task_end(self, trainer, strategy, task):
+            self.anchor = self.parameters(strategy)
+            for name, value in self.anchor.items():
+                new = self.work[name].clamp(min=0) / ((value - self.start[name]).square() + xi)
+                self.omega[name] = self.omega.get(name, 0) + new
+
+    plain = Plain()
+    run(finetune(), plain, callback, accumulate_grad_batches=2, gradient_clip_val=0.5)
+    omegas, anchors = callback.consolidation.importance.omegas, callback.consolidation.importance.anchors
+    assert omegas.keys() == plain.omega.keys()
+    for name, expected in plain.omega.items():
+        torch.testing.assert_close(omegas[name].double(), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(anchors[name].double(), plain.anchor[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("estimator", "merge"), [("fisher", "add"), ("mas", "decay"), ("si", "decay")])
+def test_importances_are_merged_as_in_the_papers_unless_told_otherwise(estimator, merge):
+    assert ImportancePenalty(estimator=estimator).consolidation.merge == merge
+    assert ImportancePenalty(estimator=estimator, merge="average").consolidation.merge == "average"
+
+
+class FirstPenalty(ImportancePenalty):
+    """Keeps the penalties of the first task."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.seen = []
+
+    def losses(self, strategy, batch, output):
+        terms = super().losses(strategy, batch, output)
+        if strategy.task.is_first:
+            self.seen.append(float(terms["penalty"].detach()) if terms else None)
+        return terms
+
+
+def test_initial_weights_are_held_during_the_first_task_on_demand():
+    callback = FirstPenalty(estimator="l2", weight=1.0, hold_initial=True)
+    made = loop(finetune(backbone=plain_net), callback, options={"stop_after_task": 0})
+    made.fit()
+    assert callback.seen[0] == 0.0
+    assert min(callback.seen[2:]) > 0
+    free = FirstPenalty(estimator="l2", weight=1.0)
+    other = loop(finetune(backbone=plain_net), free, options={"stop_after_task": 0})
+    other.fit()
+    assert set(free.seen) == {None}
+    assert not torch.equal(
+        made.strategy.network.backbone.layers[1].weight, other.strategy.network.backbone.layers[1].weight
+    )
+
+
+def test_initial_rows_of_the_head_are_not_held():
+    callback = ImportancePenalty(estimator="l2", hold_initial=True)
+    network = Network(plain_net((1, 8, 8)), LinearHead(16))
+    network.head.grow(4)
+    callback.on_task_start(None, SimpleNamespace(network=network), SimpleNamespace(is_first=True))
+    names = callback.consolidation.importance.anchors
+    assert names
+    assert all(name.startswith("backbone.") for name in names)
+
+
+def test_initial_weights_need_the_estimator_l2():
+    with pytest.raises(ValueError, match="use estimator 'l2'"):
+        ImportancePenalty(estimator="si", hold_initial=True)
+
+
+def test_wrong_options_are_told():
+    with pytest.raises(ValueError, match="weight=-1"):
+        ImportancePenalty(weight=-1.0)

@@ -1,0 +1,204 @@
+"""The base of all strategies, through fine-tuning."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from callback_runs import loop, plain_net, run, sgd
+from cl_lightning.backbones import MLP
+from cl_lightning.heads import PrototypeHead
+from cl_lightning.schedules import StepsOverPhase
+from cl_lightning.strategies.baselines.finetune import Finetune
+from cl_lightning.strategies.baselines.joint import Joint
+from cl_lightning.strategy import ContinualStrategy, Phase
+from cl_lightning.stream import ClassIncremental
+
+FINETUNE = partial(Finetune, backbone=plain_net, optimizer=sgd)
+
+
+def test_with_current_logits_old_rows_get_no_gradient_and_do_not_move():
+    made = loop(FINETUNE(visible="current"), options={"stop_after_task": 0})
+    made.fit()
+    block = made.strategy.network.head.blocks[0]
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    made.options = type(made.options)()
+    made._run_task(made.stream.tasks[1], None)
+    after = made.strategy.network.head.blocks[0].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)  # in spite of momentum and weight decay
+    assert not any(parameter.requires_grad for parameter in block.parameters())
+
+
+def test_with_all_logits_old_classes_are_forgotten_at_once():
+    made = run(FINETUNE(), max_epochs=4)
+    final = made.matrix.R_ci[2]
+    assert final[0] < 0.1
+    assert final[2] > 0.5
+
+
+def test_with_task_logits_the_task_aware_reading_stays_high():
+    made = run(FINETUNE(visible="task"), max_epochs=4)
+    assert made.matrix.R_ti[2, :3].min() > 0.6
+    assert made.matrix.R_ti[2, 0] > made.matrix.R_ci[2, 0]
+
+
+def test_each_visible_mode_masks_its_columns():
+    made = loop(FINETUNE(visible="task"), options={"stop_after_task": 1})
+    made.fit()
+    strategy = made.strategy
+    logits = torch.randn(4, 7, requires_grad=True)
+    batch = type("B", (), {"labels": torch.tensor([0, 3, 4, 6]), "tasks": torch.tensor([0, 0, 1, 1])})
+    output = type("O", (), {"logits": logits})
+    for visible, expected in (
+        ("task", [[1, 1, 1, 1, 0, 0, 0]] * 2 + [[0, 0, 0, 0, 1, 1, 1]] * 2),
+        ("all", [[1] * 7] * 4),
+    ):
+        strategy.visible = visible
+        logits.grad = None
+        strategy.classification_loss(output, batch).backward()
+        assert torch.equal((logits.grad != 0).int(), torch.tensor(expected, dtype=torch.int32))
+
+
+def test_a_frozen_backbone_does_not_move_and_stays_in_eval_mode():
+    modes = []
+
+    class Watching(Finetune):
+        def losses(self, batch, output):
+            modes.append((self.network.backbone.training, self.network.head.training))
+            return super().losses(batch, output)
+
+    made = loop(Watching(backbone=plain_net, freeze_backbone=True))
+    made._prepare(None)
+    before = {name: value.clone() for name, value in made.strategy.network.backbone.state_dict().items()}
+    made.fit()
+    after = made.strategy.network.backbone.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert set(modes) == {(False, True)}
+
+
+def test_the_first_task_can_have_its_own_optimizer_epochs_and_schedule():
+    seen = []
+
+    class Watching(Finetune):
+        def configure_optimizers(self):
+            configured = super().configure_optimizers()
+            optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+            scheduled = isinstance(configured, dict)
+            seen.append((type(optimizer).__name__, optimizer.param_groups[0]["lr"], scheduled, self.phase_epochs))
+            return configured
+
+    strategy = Watching(
+        backbone=plain_net,
+        optimizer=partial(torch.optim.Adam, lr=0.001),
+        first_optimizer=partial(torch.optim.SGD, lr=0.1),
+        first_scheduler=partial(StepsOverPhase, at=[0.5]),
+    )
+    made = run(strategy, options={"first_task_epochs": 3}, max_epochs=1)
+    assert seen == [("SGD", 0.1, True, 3), ("Adam", 0.001, False, 1), ("Adam", 0.001, False, 1)]
+    assert made.trainer.current_epoch == 5
+
+
+def test_phases_are_fits_of_their_own_with_the_parameters_they_choose():
+    log = []
+
+    class TwoPhases(Finetune):
+        def phases(self, task):
+            return [Phase("body"), Phase("head", epochs=3, optimizer=partial(torch.optim.SGD, lr=0.5))]
+
+        def trainable(self):
+            return self.network.head.parameters() if self.phase.name == "head" else super().trainable()
+
+        def on_train_start(self):
+            self.body = [value.clone() for value in self.network.backbone.parameters()]
+
+        def end_phase(self, phase):
+            moved = any(
+                not torch.equal(a, b) for a, b in zip(self.body, self.network.backbone.parameters(), strict=True)
+            )
+            log.append((self.task.index, phase.name, moved, self.phase_epochs))
+
+    run(TwoPhases(backbone=plain_net), options={"phase_epochs": {"body": 1}}, max_epochs=2)
+    expected = [("body", True, 1), ("head", False, 3)]
+    assert log == [(task, *phase) for task in range(3) for phase in expected]
+
+
+def test_a_task_may_have_no_gradient_step():
+    class Means(ContinualStrategy):
+        def phases(self, task):
+            return []
+
+    made = run(Means(backbone=partial(MLP, hidden=()), head=PrototypeHead))
+    assert made.trainer.global_step == 0
+    assert made.matrix.measures()["average_accuracy"] > 0.8  # class means of pixels
+    first, last = made.matrix.R_ci[0, 0], made.matrix.R_ci[2, 0]
+    assert last > first - 0.15
+
+
+def test_the_nearest_class_mean_does_not_depend_on_how_the_stream_is_cut():
+    class Means(ContinualStrategy):
+        def phases(self, task):
+            return []
+
+    finals = []
+    for sizes in ([10], [5, 5], [1] * 10):
+        data = {"scenario": ClassIncremental(sizes=sizes)}
+        made = run(Means(backbone=partial(MLP, hidden=()), head=PrototypeHead), data=data)
+        finals.append(made.matrix.measures()["average_accuracy"])
+    assert finals[0] == finals[1] == finals[2]
+
+
+def test_joint_training_forgets_nothing_and_beats_finetuning():
+    joint = run(Joint(backbone=plain_net), max_epochs=4)
+    finetune = run(Finetune(backbone=plain_net), max_epochs=4)
+    assert joint.matrix.measures()["average_accuracy"] > finetune.matrix.measures()["average_accuracy"] + 0.4
+    assert joint.matrix.measures()["forgetting"] < 0.25
+
+
+def test_joint_from_scratch_has_new_weights_at_each_task():
+    weights = []
+
+    class Watching(Joint):
+        def begin_task(self, task):
+            super().begin_task(task)
+            weights.append(self.network.backbone.layers[1].weight.detach().clone())
+
+    run(Watching(backbone=plain_net, from_scratch=True), max_epochs=1)
+    assert len(weights) == 3
+    bound = 1 / 64**0.5 + 1e-6  # of a fresh nn.Linear of 64 inputs
+    assert all(weight.abs().max() <= bound for weight in weights)
+    assert not torch.equal(weights[1], weights[2])
+
+
+def test_without_parameters_to_train_the_phase_is_named():
+    class Nothing(Finetune):
+        def trainable(self):
+            return []
+
+    with pytest.raises(ValueError, match="phase 'train' of task 0 has no parameters to train"):
+        run(Nothing(backbone=plain_net))
+
+
+def test_two_terms_of_one_name_are_refused():
+    from cl_lightning.hooks import ContinualCallback
+
+    class Doubled(ContinualCallback):
+        def losses(self, strategy, batch, output):
+            return {"ce": output.logits.sum()}
+
+    with pytest.raises(ValueError, match="Doubled: the loss term 'ce' exists already"):
+        run(FINETUNE(), Doubled())
+
+
+def test_an_unknown_visible_mode_and_joint_with_current_are_refused():
+    with pytest.raises(ValueError, match="visible is 'none'"):
+        Finetune(visible="none")
+    with pytest.raises(ValueError, match="Joint: visible is 'current'"):
+        Joint(visible="current")
+
+
+def test_the_network_is_built_for_the_shape_of_the_images():
+    made = loop(Finetune(backbone=lambda shape: MLP(shape, hidden=(5,))))
+    made._prepare(None)
+    assert made.strategy.image_shape == (1, 8, 8)
+    assert isinstance(made.strategy.network.backbone.layers[1], nn.Linear)
