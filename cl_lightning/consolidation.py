@@ -15,8 +15,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from cl_lightning.batch import Batch
-from cl_lightning.importance import Importance, PathIntegral, fisher_diagonal, output_norm
+from cl_lightning.importance import Importance, PathIntegral
 from cl_lightning.network import Network
+from cl_lightning.sensitivity import fisher_diagonal, output_norm
 
 Estimator = Literal["fisher", "mas", "si", "l2"]
 Merge = Literal["add", "decay", "average"]

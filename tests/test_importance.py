@@ -1,3 +1,4 @@
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_lightning.batch import Batch, Draw
-from cl_lightning.importance import Importance, PathIntegral, fisher_diagonal, output_norm
+from cl_lightning.heads import LinearHead
+from cl_lightning.importance import Importance, PathIntegral
 from cl_lightning.network import Output
+from cl_lightning.sensitivity import fisher_diagonal, output_norm
 
 
 class Net(nn.Module):
@@ -443,6 +446,9 @@ def test_a_path_goes_on_after_a_restart(tmp_path: Path):
 
 
 def _on_two_processes(rank: int, folder: str) -> None:
+    # torch.func loads it lazily; loaded while a process group is up it keeps that alive, with threads that can abort
+    # the process at its end.
+    importlib.import_module("torch._dynamo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     net, images = network(), normal(7, 2, 4, 4)
     labels = torch.tensor([0, 1, -1, 3, 3, 1, 0])
@@ -469,3 +475,49 @@ def test_two_processes_give_what_one_gives(tmp_path: Path):
     ]
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected)
+
+
+class InPlaceNet(nn.Module):
+    """Linear layers, one of them followed by an activation in place, under a head that has grown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Linear(6, 5), nn.Tanh())
+        self.head = LinearHead(5)
+        self.head.grow(2)
+        self.head.grow(3)
+
+    def forward(self, images: Tensor) -> Output:
+        features = self.backbone(images)
+        return Output(features, self.head(features))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("labels", ["exact", "predicted"])
+def test_the_closed_form_of_linear_layers_is_the_sum_over_samples(labels, frozen):
+    torch.manual_seed(3)
+    net = InPlaceNet().double()
+    images = normal(9, 2, 2, 2)
+    which = "exact" if labels == "exact" else lambda i, log_p: int(log_p.argmax())
+    expected = plain_fisher(net, images, which)
+    net.requires_grad_(not frozen)
+    found = fisher_diagonal(net, dict(net.named_parameters()), batches(images), labels=labels)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_layers_that_are_used_twice_or_share_weights_have_no_closed_form():
+    class Twice(InPlaceNet):
+        def forward(self, images: Tensor) -> Output:
+            hidden = self.backbone[1](images.flatten(1))
+            features = self.backbone[3](self.backbone[3](hidden)[:, [0, 1, 2, 3, 4, 0]])
+            return Output(features, self.head(features))
+
+    torch.manual_seed(3)
+    net = Twice().double()
+    images = normal(5, 2, 2, 2)
+    expected = plain_fisher(net, images, "exact")
+    found = fisher_diagonal(net, dict(net.named_parameters()), batches(images), labels="exact")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
