@@ -2,8 +2,8 @@ from functools import partial
 
 import pytest
 import torch
-
 from callback_runs import assert_same_run, plain_net, run, sgd
+
 from cl_lightning.memory import ClassBalanced
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.baselines.joint import Joint
@@ -94,5 +94,5 @@ def test_the_joint_mean_and_the_sum_of_means_differ_as_told():
     "options", [{"visible": "current"}, {"mix": "epoch"}, {"reduction": "max"}, {"replay_size": 0}, {"memory_size": -1}]
 )
 def test_wrong_options_are_told(options):
-    with pytest.raises(ValueError, match="ER|Memory"):
+    with pytest.raises(ValueError, match=r"ER|Memory"):
         ER(**options)

@@ -1,8 +1,8 @@
 from functools import partial
 
 import torch
-
 from callback_runs import assert_same, assert_same_run, plain_net, run, sgd
+
 from cl_lightning.consolidation import Consolidation
 from cl_lightning.network import Network
 from cl_lightning.strategies.baselines.finetune import Finetune
@@ -74,7 +74,8 @@ def test_what_is_held_is_chosen_by_name():
     network = run(EWC_SMALL(), options={"stop_after_task": 0}).strategy.network
     assert isinstance(network, Network)
     backbone = Consolidation(on="backbone").parameters_of(network)
-    assert backbone and all(name.startswith("backbone.") for name in backbone)
+    assert backbone
+    assert all(name.startswith("backbone.") for name in backbone)
     assert set(Consolidation(on="all").parameters_of(network)) == set(dict(network.named_parameters()))
 
 

@@ -2,9 +2,9 @@ from functools import partial
 
 import pytest
 import torch
+from callback_runs import assert_same, assert_same_run, loop, plain_net, run, sgd
 from torch.nn import functional as F
 
-from callback_runs import assert_same, assert_same_run, loop, plain_net, run, sgd
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.lwf import LwF
 

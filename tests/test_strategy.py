@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
+from callback_runs import loop, plain_net, run, sgd
 from torch import nn
 
-from callback_runs import loop, plain_net, run, sgd
 from cl_lightning.backbones import MLP
 from cl_lightning.heads import PrototypeHead
 from cl_lightning.schedules import StepsOverPhase
