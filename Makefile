@@ -8,7 +8,7 @@ fit: $(VENV)/installed ## Install, then run the quickstart: experience replay on
 	$(RUN) -m cl_lightning fit
 
 test: $(VENV)/installed-dev ## Install what the tests need, then run them
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 
 check: $(VENV)/installed-dev ## Formatting, lint and types
 	$(VENV)/bin/ruff format --check .

@@ -6,12 +6,14 @@ the same steps as a run on one.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cl_lightning.batch import Batch, Draw, mix
+from cl_lightning.features import FeaturePool
 from cl_lightning.memory import Memory
 from cl_lightning.sources import Source
 
@@ -119,8 +121,8 @@ class StreamLoader:
     """Takes the samples of a plan from a source.
 
     Images in memory are taken by one index operation per batch, in this process. Files are decoded by workers that are
-    started once and kept over the stream; they only get to see indices and send back images, and draw nothing at random,
-    so that their number changes no result.
+    started once and kept over the stream. They get indices, send back images and draw nothing at random, so that their
+    number changes no result.
 
     Args:
         source: Where images come from.
@@ -175,12 +177,25 @@ class StreamLoader:
         """
         return PlannedLoader(self, plan, place, memory)
 
+    def fetch(self, rows: Rows) -> Tensor:
+        """Raw images of one step, while the workers may be at others."""
+        return self._images[rows]
+
     def images(self, rows: Callable[[], Iterator[Rows]]) -> Iterator[Tensor]:
         """Raw images of the given steps, in their order."""
         if self._workers is None:
             return (self._images[item] for item in rows())
         self._steps.rows = rows
         return iter(self._workers)
+
+    def close(self) -> None:
+        """End the workers; they start again when they are needed.
+
+        Workers that the garbage collector finds take five seconds each to end, since it takes their queues away first.
+        """
+        if self._workers is not None and (running := self._workers._iterator) is not None:
+            running._shutdown_workers()  # type: ignore[attr-defined]
+            self._workers._iterator = None
 
 
 class PlannedLoader:
@@ -198,39 +213,86 @@ class PlannedLoader:
     def __iter__(self) -> Iterator[Batch]:
         return self._batches(*self.place())
 
+    def at(self, epoch: int, step: int) -> Batch:
+        """The batch of one step, fetched by this process itself."""
+        rows = next(self.plan.epoch(epoch, step))
+        return self._batch(rows, self.loader.fetch(self._split()(rows)), self._stored())
+
     def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
         # Workers hold no memory: they fetch the rows of the data set, and the rows of the memory are put between here.
-        images = self.loader.images(lambda: map(self._of_data, self.plan.epoch(epoch, first)))
-        stored = self._stored() if self.memory is not None else None
+        plan, split = self.plan, self._split()  # not self: the loader would hold itself, and its workers would not end
+        images = self.loader.images(lambda: map(split, plan.epoch(epoch, first)))
+        stored = self._stored()
         for rows, raw in zip(self.plan.epoch(epoch, first), images, strict=True):
-            if stored is None:
-                labels, indices, tasks = self.loader.labels[rows.indices], rows.indices, rows.tasks
-            else:
-                raw, labels, tasks = self._mixed(rows, raw, *stored)
-                indices = torch.where(rows.indices >= self.num_data, -1, rows.indices)
-            batch = Batch(raw, labels, tasks, indices, raw, rows.draw, weight=rows.weight)
-            yield batch.pin_memory() if self.loader.pin_memory else batch
+            yield self._batch(rows, raw, stored)
 
-    def _of_data(self, rows: Rows) -> Rows:
-        if self.memory is None:
-            return rows
-        data = rows.indices < self.num_data
-        return Rows(rows.indices[data], rows.tasks[data], rows.draw, rows.weight)
+    def _batch(self, rows: Rows, raw: Tensor, stored: tuple[Tensor, Tensor, Tensor] | None) -> Batch:
+        if stored is None:
+            labels, indices, tasks = self.loader.labels[rows.indices], rows.indices, rows.tasks
+        else:
+            raw, labels, tasks = self._mixed(rows, raw, *stored)
+            indices = torch.where(rows.indices >= self.num_data, -1, rows.indices)
+        batch = Batch(raw, labels, tasks, indices, raw, rows.draw, weight=rows.weight)
+        return batch.pin_memory() if self.loader.pin_memory else batch
 
-    def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self) -> Callable[[Rows], Rows]:
+        """What takes the rows of the data set out of those of a step."""
+        return partial(_below, len(self.loader.labels)) if self.memory is not None else _all
+
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Images, labels and tasks of the whole memory on the CPU: fetched once per epoch, not once per step."""
-        assert self.memory is not None
+        if self.memory is None:
+            return None
         return self.memory.images.cpu(), self.memory.labels.cpu(), self.memory.tasks.cpu()
 
     def _mixed(
         self, rows: Rows, raw: Tensor, images: Tensor, labels: Tensor, tasks: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, labels and tasks of all rows, those of the memory among those of the data, in the order of the plan."""
+        """Images, labels and tasks of all rows in the order of the plan, of the data as well as of the memory."""
         replayed = rows.indices >= self.num_data
-        places = rows.indices[replayed] - self.num_data
-        joint = images.new_empty((len(replayed), *images.shape[1:]), pin_memory=self.loader.pin_memory)
-        joint[~replayed], joint[replayed] = raw, images[places]
-        joint_labels, joint_tasks = torch.empty_like(rows.indices), rows.tasks.clone()
-        joint_labels[~replayed], joint_labels[replayed] = self.loader.labels[rows.indices[~replayed]], labels[places]
-        joint_tasks[replayed] = tasks[places]
-        return joint, joint_labels, joint_tasks
+        data, places = rows.indices[~replayed], rows.indices[replayed] - self.num_data
+        # Where each row stands in a list of the rows of the data and then those of the memory.
+        order = torch.where(replayed, replayed.cumsum(0) + len(data), (~replayed).cumsum(0)) - 1
+        pairs = (
+            (raw, images.index_select(0, places)),
+            (self.loader.labels[data], labels[places]),
+            (rows.tasks[~replayed], tasks[places]),
+        )
+        joint_images, joint_labels, joint_tasks = (torch.cat(pair).index_select(0, order) for pair in pairs)
+        return joint_images, joint_labels, joint_tasks
+
+
+def _all(rows: Rows) -> Rows:
+    return rows
+
+
+def _below(bound: int, rows: Rows) -> Rows:
+    below = rows.indices < bound
+    return Rows(rows.indices[below], rows.tasks[below], rows.draw, rows.weight)
+
+
+class FeatureLoader:
+    """Batches of features, where a phase trains a head alone: one epoch of a plan at a time.
+
+    Args:
+        pool: Where the rows come from.
+        plan: Which rows come when.
+        place: As in :meth:`StreamLoader.over`.
+        owners: Task of each column, int64.
+    """
+
+    def __init__(self, pool: FeaturePool, plan: Plan, place: Callable[[], tuple[int, int]], owners: Tensor) -> None:
+        self.pool, self.plan, self.place = pool, plan, place
+        self.owners = owners.to(pool.labels.device)
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, first = self.place()
+        self.pool.begin_epoch(epoch)
+        for rows in self.plan.epoch(epoch, first):
+            features, labels = self.pool.take(rows.indices, rows.draw)
+            nowhere = torch.full_like(labels, -1)
+            tasks = self.owners[labels]
+            yield Batch(features, labels, tasks, nowhere, features, rows.draw, weight=rows.weight)

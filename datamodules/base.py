@@ -2,8 +2,8 @@
 
 import hashlib
 import warnings
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from cl_lightning import distributed
 from cl_lightning.backbones import ImageShape
 from cl_lightning.batch import Batch, mix
-from cl_lightning.loaders import Plan, PlannedLoader, StreamLoader
+from cl_lightning.features import FeaturePool
+from cl_lightning.loaders import FeatureLoader, Plan, PlannedLoader, StreamLoader
 from cl_lightning.memory import Memory
 from cl_lightning.sources import FileSource, Source, checked, decoded
 from cl_lightning.stream import Catalogue, ClassIncremental, Part, Scenario, Stream, Task
@@ -24,10 +25,10 @@ from cl_lightning.transforms import Compose, Context, Normalize, Transform, perm
 class ContinualDataModule(LightningDataModule):
     """Serves a stream of tasks; a subclass says where the samples come from.
 
-    A subclass writes ``source(train=...)`` and, where it downloads, ``prepare_data``; what else it may say of its data set
-    are ``mean`` and ``std`` (of its pixels in [0, 1], per channel), ``default_transforms`` and ``default_scenario``. The
-    base deals the samples out by a scenario, keeps a share of each task for validation, and serves the loaders of the
-    current task, of all tasks seen so far, and un-augmented ones. Test data is never part of a fit.
+    A subclass writes ``source(train=...)`` and, where it downloads, ``prepare_data``. What else it may say of its data
+    set are ``mean`` and ``std`` (of pixels in [0, 1], per channel), ``default_transforms`` and ``default_scenario``.
+    The base deals the samples out by a scenario, keeps a share of each task for validation, and serves the loaders of
+    the current task, of all tasks seen so far, and un-augmented ones. Test data is never part of a fit.
 
     Args:
         scenario: How the data are dealt out over tasks; None for five tasks of equally many classes (fewer if the
@@ -37,8 +38,8 @@ class ContinualDataModule(LightningDataModule):
         val_fraction: Share of each class's training samples kept for validation, in [0, 1).
         transforms: Augmentation of training batches, in order, on the device; None for that of the data set.
         mean: Of the pixels in [0, 1], per channel, subtracted; None for that of the data set. Where none is known it is
-            measured on images of the first task, at most 10,000 in memory or 1,000 files, evenly spaced: what comes later
-            has no influence.
+            measured on images of the first task, at most 10,000 in memory or 1,000 files, evenly spaced: what comes
+            later has no influence.
         std: Divisor, per channel; None as for ``mean``.
         resize: Height and width that images are scaled to on the device, after augmentation, such as the size that a
             pretrained backbone wants; a memory keeps them as they are. None to leave them.
@@ -48,7 +49,7 @@ class ContinualDataModule(LightningDataModule):
         in_memory: Decode files once and keep them as uint8 tensors; None to do so if they take at most 1 GiB.
 
     Raises:
-        ValueError: If an option is outside its range, or later, but before training, if the data are not as they must be.
+        ValueError: If an option is outside its range, and before training if the data are not as they must be.
     """
 
     mean: ClassVar[Sequence[float] | None] = None
@@ -94,8 +95,11 @@ class ContinualDataModule(LightningDataModule):
         self.cumulative = False
         self.with_unlabelled = False
         self.phase_index = 0
+        self.select: Callable[[Tensor, Tensor], Tensor | None] | None = None
         self._origin = 0
         self._resume: tuple[int, int] | None = None
+        self._features: Callable[[], FeaturePool] | None = None
+        self._phase_batch_size: int | None = None
         self._sources: dict[bool, Source] = {}
         self._loaders: dict[str, StreamLoader] = {}
 
@@ -186,6 +190,7 @@ class ContinualDataModule(LightningDataModule):
             self.stream = scenario(catalogue, seed=self.seed, val_fraction=self.val_fraction)
         else:
             self.stream = self._continued(scenario, catalogue, Part(1, self.seed, self.val_fraction), earlier)
+        self.close()
         self._loaders = {}
         if (numbers := len(self.normalize.mean)) not in (1, train[0]):
             raise ValueError(
@@ -195,7 +200,7 @@ class ContinualDataModule(LightningDataModule):
         return self.stream
 
     def _continued(self, scenario: Scenario, catalogue: Catalogue, part: Part, earlier: Stream) -> Stream:
-        """The earlier stream as the data give it today, with a further part if the data have gained classes or domains."""
+        """The earlier stream as the data give it today, and a further part if they have gained classes or domains."""
         try:
             fresh = scenario(catalogue, seed=part.seed, val_fraction=part.val_fraction)
         except ValueError:  # three classes in tasks of two can only come as an extension
@@ -208,14 +213,14 @@ class ContinualDataModule(LightningDataModule):
         last = earlier.parts[-1]
         if (scenario.describe(), part.seed, part.val_fraction) != (earlier.scenario, last.seed, last.val_fraction):
             raise ValueError(
-                f"{type(self).__name__}: the data have gained no task, and the stream so far is another one: it was made by "
-                f"{earlier.scenario} with seed {last.seed} and val_fraction {last.val_fraction}, the configuration says "
+                f"{type(self).__name__}: the stream learnt so far is another one: made by {earlier.scenario} with seed "
+                f"{last.seed} and val_fraction {last.val_fraction}, while the configuration says "
                 f"{scenario.describe()}, {part.seed} and {part.val_fraction}"
             )
         return longer
 
     def fingerprint(self, task: int) -> str:
-        """Hash of a task's classes, by name, and of the content and class of its training, validation and test samples."""
+        """Hash of a task's classes, by name, and of its training, validation and test samples and their classes."""
         stream, digest = self.stream, hashlib.blake2b(digest_size=16)
         digest.update("\0".join(stream.names_of(stream.tasks[task])).encode("utf-8", "surrogatepass"))
         for train, indices in ((True, stream.train[task]), (True, stream.val[task]), (False, stream.test[task])):
@@ -229,7 +234,15 @@ class ContinualDataModule(LightningDataModule):
         self.task, self.cumulative, self.with_unlabelled = task, cumulative, with_unlabelled
 
     def begin_phase(
-        self, index: int, memory: Memory | None, origin: int, resume: tuple[int, int] | None = None
+        self,
+        index: int,
+        memory: Memory | None,
+        origin: int,
+        resume: tuple[int, int] | None = None,
+        *,
+        select: Callable[[Tensor, Tensor], Tensor | None] | None = None,
+        features: Callable[[], FeaturePool] | None = None,
+        batch_size: int | None = None,
     ) -> None:
         """Prepare the training loader for a phase.
 
@@ -238,23 +251,32 @@ class ContinualDataModule(LightningDataModule):
             memory: Memory whose samples are mixed with the task's.
             origin: Epoch of the Trainer at which the phase begins.
             resume: Epoch of the Trainer and step to start at, when a fit goes on half-way.
+            select: Tells of the samples at hand, by their labels and whether the memory holds them, which ones the
+                phase trains on, see ``ContinualStrategy.select``; None for all.
+            features: Makes what the phase trains on instead of images; None for images.
+            batch_size: Rows per step of a phase on features; None for the usual size.
         """
         self.phase_index, self.memory, self._resume = index, memory, resume
-        self._origin = origin
+        self._origin, self.select = origin, select
+        self._features, self._phase_batch_size = features, batch_size
 
     # ------------------------------------------------------------------ loaders
 
-    def train_dataloader(self) -> PlannedLoader:
-        """Shuffled batches of the current task, of the memory where the strategy wants them mixed."""
+    def train_dataloader(self) -> PlannedLoader | FeatureLoader:
+        """Shuffled batches of the current task, of the memory where the strategy wants them mixed, or of features."""
         stream, index = self.stream, self.task.index
+        if self._features is not None:
+            return self._feature_loader(self._features())
         indices, tasks = self._pool(stream.train, range(index + 1) if self.cumulative else range(index, index + 1))
         if not self.with_unlabelled and (hidden := self._hidden()) is not None:
             labelled = ~hidden[indices]
             indices, tasks = indices[labelled], tasks[labelled]
         memory = self.memory if self.memory is not None and len(self.memory) > 0 else None
         if memory is not None:
-            extra = torch.arange(len(memory)) + len(self.samples(train=True).labels)
+            extra = self._rows_of(memory)
             indices, tasks = torch.cat([indices, extra]), torch.cat([tasks, torch.full_like(extra, -1)])
+        if self.select is not None and (chosen := self.select(*self._at_hand(indices, memory))) is not None:
+            indices, tasks = indices[chosen], tasks[chosen]
         plan = self._plan(
             indices,
             tasks,
@@ -275,34 +297,93 @@ class ContinualDataModule(LightningDataModule):
         indices, tasks = self._pool(self.stream.test, range(self.task.index + 1))
         return self._loader("test").over(self._evaluation_plan(indices, tasks))
 
-    def statistics_dataloader(self) -> PlannedLoader:
-        """The current task's training samples once, in order; each process takes its share."""
-        indices, tasks = self._pool(self.stream.train, range(self.task.index, self.task.index + 1))
-        if (hidden := self._hidden()) is not None:
-            indices, tasks = indices[~hidden[indices]], tasks[~hidden[indices]]
+    def evaluation_loader(
+        self, part: Literal["val", "test"], tasks: Iterable[int], *, samples: int | None = None, key: int = 0
+    ) -> PlannedLoader:
+        """Held-out samples of the given tasks, to be looked at while training goes on.
+
+        Args:
+            part: Validation or test samples.
+            tasks: Indices of the tasks.
+            samples: At most so many of each task, drawn without replacement; None for all.
+            key: Decides, with the index of the task and nothing else, which ones are drawn.
+        """
+        parts = self.stream.val if part == "val" else self.stream.test
+        chosen: dict[int, Tensor] = {}
+        for task in tasks:
+            pool = torch.as_tensor(parts[task].copy())
+            if samples is not None and samples < len(pool):
+                order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(mix(key, task)))
+                pool = pool[order[:samples].sort().values]
+            chosen[task] = pool
+        indices = torch.cat([torch.zeros(0, dtype=torch.int64), *chosen.values()])
+        owners = torch.cat([torch.full((len(pool),), task) for task, pool in chosen.items()] or [indices])
+        return self._loader(part).over(self._evaluation_plan(indices, owners))
+
+    def statistics_dataloader(self, *, memory: Memory | None = None, indices: Tensor | None = None) -> PlannedLoader:
+        """The current task's training samples once, in order; each process takes its share.
+
+        Args:
+            memory: Serve its samples instead, in the order in which it holds them.
+            indices: Serve these samples of the task only, in this order.
+        """
+        if memory is not None:
+            indices = self._rows_of(memory)
+        elif indices is None:
+            indices, _ = self._pool(self.stream.train, range(self.task.index, self.task.index + 1))
+            if (hidden := self._hidden()) is not None:
+                indices = indices[~hidden[indices]]
+        tasks = torch.full_like(indices, self.task.index)
         plan = self._plan(indices, tasks, batch_size=self.eval_batch_size, shuffle=False)
-        return self._loader("statistics").over(plan)
+        return self._loader("statistics").over(plan, memory=memory)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         # Lightning would wait for the copy of anything that is not a plain tensor.
         return batch.to(device, non_blocking=device.type == "cuda")
 
+    def batch_before(self) -> Batch | None:
+        """The batch of the step before the one at which a fit goes on half-way, as it was; None where a fit begins."""
+        if self._resume is None or self.trainer is None:
+            return None
+        epoch, step = self._resume[0] - self._origin, self._resume[1]
+        if step == 0:  # the last one of the epoch before
+            epoch, step = epoch - 1, int(self.trainer.num_training_batches)
+        loader = self.trainer.train_dataloader
+        if epoch < 0 or not isinstance(loader, PlannedLoader):
+            return None
+        batch = loader.at(epoch, step - 1).to(self.trainer.strategy.root_device)
+        return self.finish(batch, augment=True, epoch=epoch)
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        if self._features is not None and self.trainer is not None and self.trainer.training:
+            return batch
         return self.finish(batch, augment=self.trainer is not None and bool(self.trainer.training))
 
-    def finish(self, batch: Batch, *, augment: bool) -> Batch:
-        """Augment, if asked to, scale and normalise the raw images of a batch, where they are."""
+    def finish(self, batch: Batch, *, augment: bool, epoch: int | None = None) -> Batch:
+        """Augment, if asked to, scale and normalise the raw images of a batch, where they are.
+
+        Args:
+            batch: On any device.
+            augment: Whether to augment.
+            epoch: Epoch of the phase to augment as in; None for the current one.
+        """
         images = batch.raw
         if augment and self.augmentation.transforms:
-            epoch = self.trainer.current_epoch - self._origin if self.trainer is not None else 0
+            if epoch is None:
+                epoch = self.trainer.current_epoch - self._origin if self.trainer is not None else 0
             images = self.augmentation(
                 images, batch.draw, Context(indices=batch.indices, epoch=epoch, seed=self.seed or 0)
             )
         if self.resize is not None and images.shape[-2:] != (self.resize, self.resize):
             images = images if images.is_floating_point() else images.float().div_(255)
             side = (self.resize, self.resize)
-            images = F.interpolate(images, side, mode="bilinear", antialias=True) if len(images) else images
+            images = F.interpolate(images, side, mode="bilinear", antialias=True)
         return batch.replace(images=self.normalize(images, batch.draw))
+
+    def close(self) -> None:
+        """End the worker processes; they start again when they are needed."""
+        for loader in self._loaders.values():
+            loader.close()
 
     # ------------------------------------------------------------------ inside
 
@@ -316,8 +397,8 @@ class ContinualDataModule(LightningDataModule):
         """Mean and standard deviation of each channel over images of the first task, to 4 digits."""
         if not hasattr(self, "stream"):
             raise ValueError(
-                f"{type(self).__name__}: how images are normalised is known neither from the configuration nor from the "
-                "checkpoint; give data.mean and data.std"
+                f"{type(self).__name__}: neither the configuration nor the checkpoint tells how images are normalised; "
+                "give data.mean and data.std"
             )
         source, indices = self.samples(train=True), torch.as_tensor(self.stream.train[0].copy())
         most = 10_000 if source.in_memory else 1_000
@@ -325,7 +406,7 @@ class ContinualDataModule(LightningDataModule):
             indices = indices[torch.linspace(0, len(indices) - 1, most, dtype=torch.float64).long()]
         total = squares = torch.zeros((), dtype=torch.float64)
         count = 0
-        for part in indices.split(256):
+        for part in torch.split(indices, 256):
             values = source.take(part).transpose(0, 1).flatten(1).double()  # (C, pixels)
             total, squares = total + values.sum(1), squares + values.square().sum(1)
             count += values.shape[1]
@@ -338,10 +419,34 @@ class ContinualDataModule(LightningDataModule):
         first = self._resume[1] if self._resume is not None and self._resume[0] == epoch else 0
         return epoch - self._origin, first
 
+    def _feature_loader(self, pool: FeaturePool) -> FeatureLoader:
+        index, rows = self.task.index, torch.arange(len(pool))
+        owners = torch.zeros(self.task.num_seen, dtype=torch.int64)
+        for task in self.stream.tasks[: index + 1]:
+            owners[list(task.columns)] = task.index
+        plan = self._plan(
+            rows,
+            rows,
+            batch_size=self._phase_batch_size or self.stream.batch_size or self.batch_size,
+            key=mix(self.seed or 0, index, self.phase_index),
+        )
+        return FeatureLoader(pool, plan, self._place, owners)
+
     def _pool(self, parts: Sequence[np.ndarray], chosen: range) -> tuple[Tensor, Tensor]:
-        arrays = [torch.as_tensor(np.asarray(parts[task], dtype=np.int64)) for task in chosen]
+        arrays = [torch.tensor(parts[task]) for task in chosen]
         tasks = [torch.full((len(array),), task) for task, array in zip(chosen, arrays, strict=True)]
         return torch.cat(arrays), torch.cat(tasks)
+
+    def _rows_of(self, memory: Memory) -> Tensor:
+        """Places beyond the data set, which mean the rows of a memory."""
+        return torch.arange(len(memory)) + len(self.samples(train=True).labels)
+
+    def _at_hand(self, indices: Tensor, memory: Memory | None) -> tuple[Tensor, Tensor]:
+        """Labels of samples of the data set, followed by those of a memory, and which ones the memory holds."""
+        replayed = indices >= len(self.samples(train=True).labels)
+        labels = [self._loader("train").labels[indices[~replayed]]]
+        labels += [] if memory is None else [memory.labels.cpu()]
+        return torch.cat(labels), replayed
 
     def _plan(self, indices: Tensor, tasks: Tensor, **options: Any) -> Plan:
         return Plan(indices, tasks, rank=distributed.rank(), world=distributed.world_size(), **options)

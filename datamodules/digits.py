@@ -1,6 +1,6 @@
 """The digits that come with scikit-learn."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -10,13 +10,20 @@ from cl_lightning.sources import TensorSource
 
 
 class Digits(ContinualDataModule):
-    """Optical digits (Alpaydin & Kaynak 1998, the test part, as shipped with scikit-learn): 1,797 images of 8 x 8, 10 classes.
+    """Optical digits, 1,797 images of 8 x 8 pixels in 10 classes, as they come with scikit-learn; needs no download.
 
-    Every fifth image of a class is a test image. Needs no download.
+    They are the test part of the collection of Alpaydin & Kaynak (1998). Every fifth image of a class is a test image.
+
+    Args:
+        batch_size: See the base; smaller here, as a task has few images.
+        kwargs: Of the base.
     """
 
     mean: ClassVar[tuple[float, ...]] = (0.305,)
     std: ClassVar[tuple[float, ...]] = (0.376,)
+
+    def __init__(self, *, batch_size: int = 32, **kwargs: Any) -> None:
+        super().__init__(batch_size=batch_size, **kwargs)
 
     def source(self, *, train: bool) -> TensorSource:
         bunch = load_digits()
@@ -27,4 +34,6 @@ class Digits(ContinualDataModule):
         starts = np.searchsorted(labels[order], labels[order])
         within[order] = np.arange(len(labels)) - starts
         chosen = (within % 5 != 4) if train else (within % 5 == 4)
-        return TensorSource(images[chosen], labels[chosen], class_names=[str(digit) for digit in range(10)], name="digits")
+        return TensorSource(
+            images[chosen], labels[chosen], class_names=[str(digit) for digit in range(10)], name="digits"
+        )

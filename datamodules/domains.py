@@ -1,0 +1,30 @@
+"""Folders of domains, each a folder of classes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from cl_lightning.datamodules.folder import File, ImageFolder
+from cl_lightning.sources import sub_folders
+from cl_lightning.stream import Catalogue, DomainIncremental, Scenario
+
+
+class DomainFolder(ImageFolder):
+    """Images in ``root/<domain>/<class>/``, or in ``root/train/<domain>/<class>/`` and ``root/test/<domain>/<class>/``.
+
+    Each domain is a task unless a scenario says otherwise. Options and all else are as for ``ImageFolder``; test images
+    are chosen within each class of each domain. A domain may lack some classes.
+    """
+
+    def default_scenario(self, catalogue: Catalogue) -> Scenario:
+        return DomainIncremental()
+
+    def scan(self, folder: Path) -> list[File]:
+        names = sub_folders(folder)
+        if not names:
+            raise ValueError(
+                f"{self._name}: {folder} holds no folders; make one for each domain, with a folder for each class in it"
+            )
+        found = []
+        for name in names:
+            found += [replace(file, domain=name) for file in super().scan(folder / name)]
+        return found

@@ -1,0 +1,129 @@
+"""Images in a NumPy archive."""
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.sources import TensorSource, check_labels
+
+_NAMES = {"y": "class_names", "yc": "coarse_names"}
+
+
+class NpzData(ContinualDataModule):
+    """Images and labels from an ``.npz`` file, as ``numpy.savez`` writes it; nothing in the file is executed.
+
+    The file holds ``x_train`` and ``x_test``, uint8 ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)``, the labels
+    ``y_train`` and ``y_test``, integers from 0, and optionally ``class_names``, one string per class.
+
+    Args:
+        path: The file.
+        labels: Which labels to learn, where the file has several: those of the keys ``<labels>_train`` and
+            ``<labels>_test``, such as ``yc`` for coarse labels.
+        names: Key of the names of the classes; None for ``class_names`` with ``y`` and ``coarse_names`` with ``yc``,
+            if the file has them, else for numbers.
+        domains: Where each sample has a domain: those of the keys ``<domains>_train`` and ``<domains>_test``, integers
+            from 0, with names under ``domain_names`` if the file has them.
+        kwargs: Of the base.
+
+    Raises:
+        ValueError: Before training, if the file is missing or damaged, lacks a key, or holds arrays of a wrong kind.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        labels: str = "y",
+        names: str | None = None,
+        domains: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.path = Path(path).expanduser()
+        self.labels, self.names, self.domains = labels, names, domains
+
+    def source(self, *, train: bool) -> TensorSource:
+        part = "train" if train else "test"
+        with self._open() as file:
+            images = self._array(file, key := f"x_{part}")
+            if images.dtype != np.uint8:
+                raise ValueError(f"{self._at(key)} is {images.dtype}; save images as uint8 pixels from 0 to 255")
+            if images.ndim not in (3, 4) or 0 in images.shape:
+                allowed = "save images as (N, H, W), (N, H, W, C) or (N, C, H, W)"
+                raise ValueError(f"{self._at(key)} has shape {images.shape}; {allowed}")
+            names_key = self.names or _NAMES.get(self.labels, "")
+            labels, names = self._numbers(file, self.labels, part, len(images), names_key, "")
+            domains: np.ndarray | None = None
+            domain_names: list[str] = []
+            if self.domains is not None:
+                domains, domain_names = self._numbers(
+                    file, self.domains, part, len(images), "domain_names", f"{self.domains} "
+                )
+        return TensorSource(
+            images, labels, class_names=names, domains=domains, domain_names=domain_names, name=self._at(key)
+        )
+
+    def _numbers(
+        self, file: Any, kind: str, part: str, count: int, names_key: str, prefix: str
+    ) -> tuple[np.ndarray, list[str]]:
+        """Labels or domains of the samples, and their names: those of the file, or numbers after a prefix."""
+        if names_key in file.files or self.names == names_key:
+            names = self._names(file, names_key)
+        else:
+            keys = [f"{kind}_{other}" for other in ("train", "test")]
+            arrays = [self._array(file, each) for each in keys]
+            checked = [check_labels(a, len(a), None, self._at(each)) for a, each in zip(arrays, keys, strict=True)]
+            names = [f"{prefix}{number}" for number in range(max(int(a.max(initial=-1)) for a in checked) + 1)]
+        return check_labels(self._array(file, key := f"{kind}_{part}"), count, names, self._at(key)), names
+
+    def _at(self, key: str) -> str:
+        return f"{type(self).__name__}: {self.path}: {key}"
+
+    def _open(self) -> Any:
+        if not self.path.is_file():
+            raise ValueError(f"{type(self).__name__}: no file {self.path}; give the path of an .npz file")
+        try:
+            file = np.load(self.path, allow_pickle=False)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{type(self).__name__}: {self.path} is no readable .npz file ({_line(error)})") from error
+        if not hasattr(file, "files"):
+            raise ValueError(
+                f"{type(self).__name__}: {self.path} holds a single array; save several by name with numpy.savez"
+            )
+        return file
+
+    def _array(self, file: Any, key: str) -> np.ndarray:
+        if key not in file.files:
+            raise ValueError(f"{self._at(key)} is missing; the file has {', '.join(sorted(file.files)) or 'nothing'}")
+        try:
+            array = file[key]
+        except ValueError as error:
+            if "pickle" in str(error):
+                raise ValueError(
+                    f"{self._at(key)} is refused: it holds pickled objects, which can run any code when they are "
+                    "loaded; save numbers, and names as an array of strings"
+                ) from error
+            raise ValueError(f"{self._at(key)} is damaged ({_line(error)})") from error
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{self._at(key)} is damaged ({_line(error)})") from error
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{self._at(key)} is not an array")
+        return array
+
+    def _names(self, file: Any, key: str) -> list[str]:
+        array = self._array(file, key)
+        if array.ndim != 1 or array.dtype.kind not in "US":
+            raise ValueError(f"{self._at(key)} is {array.dtype} of shape {array.shape}; save a flat array of strings")
+        names = [name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in array.tolist()]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{self._at(key)} has {twice!r} more than once; names must differ")
+        return names
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
