@@ -20,8 +20,8 @@ class StreamProgress(ProgressBar):
     """Tells in one line which task, epoch and step a run is at, the terms of the loss, the accuracy and the time left.
 
     The line stands below what is printed, and a further one stays for each finished task. Where the output is not a
-    terminal, only the latter are printed. The time left is that of the whole stream, by the samples (times epochs) that are
-    still to be trained on and those trained on since the start, with all that was done in between.
+    terminal, only the latter are printed. The time left is that of the whole stream, by the samples (times epochs) that
+    are still to be trained on and those trained on since the start, with all that was done in between.
 
     Args:
         refresh_rate: Times per second, at most, that the line is drawn; each time waits for the device once.
@@ -113,12 +113,12 @@ class StreamProgress(ProgressBar):
         if not self._enabled or progress is None or row is None:
             return
         index = strategy.task.index
-        words = [f"{heading(strategy)}: accuracy {100 * share(row.correct, row.totals):.1f} % on all classes so far"]
-        if row.totals[index] > 0 and index > 0:
-            words.append(f"{100 * share(row.correct[index], row.totals[index]):.1f} % on its own")
-        words.append(clock_time(seconds) if seconds >= 60 else f"{seconds:.1f} s")
+        told = f"{heading(strategy)}: accuracy {100 * share(row.correct, row.totals):.1f} %"
+        if index > 0 and row.totals[index] > 0:
+            told += f" (new {100 * share(row.correct[index], row.totals[index]):.1f} %)"
+        words = [told, clock_time(seconds) if seconds >= 60 else f"{seconds:.1f} s"]
         if (left := self.time_left() or 0.0) >= 1 and index + 1 < progress.tasks:
-            words.append(f"about {clock_time(left)} left")
+            words.append(f"{clock_time(left)} left")
         self.console.print(", ".join(words), soft_wrap=True, highlight=False)
 
     def on_predict_batch_end(
@@ -162,42 +162,44 @@ class StreamProgress(ProgressBar):
             total: Batches in all; 0 if not known.
         """
         progress = strategy.progress
-        before, after = [], []
+        place = bare = phase = accuracy = ""
         if progress is not None:
-            before.append(heading(strategy))
-            if not stage and progress.phases > 1:
-                before.append(f"{strategy.phase.name} {progress.phase + 1}/{progress.phases}")
-        before.append(stage or f"epoch {strategy.epoch + 1}/{strategy.phase_epochs}")
-        counts = f"{done:.0f}/{total:.0f}" if 0 < total < math.inf else ""
+            place, bare = heading(strategy), heading(strategy, name=False)
+            phase = f"{strategy.phase.name} {progress.phase + 1}/{progress.phases}" if progress.phases > 1 else ""
+            accuracy = f"A {100 * progress.accuracy:.1f} %" if progress.accuracy is not None else ""
+        step = stage or f"epoch {strategy.epoch + 1}/{strategy.phase_epochs}"
+        counts = f" {done:.0f}/{total:.0f}" if 0 < total < math.inf else ""
+        seconds = self.time_left()
+        left = f"{clock_time(seconds)} left" if seconds is not None else ""
         terms = [] if stage else loss_terms(strategy)
-        if progress is not None and progress.accuracy is not None:
-            after.append(f"A {100 * progress.accuracy:.1f} %")
-        if (left := self.time_left()) is not None:
-            after.append(f"{clock_time(left)} left")
-        width = self.console.width - 1
-        while True:
-            left_text = " · ".join(before)
-            right_text = " · ".join([*([" ".join(terms)] if terms else []), *after])
-            room = width - len(left_text) - len(counts) - len(right_text) - 5
-            if room >= _SHORTEST or not (terms or len(before) > 1):
+        # Shorter and shorter, until there is room for the bar.
+        shorter: list[dict[str, Any]] = [{"terms": terms[:count]} for count in reversed(range(len(terms)))]
+        shorter += [{"place": bare}, {"phase": ""}, {"accuracy": ""}, {"left": ""}]
+        parts: dict[str, Any] = {"place": place, "phase": "" if stage else phase, "terms": terms}
+        parts |= {"accuracy": accuracy, "left": left}
+        for change in [{}, *shorter]:
+            parts |= change
+            begin = " · ".join(filter(None, [parts["place"], parts["phase"], step]))
+            end = " · ".join(filter(None, ["", " ".join(parts["terms"]), parts["accuracy"], parts["left"]]))
+            end = f" · {end}" if end else ""
+            room = self.console.width - 2 - len(begin) - len(counts) - len(end)
+            if room >= (_SHORTEST if counts else 0):
                 break
-            _ = terms.pop() if terms else before.pop(1 if len(before) > 2 else 0)
-        text = Text(left_text, no_wrap=True, overflow="ellipsis")
+        text = Text(begin, no_wrap=True, overflow="ellipsis")
         if counts:
             length = max(min(room, _LONGEST), 0)
             filled = round(length * min(done / total, 1))
             full, empty = ("-", " ") if self.console.options.ascii_only else ("━", "━")
             text.append(" ").append(full * filled, "bar.complete").append(empty * (length - filled), "bar.back")
-            text.append(f" {counts}")
-        return text.append(f" · {right_text}" if right_text else "", "dim")
+        return text.append(counts).append(end, "dim")
 
 
-def heading(strategy: "ContinualStrategy") -> str:
+def heading(strategy: "ContinualStrategy", *, name: bool = True) -> str:
     """``task 3/10``, with its name where that says more."""
     task, progress = strategy.task, strategy.progress
     tasks = f"/{progress.tasks}" if progress is not None else ""
-    name = f" ({task.name})" if task.name != f"task {task.index}" else ""
-    return f"task {task.index + 1}{tasks}{name}"
+    named = f" ({task.name})" if name and task.name != f"task {task.index}" else ""
+    return f"task {task.index + 1}{tasks}{named}"
 
 
 def loss_terms(strategy: "ContinualStrategy") -> list[str]:

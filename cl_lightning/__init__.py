@@ -1,1 +1,3 @@
 """Continual learning on PyTorch Lightning."""
+
+__version__ = "0.1.0"

@@ -2,12 +2,16 @@
 
 import importlib
 import inspect
+import json
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from types import ModuleType
 
 from lightning.pytorch import Callback
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 import cl_lightning.callbacks
 import cl_lightning.datamodules
@@ -26,6 +30,7 @@ class Method:
         family: Folder of the strategy, as a word of the field.
         paper: Where it comes from.
         exemplars: Whether raw samples of earlier tasks are kept.
+        all_data: Whether every task is trained on the data of all tasks so far.
         task_ids: Whether predictions need the task.
         pretrained: Whether it needs a pretrained backbone.
         summary: First sentence of the docstring.
@@ -37,6 +42,7 @@ class Method:
     family: str
     paper: str
     exemplars: bool
+    all_data: bool
     task_ids: bool
     pretrained: bool
     summary: str
@@ -88,6 +94,7 @@ def methods() -> list[Method]:
             family=member.family,
             paper=member.paper,
             exemplars=member.keeps_exemplars,
+            all_data=member.needs_all_data,
             task_ids=member.needs_task_ids,
             pretrained=member.needs_pretrained,
             summary=_first_sentence(member),
@@ -102,6 +109,7 @@ def methods() -> list[Method]:
             family="callback",
             paper=getattr(member, "paper", ""),
             exemplars=False,
+            all_data=False,
             task_ids=False,
             pretrained=False,
             summary=_first_sentence(member),
@@ -112,18 +120,63 @@ def methods() -> list[Method]:
 
 
 def _first_sentence(member: type) -> str:
-    first, dot, _ = " ".join((member.__doc__ or "").split("\n\n")[0].split()).partition(". ")
+    first = " ".join((member.__doc__ or "").split("\n\n")[0].split()).partition(". ")[0]
     return first.rstrip(".") + ("." if first else "")
+
+
+def _needs(method: Method) -> str:
+    """What a strategy keeps or asks for, in words."""
+    marks = {
+        "exemplars": method.exemplars,
+        "all data": method.all_data,
+        "task ids": method.task_ids,
+        "pretrained": method.pretrained,
+    }
+    return ", ".join(name for name, mark in marks.items() if mark)
+
+
+def show(form: str = "table", console: Console | None = None) -> None:
+    """Print every strategy and callback.
+
+    Args:
+        form: A ``table`` for the terminal, which leaves out the summaries where it is narrow; a ``markdown`` table for
+            the documentation; or a ``json`` list with all fields.
+        console: Where to print; None for standard output.
+    """
+    console = console or Console()
+    if form == "json":
+        text = json.dumps([asdict(method) for method in methods()], indent=1, ensure_ascii=False)
+    elif form == "markdown":
+        text = markdown()
+    else:
+        _show_table(console)
+        return
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_table(console: Console) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    wide = console.width >= 130
+    table.add_column("name", no_wrap=True)
+    table.add_column("family", no_wrap=True)
+    table.add_column("keeps or needs", ratio=1)
+    table.add_column("paper", ratio=3)
+    if wide:
+        table.add_column("what it does", ratio=4)
+    family = ""
+    for method in methods():
+        if family and method.family != family:
+            table.add_section()
+        family = method.family
+        cells = [method.name, method.family, _needs(method), method.paper]
+        table.add_row(*cells, *([method.summary] if wide else []))
+    console.print(table)
 
 
 def markdown() -> str:
     """The table of methods for the documentation."""
-    lines = [
-        "| name | kind | family | paper | exemplars | task ids | pretrained | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = ["| name | family | keeps or needs | paper | what it does |", "|---|---|---|---|---|"]
     for method in methods():
-        marks = ("yes" if mark else "" for mark in (method.exemplars, method.task_ids, method.pretrained))
-        cells = (f"`{method.name}`", method.kind, method.family, method.paper, *marks, method.summary)
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = (f"`{method.name}`", method.family, _needs(method), method.paper, method.summary)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

@@ -1,20 +1,30 @@
 """Predictions of a checkpoint: for new image files, and for the test data of the tasks that it has seen."""
 
 import csv
-from collections.abc import Iterator, Mapping
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image, ImageOps
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from cl_lightning.batch import Batch
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.loaders import Plan, PlannedLoader, StreamLoader
+from cl_lightning.loop import restore
 from cl_lightning.measures import AccuracyMatrix
-from cl_lightning.sources import IMAGE_SUFFIXES, FileSource
+from cl_lightning.sources import IMAGE_SUFFIXES, FileSource, checked, pixels
 from cl_lightning.strategy import ContinualStrategy
 from cl_lightning.stream import Stream
 
@@ -26,56 +36,136 @@ def predict_folder(
     saved: Mapping[str, Any],
     images: Path,
     output: Path,
-) -> int:
+    *,
+    skip_unreadable: bool = False,
+) -> tuple[int, list[Path]]:
     """Classify image files and write a CSV: path, predicted class, and the probability of each class.
 
+    The data that the checkpoint was trained on are not needed; files are brought to the size of their images.
+
     Args:
-        trainer: Runs the pass.
+        trainer: Runs the pass, on one device.
         strategy: Takes over the weights of the checkpoint.
         datamodule: Says how images are normalised.
         saved: The checkpoint.
         images: A file, or a folder that is searched with its sub-folders.
-        output: The CSV file.
+        output: The CSV file; written only if all goes well.
+        skip_unreadable: Leave out files that are not readable images.
 
     Returns:
-        Number of images.
+        Number of images, and the files that were left out.
 
     Raises:
-        ValueError: If there is no image, or one cannot be read.
+        ValueError: If there is no image, one cannot be read, or the checkpoint does not fit or has seen no task.
     """
-    if images.is_file():
-        paths, root = [images], images.parent
-    else:
-        found = images.rglob("*") if images.is_dir() else ()
-        paths, root = sorted(p for p in found if p.suffix.lower() in IMAGE_SUFFIXES), images
-    if not paths:
-        raise ValueError(f"predict: no images under {images}; known endings are {', '.join(IMAGE_SUFFIXES)}")
+    part = saved["cl_lightning"]
+    paths, root = find_images(images)
     strategy.on_load_checkpoint(dict(saved))
-    strategy.load_state_dict(saved["state_dict"])
-    assert strategy.image_shape is not None
-    channels, height, _ = strategy.image_shape
-    source = FileSource(
-        paths, [0] * len(paths), class_names=["?"], root=root, size=height, mode="L" if channels == 1 else "RGB"
-    )
+    restore(strategy, trainer, saved)
+    datamodule.load_state_dict(saved.get(type(datamodule).__qualname__, {}))
+    tasks, columns = strategy.task_columns.shape
+    if not tasks:
+        raise ValueError("predict: the checkpoint has seen no task yet")
+    shape = part.get("raw_shape", strategy.image_shape)
+    strategy.task = Stream.from_dict(json.loads(part["manifest"])).tasks[tasks - 1]
+    source = file_source(paths, root, shape, skip_unreadable=skip_unreadable)
+    kept = set(source.paths)
     plan = Plan(
-        torch.arange(len(paths)),
-        torch.zeros(len(paths), dtype=torch.int64),
+        torch.arange(len(source)),
+        torch.zeros(len(source), dtype=torch.int64),
         batch_size=datamodule.eval_batch_size,
         shuffle=False,
     )
     loader = StreamLoader(source, torch.zeros(1, dtype=torch.int64), workers=datamodule.workers).over(plan)
-    parts = trainer.predict(strategy, dataloaders=_Finished(loader, datamodule))
-    assert parts is not None
-    probabilities = torch.cat([torch.as_tensor(part) for part in parts])
-    names = saved["cl_lightning"]["class_names"][: probabilities.shape[1]]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "prediction", *names])
-        for path, row in zip(paths, probabilities.tolist(), strict=True):
-            best = max(range(len(row)), key=row.__getitem__)
-            writer.writerow([str(path), names[best], *(f"{value:.6f}" for value in row)])
-    return len(paths)
+    with replaced(output) as file:
+        writer = _Writer(file, source.paths, part["class_names"][:columns])
+        trainer.callbacks.append(writer)  # type: ignore[attr-defined]
+        try:
+            trainer.predict(strategy, dataloaders=_Finished(loader, datamodule), return_predictions=False)
+        finally:
+            trainer.callbacks.remove(writer)  # type: ignore[attr-defined]
+    return len(source), [path for path in paths if path not in kept]
+
+
+def find_images(images: Path) -> tuple[list[Path], Path]:
+    """The image files of a folder and its sub-folders, sorted, and the folder; or the one file.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if images.is_file():
+        return [images], images.parent
+    found = images.rglob("*") if images.is_dir() else ()
+    paths = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if not paths:
+        raise ValueError(f"predict: no images under {images}; known endings are {', '.join(IMAGE_SUFFIXES)}")
+    return paths, images
+
+
+def file_source(paths: list[Path], root: Path, shape: Sequence[int], *, skip_unreadable: bool) -> FileSource:
+    """The files as images of a shape ``(channels, height, width)``, after a look at each of them.
+
+    Raises:
+        ValueError: If one cannot be read and is not to be skipped, or the shape is not that of an image.
+    """
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise ValueError(f"predict: the network takes images of {channels} channels; files have 1 or 3")
+    source = FileSource(
+        paths,
+        [0] * len(paths),
+        class_names=["?"],
+        root=root,
+        size=height,
+        mode="L" if channels == 1 else "RGB",
+        load=None if height == width else partial(cover, height=height, width=width),
+        skip_unreadable=skip_unreadable,
+        name="predict",
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*They are left out.*")  # the caller tells it
+        return checked(source)
+
+
+def cover(image: Image.Image, *, height: int, width: int) -> Tensor:
+    """Scale an image until it covers ``(height, width)``, and crop the centre; uint8 ``(C, height, width)``."""
+    return pixels(ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR))
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[TextIO]:
+    """A text file that takes its name when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            yield file
+        os.chmod(name, 0o666 & ~_umask())  # temporary files are private
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class _Writer(Callback):
+    """Writes the probabilities of each batch as they come."""
+
+    def __init__(self, file: TextIO, paths: list[Path], names: list[str]) -> None:
+        self.rows, self.paths, self.names = csv.writer(file), iter(paths), names
+        self.rows.writerow(["path", "prediction", *names])
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        best: list[int] = outputs.argmax(1).tolist()
+        for row, column in zip(outputs.tolist(), best, strict=True):
+            self.rows.writerow([next(self.paths), self.names[column], *(f"{value:.6f}" for value in row)])
 
 
 class _Finished:
@@ -93,16 +183,25 @@ class _Finished:
 
 def show_row(matrix: AccuracyMatrix, stream: Stream, console: Console | None = None) -> None:
     """Print the accuracies of the last evaluation, one line per task."""
-    last = matrix.learned - 1
-    table = Table(title=f"accuracy in % after task {last}")
-    for name in ("task", "classes", "images", "all classes", "task known"):
-        table.add_column(name, justify="left" if name in ("task", "classes") else "right")
-    for task in stream.tasks[: last + 1]:
-        names = [stream.class_names[column] for column in task.columns]
-        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        values = (float(values[last, task.index]) for values in (matrix.R_ci, matrix.R_ti))
-        cells = (f"{100 * value:.2f}" if value == value else "" for value in values)
-        table.add_row(f"{task.index}  {task.name}", shown, str(int(matrix.totals[task.index])), *cells)
     console = console or Console()
+    last = matrix.learned - 1
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("task", no_wrap=True)
+    table.add_column("classes", ratio=1)
+    for name in ("images", "all classes", "task known"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for task in stream.tasks[: last + 1]:
+        names = stream.names_of(task)
+        classes = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        values = (float(values[last, task.index]) for values in (matrix.R_ci, matrix.R_ti))
+        cells = (f"{100 * value:.1f}" if value == value else "" for value in values)
+        name = "" if task.name == f"task {task.index}" else f" {task.name}"
+        table.add_row(f"{task.index}{name}", classes, str(int(matrix.totals[task.index])), *cells)
+    console.print(f"accuracy in % after task {last}", style="italic", highlight=False)
     console.print(table)
-    console.print(f"average accuracy {100 * matrix.measures(last)['average_accuracy']:.2f} %")
+    measures = matrix.measures(last)
+    known = measures["task_aware/average_accuracy"]
+    console.print(
+        f"average accuracy {100 * measures['average_accuracy']:.1f} %; with the task known {100 * known:.1f} %",
+        highlight=False,
+    )

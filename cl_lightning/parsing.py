@@ -1,0 +1,263 @@
+"""Parsing of the command line and of configs: what is wrong with them, told in one line with the nearest known name."""
+
+import argparse
+import difflib
+import importlib
+import inspect
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+LIMIT = 300
+"""Longest message, in characters."""
+
+
+class Parser(LightningArgumentParser):
+    """Ends with one line on standard error and exit code 2 where an argument is wrong."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # jsonargparse tries several readings of a value, and catches what does not fit
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        raise ValueError(explain(message, known=option_names(parser)))
+
+
+def option_names(parser: argparse.ArgumentParser) -> list[str]:
+    """Keys that a parser and its sub-parsers take, without leading dashes."""
+    names: set[str] = set()
+    for action in parser._actions:
+        names.update(option.lstrip("-") for option in action.option_strings if option.startswith("--"))
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action._name_parser_map.values():
+                names.update(option_names(inner))
+    return sorted(name for name in names if not name.endswith((".help", "+")))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What one reading of a value stumbled over.
+
+    Attributes:
+        path: Keys from the outside in.
+        kind: ``key`` (unknown key), ``class`` (unknown class name), ``type`` (not of the type) or ``text`` (all else).
+        subject: The key, the name, what is expected, or the text.
+        owner: Import path of the class that lacks the key.
+        types: Types among which a class was looked for, as jsonargparse prints them.
+        depth: How far inside the value it lies: the reading that came furthest is the one that was meant.
+    """
+
+    path: tuple[str, ...]
+    kind: str
+    subject: str
+    owner: str = ""
+    types: str = ""
+    depth: int = 0
+
+
+_RANK = {"key": 3, "class": 2, "text": 1, "type": 0}
+_NONE = "<class 'NoneType'>"
+
+
+def explain(message: str, known: Sequence[str] = ()) -> str:
+    """One line for what jsonargparse tells in many.
+
+    Args:
+        message: The error: a tree, by indentation, of all readings of a value that were tried.
+        known: Keys of the parser.
+
+    Returns:
+        At most ``LIMIT`` characters, without line breaks.
+    """
+    text = message.strip("\n")
+    if match := re.match(r"unrecognized arguments: (.+)", text, re.DOTALL):
+        return unknown_option(match.group(1).split()[0], known)
+    if match := re.match(
+        r"(?:Subcommand '\w+' does not accept o|Group '(\w+)' does not accept o|O)ption '([^']+)'", text
+    ):
+        group = f"{match.group(1)}." if match.group(1) else ""
+        return unknown_option(group + match.group(2), known)
+    problems = _problems(text, (), "", "", 0)
+    top = max(problems, key=lambda problem: (problem.depth, _RANK[problem.kind]))
+    where = ".".join(top.path)
+    value = _given(text)
+    if top.kind == "key":
+        names = arguments_of(top.owner)
+        taker = top.owner.rpartition(".")[2]
+        line = f"{where}: " if where else ""
+        line += f"{taker} takes no {top.subject!r}" + _nearest(top.subject.partition(".")[0], names, "it takes")
+    elif top.kind == "class":
+        line = f"{where}: there is no class {top.subject!r}" + _nearest(
+            top.subject, class_names(top.types), "there are"
+        )
+    elif top.kind == "type":
+        same = [problem for problem in problems if (problem.kind, problem.depth) == (top.kind, top.depth)]
+        wanted = " or ".join(dict.fromkeys(_readable(problem.subject) for problem in same))
+        line = (
+            f"{where}: {value!r} is not allowed; give {wanted}" if value is not None else f"{where}: expected {wanted}"
+        )
+    else:
+        line = f"{where}: {top.subject}" if where else top.subject
+    return shorten(line)
+
+
+def shorten(text: str) -> str:
+    """The text in one line of at most ``LIMIT`` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= LIMIT else line[: LIMIT - 3].rstrip() + "..."
+
+
+def unknown_option(option: str, known: Sequence[str]) -> str:
+    """What to say of a key that the parser does not have."""
+    option = option.partition("=")[0]
+    dashes = "--" if option.startswith("-") else ""
+    key = option.lstrip("-").rstrip("+")
+    first, _, last = key.rpartition(".")
+    near = _close(key, known)
+    if not near and first:  # the group is misspelt
+        near = _close(key.partition(".")[0], [name for name in known if "." not in name])
+    if not near:  # the group is forgotten, or another one
+        near = [
+            name for name in known if name.rpartition(".")[2] in _close(last, {n.rpartition(".")[2] for n in known})
+        ]
+    hint = f"; did you mean {_alternatives([dashes + name for name in near[:3]])}?" if near else ""
+    return shorten(f"unknown {'option' if dashes else 'key or argument'} {option!r}{hint}")
+
+
+def _close(name: str, names: Iterable[str]) -> list[str]:
+    """The nearest name, with those that are about as near; upper and lower case are the same."""
+    folded = {known.lower(): known for known in names}
+    near = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.6)
+    ratios = [difflib.SequenceMatcher(None, known, name.lower()).ratio() for known in near]
+    return [folded[known] for known, ratio in zip(near, ratios, strict=True) if ratio > ratios[0] - 0.03]
+
+
+def _alternatives(names: Sequence[str]) -> str:
+    quoted = [f"'{name}'" for name in names]
+    return quoted[0] if len(quoted) == 1 else ", ".join(quoted[:-1]) + " or " + quoted[-1]
+
+
+def _nearest(name: str, names: Sequence[str], introduction: str) -> str:
+    """Ending of a message: the nearest known name, or the known ones where none is near."""
+    if near := _close(name, names):
+        return f"; did you mean {_alternatives(near)}?"
+    return f"; {introduction} {', '.join(names)}" if names else ""
+
+
+def _problems(text: str, path: tuple[str, ...], owner: str, types: str, depth: int) -> list[Problem]:
+    text = textwrap.dedent(text).strip("\n")
+    if match := re.match(r'Parser key "([^"]+)":[ \n]?(.*)', text, re.DOTALL):
+        return _problems(match.group(2), (*path, match.group(1)), owner, types, depth + bool(path))
+    if match := re.match(r"Problem with given class_path '([^']+)':\n(.*)", text, re.DOTALL):
+        return _problems(match.group(2), path, match.group(1), types, depth + 1)
+    if match := re.match(r"Type .*? expects a function or a callable class: (.*)", text, re.DOTALL):
+        inner = re.search(r"Namespace\(class_path='([^']+)'", text)
+        rest = re.sub(r"\.? ?Got value: .*", "", match.group(1), flags=re.DOTALL)
+        return _problems(rest, path, inner.group(1) if inner else "", types, depth + bool(inner))
+    if match := re.search(r"^Subtypes: (.*)\nErrors:\n(.*?)\nGiven value type: ", text, re.MULTILINE | re.DOTALL):
+        items = re.split(r"^- ", textwrap.dedent(match.group(2)), flags=re.MULTILINE)[1:]
+        found = [
+            problem
+            for item in items
+            # The lines after the first are indented by the width of the bullet.
+            for problem in _problems(_hanging(item), path, owner, match.group(1), depth)
+        ]
+        return found or [Problem(path, "text", text, depth=depth)]
+    if match := re.match(r"Option '([^']+)' is not accepted", text):
+        return [Problem(path, "key", match.group(1), owner, depth=depth)]
+    if match := re.match(r"unrecognized arguments: --([^\s=]+)", text):
+        return [Problem(path, "key", match.group(1), owner, depth=depth)]
+    if match := re.match(r"Expected a dot import path string: (\S+)", text):
+        return [Problem(path, "class", match.group(1), types=types, depth=depth)]
+    if text.startswith("Not a valid subclass of"):
+        return []
+    if match := re.match(r"Expected an? (.*?)\.? ?(?:Got value: .*)?$", text, re.DOTALL):
+        return [Problem(path, "type", match.group(1), depth=depth)]
+    text = re.sub(r"\.? ?Got value: Namespace\(.*", "", text, flags=re.DOTALL)
+    text = re.sub(r"<class '([^']+)'>", r"\1", text)
+    if re.match(r"module '[^']+' has no attribute|No module named", text):
+        text = f"cannot import {owner or 'it'}: {text}"
+    if match := re.match(r"the following arguments are required: (.*)", text):
+        names = [f"'{name.strip().lstrip('-')}'" for name in match.group(1).split(",")]
+        text = f"{owner.rpartition('.')[2] or 'it'} needs {', '.join(names)}"
+    return [Problem(path, "text", text, owner, types, depth)]
+
+
+def _hanging(item: str) -> str:
+    """An item of a list, whose lines after the first are indented by more than the first."""
+    first, newline, rest = item.partition("\n")
+    return first + newline + textwrap.indent(textwrap.dedent(rest), "  ")
+
+
+def _given(text: str) -> str | None:
+    """The innermost value, where the message tells it."""
+    plain = re.findall(r"Got value: (.*)$", text, re.MULTILINE)
+    if plain:
+        return str(plain[0])
+    given = re.findall(r"Given value: (.*)$", text, re.MULTILINE)
+    if not given:
+        return None
+    nested = re.match(r"NestedArg\(key='[^']*', val=(.*)\)$", given[0])
+    value = nested.group(1).strip("'") if nested else str(given[0])
+    return value if len(value) <= 80 else value[:77] + "..."
+
+
+def _readable(type_: str) -> str:
+    """A type as a user writes a value of it."""
+    if type_ == _NONE:
+        return "null"
+    if match := re.fullmatch(r"<class '([\w.]+)'>", type_):
+        return match.group(1).rpartition(".")[2]
+    if match := re.fullmatch(r"typing\.Literal\[(.*)\]", type_):
+        return match.group(1).replace(", ", " or ")
+    return re.sub(r"(?:\w+\.)+(\w+)", r"\1", type_)
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None) if module else None
+    except ImportError:
+        return None
+
+
+def arguments_of(path: str) -> list[str]:
+    """Names of the arguments of a class, with those that it hands on to its bases."""
+    owner = _import(path)
+    if not isinstance(owner, type):
+        return []
+    names: list[str] = []
+    for base in owner.__mro__:
+        if "__init__" not in vars(base) or base is object:
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        named = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"]
+        names += [name for name in named if name not in names]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names
+
+
+def class_names(types: str) -> list[str]:
+    """Names of the classes, imported so far, that fit the types of a message of jsonargparse."""
+    # In Callable[[arguments], result] only the result is the type of the class.
+    results = re.sub(r"[\w.]*Callable\[\[.*?\], (.*?)\](?=[,\]]|$)", r"\1", types)
+    names: dict[str, None] = {}
+    for path in re.findall(r"[A-Za-z_][\w]*(?:\.\w+)+", results):
+        base = _import(path)
+        if isinstance(base, type):
+            names |= dict.fromkeys(member.__name__ for member in _subclasses(base) or [base])
+    return sorted(names)
+
+
+def _subclasses(base: type) -> list[type]:
+    """All that can be built, of those below a class."""
+    found: list[type] = []
+    member: type
+    for member in base.__subclasses__():
+        found += [] if inspect.isabstract(member) else [member]
+        found += _subclasses(member)
+    return [m for m in found if not m.__name__.startswith("_") and "<locals>" not in m.__qualname__]
