@@ -47,8 +47,8 @@ class ContinualEvaluation(ContinualCallback):
     Args:
         every_n_steps: Optimizer steps between two evaluations; 1 is the protocol of the paper.
         samples: Samples per task, drawn once; None for all of them.
-        split: ``test`` data as in the paper, or ``val``: what ``data.val_fraction`` holds out, so that nothing is learnt
-            about the test data.
+        split: ``test`` data as in the paper, or ``val``: what ``data.val_fraction`` holds out, so that test data are
+            looked at only when a task is over.
         windows: Lengths w of the windows, in evaluations.
         beta: Evaluations of the learning curve area beside the first.
         seed: Of the subset; it is the same for all seeds of a run.
@@ -184,8 +184,9 @@ class ContinualEvaluation(ContinualCallback):
         source: Iterable[Batch]
         if self._kept:
             subset, size = self._subset, max(data.eval_batch_size // trainer.world_size, 1)
-            count = 0 if subset is None else len(subset)
-            source = (subset.select(slice(start, start + size)) for start in range(0, count, size))
+            if subset is None:
+                return
+            source = (subset.select(slice(start, start + size)) for start in range(0, len(subset), size))
         else:
             source = self._loader(trainer, range(strategy.task.index + 1))
         for batch in source:

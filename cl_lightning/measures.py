@@ -178,14 +178,19 @@ class AccuracyMatrix:
     Attributes:
         R_ci, R_ti: The class-incremental matrix and the one with the task known, float64 ``(T, T)``.
         R_prefix: Cumulative accuracy after task t on the classes of tasks 0 .. k, likewise.
+        R_ece: Expected calibration error after task t on task i, likewise.
+        per_class: Accuracy after task t on the class of each column, float64 ``(T, C)``.
+        confusion: Samples by true (rows) and predicted column in the latest evaluation, int64 ``(C, C)``.
         start_ci, start_ti: Accuracies before any training, float64 ``(T,)``.
         totals: Test samples per task in its latest evaluation, int64 ``(T,)``.
     """
 
-    _FIELDS = ("R_ci", "R_ti", "R_prefix", "start_ci", "start_ti", "totals")
+    _FIELDS = ("R_ci", "R_ti", "R_prefix", "R_ece", "start_ci", "start_ti", "totals")
+    _OF_CLASSES = ("per_class", "confusion")
 
     def __init__(self, num_tasks: int = 0) -> None:
-        self.R_ci, self.R_ti, self.R_prefix = (_nans(num_tasks, num_tasks) for _ in range(3))
+        self.R_ci, self.R_ti, self.R_prefix, self.R_ece = (_nans(num_tasks, num_tasks) for _ in range(4))
+        self.per_class, self.confusion = _nans(num_tasks, 0), torch.zeros(0, 0, dtype=torch.int64)
         self.start_ci, self.start_ti = _nans(num_tasks), _nans(num_tasks)
         self.totals = torch.zeros(num_tasks, dtype=torch.int64)
 
@@ -210,10 +215,17 @@ class AccuracyMatrix:
         lines = [(self.start_ci, row.accuracy), (self.start_ti, row.task_aware)]
         if task >= 0:
             prefix = _nans(0) if row.prefix is None else row.prefix
-            lines = [(self.R_ci[task], row.accuracy), (self.R_ti[task], row.task_aware), (self.R_prefix[task], prefix)]
+            ece = _nans(0) if row.ece is None else row.ece
+            lines = [(self.R_ci[task], row.accuracy), (self.R_ti[task], row.task_aware)]
+            lines += [(self.R_prefix[task], prefix), (self.R_ece[task], ece)]
         for line, values in lines:
             line.fill_(_NAN)[: len(values)] = values
         self.totals[: len(row.totals)] = row.totals
+        classes = 0 if row.confusion is None else max(len(row.confusion) - self.per_class.shape[1], 0)
+        self.per_class = F.pad(self.per_class, (0, classes, 0, grow), value=_NAN)
+        if task >= 0 and row.confusion is not None:
+            self.confusion = row.confusion
+            self.per_class[task].fill_(_NAN)[: len(row.confusion)] = per_class_accuracy(row.confusion)
 
     def measures(self, t: int | None = None) -> dict[str, float]:
         """Measures after task ``t`` (None: after the last one learnt), by name; undefined ones (nan) are left out.
@@ -241,23 +253,28 @@ class AccuracyMatrix:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Plain tensors, for a checkpoint."""
-        return {name: getattr(self, name).clone() for name in self._FIELDS}
+        return {name: getattr(self, name).clone() for name in self._FIELDS + self._OF_CLASSES}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a state, whatever number of tasks it has."""
-        for name in self._FIELDS:
-            setattr(self, name, state[name].cpu().clone())
+        fresh = type(self)(len(state["totals"]))
+        for name in self._FIELDS + self._OF_CLASSES:
+            setattr(self, name, state.get(name, getattr(fresh, name)).cpu().clone())
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested lists that JSON can hold, None for nan."""
-        return {name: _listed(getattr(self, name).tolist()) for name in self._FIELDS}
+        """Nested lists that JSON can hold, None for nan; without the confusion matrix, which may be large."""
+        return {name: _listed(getattr(self, name).tolist()) for name in (*self._FIELDS, "per_class")}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Inverse of ``to_dict``."""
         result = cls(len(data["totals"]))
-        for name, old in result.state_dict().items():
-            setattr(result, name, torch.tensor(_unlisted(data[name]), dtype=old.dtype).reshape(old.shape))
+        for name in cls._FIELDS:
+            if name in data:
+                old: Tensor = getattr(result, name)
+                setattr(result, name, torch.tensor(_unlisted(data[name]), dtype=old.dtype).reshape(old.shape))
+        if data.get("per_class"):
+            result.per_class = torch.tensor(_unlisted(data["per_class"]), dtype=torch.float64)
         return result
 
 

@@ -1,31 +1,50 @@
 """``results.json``: what a run has measured so far, in plain values."""
 
+import hashlib
 import json
 import os
 import platform
-import resource
-import sys
-import tempfile
+import re
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from lightning.pytorch import Trainer
+from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from cl_lightning.hooks import ContinualCallback
+from cl_lightning.measures import base_novel_harmonic, performance_drop
+from cl_lightning.memory import Memory
 
 if TYPE_CHECKING:
     from cl_lightning.loop import TaskLoop
     from cl_lightning.measures import AccuracyMatrix
+    from cl_lightning.strategy import ContinualStrategy
+    from cl_lightning.stream import Stream
 
-SCHEMA = 1
+SCHEMA = 2
+"""Version of ``results.json``; what changed in each is told in ``docs/results_schema.md``."""
+_LARGEST_CONFUSION = 1000  # classes; above, the confusion matrix would be most of the file
+_SECRET = re.compile(r"(?i)(api|access|auth|secret)[_-]?(key|token)\s*:|password\s*:|secret\s*:")
+_REMOVED = "(removed)"
+_FLAT_LIST = re.compile(r"\[\n\s+([^\[\]{}\"]+?)\n\s+\]")
 _PACKAGES = ("cl-lightning", "torch", "lightning", "torchmetrics", "torchvision", "timm", "numpy", "scikit-learn")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
+    return dict(_versions())
+
+
+@cache  # it takes longer than all else that is written
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -36,70 +55,144 @@ def versions() -> dict[str, str]:
 
 
 def collect(loop: "TaskLoop") -> dict[str, Any]:
-    """Results of the tasks that are finished.
-
-    Keys: ``schema`` (int), ``strategy`` (import path), ``config`` (as it was resolved), ``seed``, ``tasks`` (name,
-        class
-    names and number of training and test samples of each), ``class_order`` (raw label of each logit column),
-    ``fingerprints`` (hash of the data of each task), ``finished`` (number of tasks), ``matrix`` (accuracies, see
-    ``AccuracyMatrix.to_dict``), ``measures`` (by name, after the last finished task), ``measures_per_task``, ``cost``
-    (seconds per task, bytes kept, parameters, peak memory), ``versions``, ``hardware``.
-    """
-    stream, matrix, strategy = loop.stream, loop.matrix, loop.strategy
+    """Results of the tasks that are finished, as ``docs/results_schema.md`` describes them; on one process."""
+    stream, matrix, strategy, data = loop.stream, loop.matrix, loop.strategy, loop.datamodule
     finished = matrix.learned
-    kept = strategy.bytes_kept()
-    for callback in loop.trainer.callbacks:  # type: ignore[attr-defined]
-        for kind, size in getattr(callback, "bytes_kept", dict)().items():
-            kept[kind] = kept.get(kind, 0) + size
-    return {
+    per_task = [measures(matrix, stream, t) for t in range(finished)]
+    small = len(matrix.confusion) <= _LARGEST_CONFUSION
+    content = {
         "schema": SCHEMA,
-        "strategy": f"{type(strategy).__module__}.{type(strategy).__qualname__}",
+        "strategy": class_path(strategy),
         "config": yaml.safe_load(loop.config) if loop.config else None,
         "seed": loop.seed,
+        "seeds": {"run": loop.seed, "data": data.seed, "stream": [part.seed for part in stream.parts]},
         "tasks": [
             {
                 "name": task.name,
-                "classes": [stream.class_names[column] for column in task.columns],
+                "classes": list(stream.names_of(task)),
+                "labels": list(task.classes),
+                "columns": list(task.columns),
                 "train": len(stream.train[task.index]),
+                "val": len(stream.val[task.index]),
                 "test": len(stream.test[task.index]),
             }
             for task in stream.tasks
         ],
         "class_order": list(stream.order),
+        "class_names": list(stream.class_names),
+        "order_hash": _hash([stream.names_of(task) for task in stream.tasks]),
+        "stream_hash": _hash(stream.hashes),
         "fingerprints": loop.fingerprints,
         "finished": finished,
         "matrix": matrix.to_dict(),
-        "measures": matrix.measures() if finished else {},
-        "measures_per_task": [matrix.measures(t) for t in range(finished)],
-        "cost": {
-            "seconds": [{key: round(value, 4) for key, value in cost.items()} for cost in loop.costs],
-            "bytes_kept": kept,
-            "parameters": sum(parameter.numel() for parameter in strategy.network.parameters()),
-            "peak_memory_bytes": _peak_memory(),
-        },
+        "measures": per_task[-1] if finished else {},
+        "measures_per_task": per_task,
+        "per_class": matrix.to_dict()["per_class"][finished - 1][: len(matrix.confusion)] if finished else [],
+        "confusion": matrix.confusion.tolist() if finished and small else None,
+        "cost": loop.meter.summary(),
+        "protocol": protocol(loop),
         "versions": versions(),
         "hardware": hardware(loop),
     }
+    for callback in loop.trainer.callbacks:  # type: ignore[attr-defined]
+        found = callback.results() if isinstance(callback, ContinualCallback) else {}
+        if found:
+            content[_free_key(type(callback).__name__, content)] = found
+    return content
+
+
+def measures(matrix: "AccuracyMatrix", stream: "Stream", task: int) -> dict[str, float]:
+    """Measures after a task by name: those of the matrix, and those that need the classes of the stream.
+
+    ``calibration_error`` is the mean of the tasks' calibration errors, weighted by samples; ``performance_drop``,
+    ``base_accuracy``, ``novel_accuracy`` and ``harmonic_accuracy`` are those of few-shot papers, the base being the
+    classes of the first task. Undefined ones are left out.
+    """
+    values = matrix.measures(task)
+    totals = matrix.totals[: task + 1]
+    weights = totals.double() / totals.sum()
+    values["calibration_error"] = float((matrix.R_ece[task, : task + 1] * weights).where(weights > 0, 0.0).sum())
+    if task > 0:
+        values["performance_drop"] = performance_drop(matrix.R_ci[: task + 1, : task + 1], totals)
+        seen, base = stream.tasks[task].num_seen, stream.tasks[0].num_seen
+        if seen > base and matrix.per_class.shape[1] >= seen:
+            split = base_novel_harmonic(matrix.per_class[task, :seen], base)
+            values |= {f"{name}_accuracy": value for name, value in split._asdict().items()}
+    return {name: value for name, value in values.items() if value == value}
+
+
+def protocol(loop: "TaskLoop") -> dict[str, Any]:
+    """How the numbers came about: what a reader has to know before they compare them with others."""
+    stream, strategy, data, trainer = loop.stream, loop.strategy, loop.datamodule, loop.trainer
+    uses = ["evaluation after each task"]
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    uses += [use for callback in callbacks if (use := getattr(callback, "test_data_use", None)) and use not in uses]
+    return {
+        "scenario": stream.scenario,
+        "num_tasks": len(stream.tasks),
+        "new_classes": [task.num_new for task in stream.tasks],
+        "epochs": [cost.epochs for cost in loop.meter.tasks],
+        "steps": [cost.steps for cost in loop.meter.tasks],
+        "batch_size": stream.batch_size or data.batch_size,
+        "eval_batch_size": data.eval_batch_size,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "one_pass": stream.one_pass,
+        "passes": stream.passes,
+        "val_fraction": data.val_fraction,
+        "augmentation": [type(transform).__name__ for transform in data.augmentation.transforms],
+        "mean": [float(value) for value in data.normalize.mean],
+        "std": [float(value) for value in data.normalize.std],
+        "image_shape": list(data.image_shape),
+        "backbone": type(strategy.network.backbone).__name__,
+        "head": type(strategy.network.head).__name__,
+        "visible": strategy.visible,
+        "freeze_backbone": strategy.freeze_backbone,
+        "task_ids_at_test": strategy.needs_task_ids,
+        "memory_samples": sum(len(module) for module in strategy.modules() if isinstance(module, Memory)),
+        "optimizers": [_optimizer(optimizer) for optimizer in trainer.optimizers],
+        "precision": str(trainer.precision),
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "callbacks": [class_path(callback) for callback in callbacks if callback not in loop.own_callbacks],
+        "test_data_use": uses,
+    }
+
+
+def bytes_kept(trainer: Trainer, strategy: "ContinualStrategy") -> dict[str, int]:
+    """What this process keeps from task to task beside the network, in bytes by kind, that of callbacks included."""
+    kept = dict(strategy.bytes_kept())
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ContinualCallback):
+            for kind, size in callback.bytes_kept().items():
+                kept[kind] = kept.get(kind, 0) + size
+    return kept
+
+
+def class_path(thing: object) -> str:
+    """Import path of an object's class."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
 def hardware(loop: "TaskLoop") -> dict[str, Any]:
     """What the run ran on."""
     trainer = loop.trainer
     device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": device.type, "name": name, "processes": trainer.world_size, "threads": torch.get_num_threads()}
+    found = {
+        "device": device.type,
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "processes": trainer.world_size,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+    }
+    if device.type == "cuda":
+        found["device_memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
+        found["cuda"] = torch.version.cuda
+    return found
 
 
-def _peak_memory() -> int:
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    scale = 1 if sys.platform == "darwin" else 1024
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * scale
-
-
-def summary(matrix: "AccuracyMatrix", task: int) -> dict[str, float]:
+def summary(matrix: "AccuracyMatrix", stream: "Stream", task: int) -> dict[str, float]:
     """What is logged after a task."""
-    values = {f"stream/{name}": value for name, value in matrix.measures(task).items()}
+    values = {f"stream/{name}": value for name, value in measures(matrix, stream, task).items()}
     for index, value in enumerate(matrix.R_ci[task].tolist()):
         if value == value:
             values[f"accuracy/task_{index:02d}"] = value
@@ -109,48 +202,135 @@ def summary(matrix: "AccuracyMatrix", task: int) -> dict[str, float]:
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON beside ``path`` and rename it, so that the file is whole at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-    os.replace(name, path)
+    text = json.dumps(content, indent=1, allow_nan=False)
+    # Lists of plain values on one line: a matrix then looks like one.
+    text = _FLAT_LIST.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
+    draft = path.with_name(f".{path.name}.draft")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def without_secrets(config: str) -> str:
+    """The configuration without what gives access to an account: values of keys such as ``api_key``, ``password``."""
+    text = config
+    for name in ("WANDB_API_KEY",):
+        if value := os.environ.get(name):
+            text = text.replace(value, _REMOVED)
+    if not _SECRET.search(text):
+        return text
+    return str(yaml.safe_dump(_cleaned(yaml.safe_load(text)), sort_keys=False))
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: _REMOVED if isinstance(item, str) and _SECRET.search(f"{key}:") else _cleaned(item)
+            for key, item in value.items()
+        }
+    return [_cleaned(item) for item in value] if isinstance(value, list) else value
+
+
+def _free_key(name: str, content: Mapping[str, Any]) -> str:
+    key = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+    return next(candidate for n in count(1) if (candidate := key if n == 1 else f"{key}_{n}") not in content)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
+
+
+def _optimizer(optimizer: Any) -> dict[str, Any]:
+    group = optimizer.param_groups[0]
+    plain = {name: value for name, value in group.items() if isinstance(value, bool | int | float | str)}
+    return {"name": type(optimizer).__name__, **{name: value for name, value in plain.items() if value == value}}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
 
 
 def show(content: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print the accuracy matrix with the measures of a run as a table."""
+    """Print the accuracy matrix with the measures of a run as a table that fits the terminal."""
     console = console or Console()
-    matrix, finished = content["matrix"]["R_ci"], content["finished"]
-    aware = content["matrix"]["R_ti"]
     method = content["strategy"].rpartition(".")[2]
-    table = Table(title=f"{method}: accuracy in % on each task (columns) after each task (rows)")
-    table.add_column("after task")
-    many = finished > 10
-    for index in [] if many else range(finished):
-        table.add_column(str(index), justify="right")
-    for name in ("all classes", "task known", "forgetting", "seconds"):
-        table.add_column(name, justify="right")
-    for t in range(finished):
-        per_task = content["measures_per_task"][t]
-        cells = [] if many else [_percent(value) for value in matrix[t][:finished]]
-        seconds = content["cost"]["seconds"][t]
-        spent = sum(seconds[key] for key in ("training", "statistics", "evaluation"))
-        known = [value for value in aware[t][: t + 1] if value is not None]
-        table.add_row(
-            f"{t}  {content['tasks'][t]['name']}",
-            *cells,
-            _percent(per_task["average_accuracy"]),
-            _percent(sum(known) / len(known)),
-            _percent(per_task.get("forgetting")),
-            f"{spent:.1f}",
-        )
+    finished = content["finished"]
+    if not finished:
+        console.print(f"{method}: no task is finished")
+        return
+    after = [_after_task(content, t) for t in range(finished)]
+    columns, digits, gap = _layout(finished, after, console.width)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, gap - 1, 0, 0))
+    title = f"{method}: accuracy in % " + ("on each task (columns) " if columns else "") + "after each task (rows)"
+    table.add_column("task", no_wrap=True)
+    for index in range(columns):
+        table.add_column(str(index), justify="right", no_wrap=True)
+    for name in _COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True, style="bold" if name == "all" else "")
+    for t, (name, *cells) in enumerate(after):
+        values = content["matrix"]["R_ci"][t][:columns]
+        table.add_row(name, *(_percent(value, digits) if i <= t else "" for i, value in enumerate(values)), *cells)
+    console.print(title, style="italic", highlight=False)
     console.print(table)
     measures = content["measures"]
-    kept = sum(content["cost"]["bytes_kept"].values())
-    console.print(
+    lines = [
+        "all: average over all classes so far; known: with the task of each image known",
         f"last accuracy {_percent(measures['average_accuracy'])} %, average incremental accuracy "
-        f"{_percent(measures['average_incremental_accuracy'])} %, forgetting {_percent(measures.get('forgetting'))} %, "
-        f"kept between tasks {kept / 2**20:.2f} MiB"
-    )
+        f"{_percent(measures['average_incremental_accuracy'])} %",
+    ]
+    if finished > 1:
+        lines[-1] += f", forgetting {_percent(measures.get('forgetting'))} %"
+    if (kept := _kept(content)) is not None:
+        lines.append(f"kept from task to task beside the network: {kept}")
+    console.print("\n".join(lines), highlight=False)
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
+_COLUMNS = ("all", "known", "forgetting", "time")
+
+
+def _after_task(content: Mapping[str, Any], t: int) -> list[str]:
+    """Name and summary of a finished task."""
+    name = content["tasks"][t]["name"]
+    name = str(t) if name == f"task {t}" else f"{t} {name if len(name) <= 14 else name[:13] + '…'}"
+    known = [value for value in content["matrix"]["R_ti"][t][: t + 1] if value is not None]
+    measures = content["measures_per_task"][t]
+    spent = content["cost"]["seconds"][t]
+    seconds = sum(spent[key] for key in ("training", "statistics", "evaluation"))
+    return [
+        name,
+        _percent(measures["average_accuracy"]),
+        _percent(sum(known) / len(known) if known else None),
+        _percent(measures.get("forgetting")),
+        f"{seconds:.1f} s"
+        if seconds < 100
+        else f"{seconds / 60:.1f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h",
+    ]
+
+
+def _layout(finished: int, rows: list[list[str]], width: int) -> tuple[int, int, int]:
+    """Number of columns for single tasks, their digits behind the point, and the space between columns."""
+    widths = [max(map(len, cells)) for cells in zip(["task", *_COLUMNS], *rows, strict=True)]
+    for digits, gap in ((1, 2), (1, 1), (0, 1)):
+        if sum(widths) + finished * (5 if digits else 3) + gap * (len(widths) + finished) <= width:
+            return finished, digits, gap
+    return 0, 1, 2
+
+
+def _kept(content: Mapping[str, Any]) -> str | None:
+    """What a run keeps from task to task, in words."""
+    sizes = {kind: size for kind, size in content["cost"]["bytes_kept"].items() if size}
+    parts = [
+        f"{kind} {size / 2**20:.2f} MiB" if size >= 10_000 else f"{kind} {size} bytes" for kind, size in sizes.items()
+    ]
+    return ", ".join(parts) if parts else None
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{100 * value:.{digits}f}"

@@ -1,0 +1,360 @@
+"""What can be watched while a stream is learnt: ``metrics.csv``, and whatever loggers the Trainer has."""
+
+import csv
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from cl_lightning import results
+from cl_lightning.distributed import all_sum
+from cl_lightning.hooks import ContinualCallback
+from cl_lightning.stream import Task
+
+if TYPE_CHECKING:
+    from cl_lightning.loop import TaskLoop
+    from cl_lightning.measures import AccuracyMatrix
+    from cl_lightning.strategy import ContinualStrategy
+
+_GAP_IMAGES = 500  # on which the distance of prototypes to features is measured, at the end of a task
+
+
+class MetricsFile(Logger):
+    """Logs to one CSV file over a whole stream: a row per step, in order of steps, with a column for each name.
+
+    New names make new columns, as tasks come that have curves of their own. Lightning's ``CSVLogger`` would begin a new
+    file when a run is resumed; here the rows up to the step at which it goes on stay, and later ones, which are
+    measured again, go.
+
+    Args:
+        path: The file.
+        keep: Step up to which the rows of an earlier file are kept; None to begin a new file.
+    """
+
+    _FLUSH = 256  # rows that are held back at most
+
+    def __init__(self, path: str | Path, keep: int | None = None) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.columns = ["step"]
+        self.rows: list[dict[str, str]] = []  # not written yet
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            self._begin(keep)
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the configuration is in ``config.yaml``."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float | Tensor], step: int | None = None) -> None:
+        row = {"step": str(step if step is not None else self._last_step())}
+        row |= {name: repr(float(value)) for name, value in metrics.items() if name != "step"}
+        last = self.rows[-1] if self.rows else {}
+        if last.get("step") == row["step"] and not (last.keys() & row.keys()) - {"step"}:
+            last.update(row)
+        else:
+            self.rows.append(row)
+        if len(self.rows) > self._FLUSH:
+            self.save()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what is not written yet."""
+        if not self.rows:
+            return
+        seen = set(self.columns)
+        new = [name for row in self.rows for name in row if name not in seen and not seen.add(name)]  # type: ignore[func-returns-value]
+        rows, self.rows = self.rows, []
+        if new or not self.path.exists():
+            earlier = self._read()
+            self.columns += new
+            self._rewrite(earlier + rows)
+            return
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns).writerows(rows)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
+
+    def _begin(self, keep: int | None) -> None:
+        if keep is not None and self.path.exists():
+            earlier = [row for row in self._read() if row["step"].isdigit() and int(row["step"]) <= keep]
+            self._rewrite(earlier)
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def _last_step(self) -> int:
+        return int(self.rows[-1]["step"]) if self.rows else 0
+
+    def _read(self) -> list[dict[str, str]]:
+        """Rows of the file; a last line that was cut off is left out."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = [row for row in reader if None not in row and None not in row.values()]
+            self.columns = list(reader.fieldnames or ["step"])
+        return rows
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_name(f".{self.path.name}.draft")
+        with draft.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        draft.replace(self.path)
+
+
+class LiveViews(ContinualCallback):
+    """Logs what is known at the end of each task; the task loop adds it to every run.
+
+    All loggers get, against the optimizer steps of the whole stream: the measures of the accuracy matrix (``stream/``)
+    and its last row (``accuracy/``), the bias between old and new classes (``bias/``), the norms of the head's rows
+    (``head/``), how far features have moved away from stored class means (``prototypes/``), and what it cost
+    (``cost/``). Nothing is added to a training step.
+
+    With Lightning's ``WandbLogger`` also: the accuracy matrix as a heat map, the fields that a sweep sorts by in the
+    summary, and the configuration. The identity of the W&B run lies in the run folder: a run that is resumed there goes
+    on in the same W&B run. Keys that give access to an account are written nowhere.
+
+    As a context manager it opens and closes what is written to.
+
+    Args:
+        loop: The loop whose run is shown.
+    """
+
+    looks_on: bool = True
+
+    def __init__(self, loop: "TaskLoop") -> None:
+        self.loop = loop
+        self._prototypes: dict[str, float] = {}
+        self._opened: list[WandbLogger] = []
+
+    # ------------------------------------------------------------------ open and close
+
+    def open(self, resumed: bool) -> None:
+        """Prepare the loggers, before the first task.
+
+        Args:
+            resumed: Whether the run goes on from a checkpoint.
+
+        Raises:
+            ValueError: If a W&B run cannot be started.
+        """
+        loop, trainer = self.loop, self.loop.trainer
+        if loop.run_dir is not None:
+            path = loop.run_dir / "metrics.csv"
+            others = [logger for logger in trainer.loggers if not _writes(logger, path)]
+            # At the end, so that `trainer.logger` stays the one that was asked for.
+            trainer.loggers = [*others, MetricsFile(path, keep=trainer.global_step if resumed else None)]
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                self._open_wandb(logger, resumed)
+
+    def __enter__(self) -> "LiveViews":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for logger in self.loop.trainer.loggers:
+            logger.save()
+        for logger in self._opened:
+            logger.experiment.finish(exit_code=0 if error is None else 1)
+            logger._experiment = None  # a later fit with this Trainer starts it again, under the same identity
+        self._opened = []
+
+    def _open_wandb(self, logger: WandbLogger, resumed: bool) -> None:
+        import wandb
+
+        foreign = wandb.run is not None or logger._experiment is not None  # started by the caller, who will end it
+        place = self.loop.run_dir / "wandb.json" if self.loop.run_dir is not None else None
+        if not foreign and resumed and place is not None and place.exists():
+            given = logger._wandb_init.get("id") or os.environ.get("WANDB_RUN_ID")
+            logger._wandb_init["id"] = given or json.loads(place.read_text(encoding="utf-8"))["id"]
+        if logger._wandb_init.get("resume") is None:  # as a configuration has it, where every option is spelled out
+            logger._wandb_init["resume"] = "allow"  # without it, W&B would overwrite the run that goes on
+        if (folder := logger.save_dir) is not None:
+            # W&B writes from a process of its own, which may run elsewhere, and needs the folder to be there.
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            logger._wandb_init["dir"] = str(Path(folder).resolve())
+        try:
+            run = logger.experiment
+        except wandb.errors.Error as error:
+            raise ValueError(
+                f"WandbLogger: no run could be started ({error}); log in with `wandb login`, or set WANDB_MODE=offline"
+            ) from error
+        if not foreign:
+            self._opened.append(logger)
+        if place is not None:
+            results.write(place, {"id": run.id, "project": run.project, "name": run.name})
+        stream = self.loop.stream
+        config = yaml.safe_load(self.loop.config) if self.loop.config else {}
+        run.config.update(
+            {**(config or {}), "seed": self.loop.seed, "tasks": len(stream.tasks), "class_order": list(stream.order)},
+            allow_val_change=True,
+        )
+
+    # ------------------------------------------------------------------ the end of a task
+
+    @torch.no_grad()
+    def on_task_end(self, trainer: Trainer, strategy: "ContinualStrategy", task: Task) -> None:
+        self._prototypes = prototype_gap(trainer, strategy, task) if trainer.loggers else {}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):
+                logger.save()  # so that the file is not behind the checkpoint
+
+    def task_done(self, task: Task) -> None:
+        """Log a task that is learnt and evaluated; called on all processes."""
+        loop, trainer = self.loop, self.loop.trainer
+        if not trainer.loggers:
+            return
+        values = results.summary(loop.matrix, loop.stream, task.index)
+        values |= head_norms(loop.strategy)
+        if (row := loop.strategy.row) is not None and row.confusion is not None:
+            values |= bias(row.confusion, task)
+        values |= self._prototypes | loop.meter.metrics()
+        values["task"] = float(task.index)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                self._log_wandb(logger)
+            logger.save()
+
+    def _log_wandb(self, logger: WandbLogger) -> None:
+        import wandb
+
+        loop, run = self.loop, logger.experiment
+        table = wandb.Table(columns=["after task", "on task", "accuracy"], data=long_form(loop.matrix))
+        chart = wandb.plot_table(
+            data_table=table,
+            vega_spec_name="wandb/confusion_matrix/v1",  # W&B's heat map
+            fields={"Actual": "after task", "Predicted": "on task", "nPredictions": "accuracy"},
+            string_fields={"title": "accuracy on each task after each task"},
+        )
+        run.log({"accuracy_matrix": chart, "trainer/global_step": loop.trainer.global_step})
+        measures = loop.matrix.measures()
+        seconds = sum(cost.training + cost.statistics + cost.evaluation for cost in loop.meter.tasks)
+        summary = {"last_accuracy": measures["average_accuracy"], "tasks_finished": loop.matrix.learned}
+        for name in ("average_incremental_accuracy", "forgetting", "backward_transfer", "learning_accuracy"):
+            summary |= {name: measures[name]} if name in measures else {}
+        for name in ("average_accuracy", "forgetting"):
+            key = f"task_aware/{name}"
+            summary |= {key.replace("average", "last"): measures[key]} if key in measures else {}
+        summary |= {"seconds": seconds, "memory_mb": loop.meter.tasks[-1].memory_mb}
+        run.summary.update(summary)
+
+
+def long_form(matrix: "AccuracyMatrix") -> list[list[Any]]:
+    """Entries of the class-incremental accuracy matrix that are known: after which task, on which task, accuracy."""
+    rows = []
+    for t, row in enumerate(matrix.R_ci[: matrix.learned].tolist()):
+        # Names of equal length, so that a sorted axis is an axis in order.
+        rows += [[f"{t:03d}", f"{i:03d}", value] for i, value in enumerate(row) if value == value]
+    return rows
+
+
+def bias(confusion: Tensor, task: Task) -> dict[str, float]:
+    """How predictions lean to the classes of the task learnt last, as shares in [0, 1].
+
+    ``bias/new_predicted``: of all test samples, those predicted as a class of this task; without bias it is near
+    ``bias/new_true``, the share that are of this task. ``bias/old_as_new`` and ``bias/new_as_old``: of the samples of
+    earlier classes those predicted as a class of this task, and the reverse. Nothing after the first task, and where a
+    task has only classes that were known.
+
+    Args:
+        confusion: Samples by true (rows) and predicted column, ``(C, C)``.
+        task: The task learnt last.
+    """
+    num_old = task.num_seen - task.num_new
+    if num_old == 0 or task.num_new == 0:
+        return {}
+    counts = confusion.double()
+    total, old, new = counts.sum(), counts[:num_old], counts[num_old:]
+    values = {
+        "bias/new_predicted": counts[:, num_old:].sum() / total,
+        "bias/new_true": new.sum() / total,
+        "bias/old_as_new": old[:, num_old:].sum() / old.sum(),
+        "bias/new_as_old": new[:, :num_old].sum() / new.sum(),
+    }
+    return {name: float(value) for name, value in values.items() if value == value}
+
+
+@torch.no_grad()
+def head_norms(strategy: "ContinualStrategy") -> dict[str, float]:
+    """Mean Euclidean norm of the head's rows for the classes of each task; nothing for heads without rows."""
+    weights = [getattr(block, "weight", None) for block in strategy.network.head.blocks]
+    rows = [weight for weight in weights if isinstance(weight, Tensor) and weight.dim() == 2]
+    marks = strategy.task_columns
+    if not rows or len(rows) != len(weights) or sum(len(row) for row in rows) != marks.shape[1]:
+        return {}
+    norms = torch.cat([row.float().norm(dim=1) for row in rows]).to(marks.device)
+    means = (marks * norms).sum(1) / marks.sum(1)
+    values: list[float] = means.tolist()
+    return {f"head/norm_task_{index:02d}": value for index, value in enumerate(values) if value == value}
+
+
+@torch.no_grad()
+def prototype_gap(trainer: Trainer, strategy: "ContinualStrategy", task: Task) -> dict[str, float]:
+    """Mean of 1 - cos(f(x), p_y) over test samples x of each task, p_y the stored mean of its class; in [0, 2].
+
+    While the network goes on learning, stored means of earlier classes stay behind: the value of their tasks goes up by
+    what drift did to them. It is taken on at most 500 images, always the same. Nothing for a strategy without class
+    means of the network's features. Called on all processes.
+    """
+    try:
+        prototypes = strategy.prototypes
+    except (ValueError, AttributeError):
+        return {}
+    means, counts = getattr(prototypes, "means", None), getattr(prototypes, "counts", None)
+    width = getattr(strategy.network.backbone, "num_features", None)
+    if means is None or counts is None or means.dim() != 2 or means.shape[1] != width:
+        return {}
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    known_tasks = range(task.index + 1)
+    samples = max(_GAP_IMAGES // len(known_tasks), 1)
+    sums = torch.zeros(len(known_tasks), 2, dtype=torch.float64, device=strategy.device)
+    for batch in data.evaluation_loader("test", known_tasks, samples=samples, key=0x6A9):
+        moved = data.finish(batch.to(strategy.device), augment=False)
+        known = counts[moved.labels.clamp(max=len(counts) - 1)] > 0
+        known &= moved.labels < len(counts)
+        with trainer.precision_plugin.forward_context():
+            features = strategy.network.backbone(moved.images).float()
+        own = means[moved.labels.clamp(max=len(means) - 1)].to(features.dtype)
+        gaps = 1 - F.cosine_similarity(features, own)
+        rows = torch.stack([known.double(), gaps.double().where(known, 0.0)], 1)
+        sums.index_add_(0, moved.tasks, rows)
+    counted, total = all_sum(sums).unbind(1)
+    values: list[float] = (total / counted).tolist()
+    return {f"prototypes/gap_task_{index:02d}": value for index, value in enumerate(values) if value == value}
+
+
+def _writes(logger: Logger, path: Path) -> bool:
+    """Whether a logger of Lightning writes to the same file."""
+    return isinstance(logger, CSVLogger) and Path(logger.log_dir).resolve() == path.parent.resolve()
