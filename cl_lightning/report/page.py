@@ -1,0 +1,62 @@
+"""The report as one HTML page, with nothing outside of it."""
+
+import re
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from cl_lightning.report import plots, several, single
+from cl_lightning.report.comparison import Comparison, shown
+from cl_lightning.report.parts import counted
+
+
+def render(comparison: Comparison) -> str:
+    """The whole page."""
+    runs = comparison.runs
+    sections = single.sections(comparison.groups[0]) if len(runs) == 1 else several.sections(comparison)
+    environment = Environment(
+        loader=PackageLoader("cl_lightning.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(unit=_unit, half=_half, option=shown, safe_title=_bold_start)
+    groups = comparison.groups
+    several_groups = len(groups) > 1
+    methods = ", ".join(dict.fromkeys(group.method for group in groups))
+    return environment.get_template("page.html").render(
+        title=methods,
+        summary=_summary(comparison),
+        comparison=comparison,
+        sections=[section for section in sections if not section.empty],
+        sign_of={group.label: plots.sign(index) for index, group in enumerate(groups)} if several_groups else {},
+        signs=plots.signs(max(len(groups), plots.COLORS)),
+    )
+
+
+def _summary(comparison: Comparison) -> str:
+    runs, groups = comparison.runs, comparison.groups
+    tasks = sorted({len(run.tasks) for run in runs})
+    classes = sorted({len(run.class_names) for run in runs})
+    parts = [f"{len(groups)} configurations, {len(runs)} runs"] if len(groups) > 1 else [counted(len(runs), "run")]
+    parts.append(f"{' or '.join(map(str, tasks))} tasks, {' or '.join(map(str, classes))} classes")
+    data = {(run.config or {}).get("data.class_path", "").rpartition(".")[2] for run in runs} - {""}
+    return "; ".join([*parts, *sorted(data)])
+
+
+def _unit(head: str) -> Markup:
+    """The unit at the end of a head, in brackets, apart from it."""
+    found = re.fullmatch(r"(.*) (\([^()]+\))", head)
+    return Markup('{} <span class="unit">{}</span>').format(*found.groups()) if found else escape(head)
+
+
+def _half(cell: str) -> Markup:
+    """What follows the sign of the interval, lighter."""
+    mean, sign, rest = cell.partition(" ± ")
+    return Markup('{} <span class="half">± {}</span>').format(mean, rest) if sign else escape(cell)
+
+
+def _bold_start(title: str) -> Markup:
+    head, sign, rest = title.partition(": ")
+    return Markup("<b>{}</b>{}").format(head, f" {rest}" if sign else "")

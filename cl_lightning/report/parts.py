@@ -1,0 +1,183 @@
+"""What the pages on one run and on several are made of."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from markupsafe import Markup
+
+from cl_lightning.report import cards, plots
+from cl_lightning.report.comparison import Difference
+from cl_lightning.report.runs import Matrix, Run
+from cl_lightning.report.statistics import estimate
+from cl_lightning.report.tables import Sheet
+
+NUMBERED = 24
+"""Rows of a matrix that is shown with its numbers; a larger one is an image."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawing with its heading; ``legend`` are pairs of a sign and a text."""
+
+    title: str
+    svg: Markup
+    text: str = ""
+    legend: Sequence[tuple[Markup, str]] = ()
+    full: bool = False
+
+
+@dataclass(frozen=True)
+class Heat:
+    """A matrix of shares in [0, 1]: rows are (name, cells, total), cells (value, text); or an image of it."""
+
+    title: str
+    corner: str = ""
+    columns: Sequence[str] = ()
+    rows: Sequence[tuple[str, Sequence[tuple[float | None, str]], str | None]] = ()
+    small: bool = False
+    tiny: bool = False
+    image: Markup | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; what is empty does not appear."""
+
+    title: str = ""
+    text: str = ""
+    tiles: Sequence[tuple[str, str, str]] = ()
+    card: cards.Card = field(default_factory=list)
+    sheets: Sequence[tuple[Sheet, bool]] = ()
+    differences: Sequence[tuple[str, Sequence[Difference]]] = ()
+    legend: bool = False
+    plots: Sequence[Plot] = ()
+    matrices: Sequence[Heat] = ()
+    classes: Sequence[tuple[str, Sequence[tuple[str, float, str]]]] = ()
+    wide: Sequence[Plot] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def empty(self) -> bool:
+        parts = (
+            self.tiles,
+            self.card,
+            self.sheets,
+            self.differences,
+            self.plots,
+            self.matrices,
+            self.classes,
+            self.wide,
+        )
+        return not any(parts)
+
+
+def axis_range(values: Sequence[float], *, whole: bool) -> tuple[float, float]:
+    """Limits of an axis in percent; the scale of shares, save where all lies in a small part of it."""
+    known = [value for value in values if value == value]
+    low, high = min(known, default=0.0), max(known, default=100.0)
+    if whole:
+        return (0.0, 103.0) if low < 50 else (max(0.0, 10 * math.floor(low / 10) - 2), 103.0)
+    pad = max(2.0, 0.05 * (high - low))
+    return max(-103.0, min(0.0, low) - pad), min(103.0, max(0.0, high) + pad)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def short(number: int) -> str:
+    """A large number to three digits."""
+    for size, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {name}"
+    return str(number)
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Mean of those that are known."""
+    found = estimate(values)
+    return None if found is None else found.mean
+
+
+COUNTS: tuple[tuple[str, Callable[[Run], int | None]], ...] = (
+    ("weights", lambda run: run.parameters),
+    ("trained last", lambda run: run.trainable),
+    ("FLOPs an image", lambda run: run.flops),
+)
+
+COST_NOTE = (
+    "Peak memory is of the GPU where there was one, else of the process. FLOPs are the operations of one prediction, a "
+    "multiplication and an addition being two; images/s are those of the stream in training."
+)
+
+
+def spent(kind: str) -> Callable[[Run], float | None]:
+    def of(run: Run) -> float | None:
+        found = [task[kind] for task in run.seconds if kind in task]
+        return math.fsum(found) if found else None
+
+    return of
+
+
+def rate(run: Run) -> float | None:
+    return mean_of(run.images_per_second)
+
+
+def heat(
+    name: str, title: str, run: Run, values: Matrix, totals: Sequence[float | None], *, brief: bool = False
+) -> Heat:
+    """An accuracy matrix, with the average after each task; a ``brief`` one of many tasks has colours alone."""
+    size = len(values)
+    if size > NUMBERED:
+        array = [[math.nan if value is None else value for value in row] for row in values]
+        svg = plots.image(name, title, array, x_label="on task", y_label="after task")
+        return Heat(title, image=svg)
+    if brief and size > 8:
+        heads = [str(i) if i % 5 == 0 else "" for i in range(size)]
+        cells = [(heads[t], [(value, "") for value in row], None) for t, row in enumerate(values)]
+        return Heat(title, "", heads, cells, tiny=True)
+    small = size > 8
+
+    def text(value: float | None) -> str:
+        return "" if value is None else f"{100 * value:.{0 if small else 1}f}"
+
+    rows = [
+        (
+            f"{t} {run.tasks[t].name}" if not is_plain(run, t) else str(t),
+            [(value, text(value)) for value in row],
+            text(totals[t]),
+        )
+        for t, row in enumerate(values)
+    ]
+    return Heat(title, "after", [*map(str, range(size)), "all"], rows, small)
+
+
+def is_plain(run: Run, task: int) -> bool:
+    """Whether the name of a task says no more than its number."""
+    return run.tasks[task].name in (f"task {task}", str(task))
+
+
+def percent(value: float | None) -> float:
+    return math.nan if value is None else 100 * value
+
+
+_GAP_NAMES = {
+    "min_accuracy": "min-ACC",
+    "worst_case_accuracy": "WC-ACC",
+    "average_anytime_accuracy": "AAA",
+    "learning_curve_area": "LCA",
+}
+
+GAP_NOTE = (
+    "min-ACC: mean over old tasks of the least accuracy after they ended; WC-ACC: worst-case accuracy; WF and WP: "
+    "largest drop and rise within so many evaluations (De Lange et al., arXiv:2205.13452); AAA: average anytime "
+    "accuracy."
+)
+
+
+def gap_name(name: str) -> str:
+    window = re.fullmatch(r"windowed_(f|p)\w+_(\d+)", name)
+    return f"W{window[1].upper()}^{window[2]}" if window else _GAP_NAMES.get(name, name.replace("_", " "))

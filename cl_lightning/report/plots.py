@@ -1,0 +1,392 @@
+"""Plots as SVG that stands in a page: its texts are text, and its colours are those of the page, light or dark.
+
+Drawn by matplotlib without pyplot, so that nothing global is left behind. A series has a colour, a line and a
+marker of its own; the colours are those that colour-blind people tell apart (Okabe & Ito 2008), as variables of CSS.
+"""
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from cl_lightning.report.statistics import Estimate
+
+COLORS = 8
+"""Number of series colours; the style sheet of the page says what they are."""
+_SERIES = [f"#0102{index:02x}" for index in range(COLORS)]  # stand in the drawing for var(--series-N)
+_INK, _FAINT, _PAPER = "#030101", "#030102", "#030103"
+_VARIABLES = {color: f"var(--series-{index})" for index, color in enumerate(_SERIES)}
+_VARIABLES |= {_INK: "currentColor", _FAINT: "var(--line)", _PAPER: "var(--paper)"}
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d")
+_LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1, 1, 1, 1, 1)))
+_WIDTH, _HEIGHT = 4.4, 3.1  # inches; at the width of a phone the texts are as large as those of the page
+_RC: Any = {
+    "svg.fonttype": "none",
+    "font.size": 9.0,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.facecolor": "none",
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.7,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.0,
+    "text.parse_math": False,  # a class may be called $x$
+    "path.simplify": True,
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve.
+
+    Attributes:
+        label: What it is called in the legend.
+        index: Chooses its colour, line and marker; the same in all plots of a page.
+        x, y: Its points; nan is a gap.
+        low, high: Of the interval around each point; None for none.
+        line: Whether the points are joined.
+    """
+
+    label: str
+    index: int
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    line: bool = True
+
+
+@dataclass(frozen=True)
+class Point:
+    """A group in a plot of accuracy against cost.
+
+    Attributes:
+        label: What it is called.
+        index: Chooses its colour and marker.
+        cost, gain: With their intervals.
+        runs: The single runs, (cost, gain).
+        best: Whether no other group has more for less.
+    """
+
+    label: str
+    index: int
+    cost: Estimate
+    gain: Estimate
+    runs: Sequence[tuple[float, float]]
+    best: bool
+
+
+def curves(
+    name: str,
+    title: str,
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str,
+    y_range: tuple[float, float] | None = None,
+    whole_x: bool = True,
+    marks: Sequence[float] = (),
+) -> Markup:
+    """Curves with bands.
+
+    Args:
+        name: Of the plot in the page; letters, digits and ``-``.
+        title: Read out in place of the drawing.
+        series: The curves.
+        x_label, y_label: Of the axes.
+        y_range: Limits of the y axis; None to fit the data.
+        whole_x: Whether x counts tasks.
+        marks: Places on the x axis that get a thin line.
+    """
+    with mpl.rc_context(_RC):
+        figure, axes = _figure()
+        for mark in marks:
+            axes.axvline(mark, color=_INK, alpha=0.35, linewidth=0.9, linestyle=(0, (2, 2)), zorder=0)
+        for entry in series:
+            color, line, marker = style(entry.index)
+            many = len(entry.x) > 25
+            if entry.low is not None and entry.high is not None:
+                axes.fill_between(entry.x, entry.low, entry.high, color=color, alpha=0.14, linewidth=0)
+            axes.plot(
+                entry.x,
+                entry.y,
+                color=color,
+                linestyle=line if entry.line else "none",
+                marker=marker,
+                markevery=max(1, len(entry.x) // 12) if many else 1,
+                markersize=3.5 if many else 5.0,
+                linewidth=1.2 if many else 1.6,
+            )
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        if y_range is not None:
+            axes.set_ylim(*y_range)
+        if whole_x:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        return _svg(figure, name, title)
+
+
+def tradeoff(name: str, title: str, points: Sequence[Point], *, x_label: str, y_label: str, unit: float) -> Markup:
+    """Accuracy in % against a cost in ``unit``, with the line of what nothing else beats."""
+    with mpl.rc_context(_RC):
+        figure, axes = _figure()
+        front = sorted((p.cost.mean / unit, 100 * p.gain.mean) for p in points if p.best)
+        if len(front) > 1:
+            axes.step(
+                *zip(*front, strict=True), where="post", color=_INK, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1
+            )
+        for point in points:
+            color, _, marker = style(point.index)
+            if len(point.runs) > 1:
+                x, y = zip(*((cost / unit, 100 * gain) for cost, gain in point.runs), strict=True)
+                axes.plot(x, y, linestyle="none", marker=marker, color=color, alpha=0.4, markersize=3, zorder=2)
+            cost, gain = point.cost, point.gain
+            axes.errorbar(
+                cost.mean / unit,
+                100 * gain.mean,
+                xerr=None if cost.half is None else cost.half / unit,
+                yerr=None if gain.half is None else 100 * gain.half,
+                color=color,
+                marker=marker,
+                markersize=8,
+                markeredgecolor=_PAPER,
+                markeredgewidth=0.8,
+                elinewidth=1.1,
+                zorder=3,
+            )
+        _cost_axis(axes, [cost / unit for p in points for cost in (p.cost.mean, *(cost for cost, _ in p.runs))])
+        heights = [100 * gain for point in points for gain in (point.gain.mean, *(gain for _, gain in point.runs))]
+        pad = max(4.0, 0.15 * (max(heights) - min(heights)))
+        axes.set_ylim(max(-3.0, min(heights) - pad), min(103.0, max(heights) + pad))  # intervals may go beyond
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        return _svg(figure, name, title)
+
+
+def _cost_axis(axes: Axes, costs: Sequence[float]) -> None:
+    """Limits, scale and ticks for costs from 0 on; intervals may go beyond."""
+    positive = [cost for cost in costs if cost > 0]
+    high = max(positive, default=1.0)
+    low = min(positive, default=1.0)
+    if high <= 20 * low:
+        axes.set_xlim(-0.05 * high, 1.05 * high)
+        return
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    ticks = [10.0**power for power in range(first, last + 1, max(1, math.ceil((last - first) / 4)))]
+    if len(positive) == len(costs):
+        axes.set_xscale("log")
+        axes.set_xlim(10.0**first, 10.0**last)
+    else:
+        axes.set_xscale("symlog", linthresh=10.0**first, linscale=0.5)
+        axes.set_xlim(-0.2 * 10.0**first, 10.0**last)
+        ticks = [0.0, *ticks]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def stacked(
+    name: str,
+    title: str,
+    labels: Sequence[str],
+    parts: Sequence[tuple[str, int, Sequence[float]]],
+    *,
+    x_label: str,
+    y_label: str,
+) -> Markup:
+    """Bars of several parts, one per label; ``parts`` are (name, index of the colour, heights)."""
+    with mpl.rc_context(_RC):
+        figure, axes = _figure()
+        bottom = np.zeros(len(labels))
+        for _, index, heights in parts:
+            axes.bar(range(len(labels)), heights, bottom=bottom, color=style(index)[0], width=0.72)
+            bottom += np.asarray(heights)
+        axes.grid(visible=False, axis="x")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        return _svg(figure, name, title)
+
+
+def bars(
+    name: str, title: str, values: Sequence[float | None], bounds: Sequence[int], *, x_label: str, y_label: str
+) -> Markup:
+    """One bar per class, in percent; ``bounds`` are the numbers of classes after each task."""
+    with mpl.rc_context(_RC):
+        figure, axes = _figure(width=2 * _WIDTH, height=2.6)
+        heights = [math.nan if value is None else 100 * value for value in values]
+        starts = [0, *bounds[:-1]]
+        for task, (start, stop) in enumerate(zip(starts, bounds, strict=True)):
+            part = range(start, min(stop, len(heights)))
+            axes.bar(list(part), [heights[i] for i in part], width=0.8, color=_SERIES[0 if task % 2 == 0 else 1])
+        for bound in bounds[:-1]:
+            axes.axvline(bound - 0.5, color=_FAINT, linewidth=0.8)
+        axes.set_xlim(-0.6, len(heights) - 0.4)
+        axes.set_ylim(0, 100)
+        axes.grid(visible=False, axis="x")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        return _svg(figure, name, title)
+
+
+def image(
+    name: str,
+    title: str,
+    values: Sequence[Sequence[float]],
+    *,
+    x_label: str,
+    y_label: str,
+    bounds: Sequence[int] = (),
+    names: Sequence[str] = (),
+    label: str = "%",
+) -> Markup:
+    """A large matrix of shares as an image, with lines at ``bounds``; nan is left empty."""
+    with mpl.rc_context({**_RC, "axes.grid": False}):
+        figure, axes = _figure(height=_WIDTH * 0.88)
+        array = 100 * np.asarray(values, dtype=float)
+        drawn = axes.imshow(array, cmap="cividis", vmin=0, vmax=100, interpolation="nearest", aspect="equal")
+        for bound in bounds[:-1]:
+            for draw in (axes.axvline, axes.axhline):
+                draw(bound - 0.5, color="#ffffff", linewidth=0.6 if len(bounds) <= 12 else 0.2, alpha=0.8)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        if names and len(names) <= 20:
+            axes.set_xticks(range(len(names)), [_cut(text, 10) for text in names], rotation=90)
+            axes.set_yticks(range(len(names)), [_cut(text, 10) for text in names])
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        bar = figure.colorbar(drawn, ax=axes, shrink=0.8, label=label)
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        return _svg(figure, name, title)
+
+
+def sign(index: int) -> Markup:
+    """The line and marker of a series, for a legend; drawn in ``signs``."""
+    return Markup('<svg class="sign" aria-hidden="true"><use href="#sign-{}"></use></svg>').format(index)
+
+
+def signs(count: int) -> Markup:
+    """The drawings that ``sign`` refers to, of the first ``count`` series, in an element that takes no place."""
+    drawn = []
+    for index in range(count):
+        with mpl.rc_context({**_RC, "axes.grid": False}):
+            figure = Figure(figsize=(0.42, 0.17))
+            axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+            axes.set_axis_off()
+            color, dashes, marker = style(index)
+            axes.plot([0, 1, 2], [0, 0, 0], color=color, linestyle=dashes, marker=marker, markevery=[1])
+            axes.set_xlim(-0.1, 2.1)
+            root = _drawing(figure, f"mark-{index}")
+        root.tag = "symbol"
+        root.set("id", f"sign-{index}")
+        drawn.append(_text(root))
+    return Markup('<svg class="signs" aria-hidden="true">{}</svg>').format(Markup("").join(drawn))
+
+
+def box(index: int) -> Markup:
+    """The colour of a series as a box, for the legend of bars."""
+    return Markup('<span class="box" style="--c:var(--series-{})"></span>').format(index % COLORS)
+
+
+def style(index: int) -> tuple[str, Any, str]:
+    """Colour, line and marker of a series."""
+    return (
+        _SERIES[index % COLORS],
+        _LINES[(index // 2 if index < COLORS else index) % len(_LINES)],
+        _MARKERS[index % len(_MARKERS)],
+    )
+
+
+# ---------------------------------------------------------------------- into the page
+
+
+def _figure(width: float = _WIDTH, height: float = _HEIGHT) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes: Axes = figure.add_subplot()
+    return figure, axes
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+_SVG = "{http://www.w3.org/2000/svg}"
+_XLINK = "{http://www.w3.org/1999/xlink}"
+_DROPPED = ("metadata", "style")
+
+
+def _svg(figure: Figure, name: str, title: str) -> Markup:
+    """The figure as an element of HTML, with a title that is read out."""
+    root = _drawing(figure, name)
+    for key, value in (("class", "plot"), ("role", "img"), ("aria-labelledby", f"{name}-title")):
+        root.set(key, value)
+    heading = ElementTree.Element("title", {"id": f"{name}-title"})
+    heading.text = title
+    root.insert(0, heading)
+    return _text(root)
+
+
+def _text(root: ElementTree.Element) -> Markup:
+    return Markup(ElementTree.tostring(root, encoding="unicode", short_empty_elements=False))
+
+
+def _drawing(figure: Figure, name: str) -> ElementTree.Element:
+    """The figure without names and colours of its own, without metadata."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the page has other fonts
+        FigureCanvasSVG(figure).print_svg(buffer)  # type: ignore[no-untyped-call]
+    root = ElementTree.fromstring(buffer.getvalue())
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.rpartition("}")[2] in _DROPPED:
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(_SVG)
+        attributes = {key.removeprefix(_XLINK): _restyled(key, value, name) for key, value in element.attrib.items()}
+        element.attrib.clear()
+        element.attrib.update(attributes)
+    for key in ("width", "height", "version"):
+        root.attrib.pop(key, None)
+    return root
+
+
+def _restyled(key: str, value: str, name: str) -> str:
+    if key == "id":
+        return f"{name}-{value}"
+    if key.endswith("href") and value.startswith("#"):
+        return f"#{name}-{value[1:]}"
+    value = re.sub(r"url\(#", f"url(#{name}-", value)
+    value = re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1", value)
+    value = re.sub(r"font-family:[^;]*; ?", "", value)
+    for color, variable in _VARIABLES.items():
+        value = value.replace(color, variable)
+    return value
