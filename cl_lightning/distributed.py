@@ -1,8 +1,11 @@
 """Collectives that work alike on one process and on many."""
 
+from collections.abc import Iterable
+from itertools import chain
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_distributed() -> bool:
@@ -25,6 +28,16 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_names(names: Iterable[str]) -> list[str]:
+    """Names that any process has, each once, in an order that is the same everywhere; waits for the device."""
+    mine = list(names)
+    gathered: list[list[str]] = [mine]
+    if is_distributed():
+        gathered *= world_size()
+        dist.all_gather_object(gathered, mine)
+    return list(dict.fromkeys(chain.from_iterable(gathered)))
+
+
 def all_gather_rows(tensor: Tensor) -> Tensor:
     """Rows of all processes in the order of their ranks.
 
@@ -45,3 +58,30 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     gathered = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(gathered, padded)
     return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
+
+
+def rows_norm(rows: Tensor) -> Tensor:
+    """Euclidean norm of the rows of all processes, as one vector.
+
+    The value is the same on every process. The gradient is that of this process's rows times the number of processes,
+    so that the mean over the processes, which distributed training takes, is the gradient of the norm; at 0 it is 0.
+
+    Args:
+        rows: This process's, ``(n, ...)``; call it on every process.
+    """
+    square = rows.square().sum()
+    norm = all_sum(square.detach().clone()).sqrt()
+    slope = (world_size() / (2 * norm)).masked_fill(norm == 0, 0.0)
+    return norm + slope * (square - square.detach())
+
+
+def average_batch_statistics(module: nn.Module) -> None:
+    """Average the running statistics of batch normalisation over the processes, in place."""
+    if not is_distributed():
+        return
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None:
+            for statistic in (layer.running_mean, layer.running_var):
+                assert statistic is not None
+                # In float64, so that those of a frozen layer, the same everywhere, stay what they are to the bit.
+                statistic.copy_(all_sum(statistic.double()).div_(world_size()))

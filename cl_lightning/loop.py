@@ -7,27 +7,32 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import nn
 
 from cl_lightning import checkpoint as checkpoints
 from cl_lightning import distributed, results
-from cl_lightning.batch import mix
+from cl_lightning.batch import Batch, mix
+from cl_lightning.cost import CostMeter
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.hooks import ContinualCallback
+from cl_lightning.hooks import ContinualCallback, Progress
+from cl_lightning.live_views import LiveViews
+from cl_lightning.loaders import FeatureLoader, PlannedLoader
 from cl_lightning.measures import AccuracyMatrix
 from cl_lightning.strategy import ContinualStrategy, Phase
 from cl_lightning.stream import Stream, Task
+
+_PRECISIONS = ("32-true", "32", "bf16-mixed", "16-mixed")
 
 
 class Interrupted(Exception):  # noqa: N818  # no error
@@ -67,6 +72,8 @@ class LoopOptions:
             raise ValueError(f"loop: save_every_n_steps is {self.save_every_n_steps}; it must be at least 1, or null")
         if self.keep_tasks is not None and self.keep_tasks < 0:
             raise ValueError(f"loop: keep_tasks is {self.keep_tasks}; it must be at least 0, or null")
+        if self.stop_after_task is not None and self.stop_after_task < 0:
+            raise ValueError(f"loop: stop_after_task is {self.stop_after_task}; give the index of a task, or null")
 
 
 @dataclass(frozen=True)
@@ -121,19 +128,28 @@ class TaskLoop:
         self.trainer, self.strategy, self.datamodule = trainer, strategy, datamodule
         self.options = options or LoopOptions()
         self.run_dir = Path(run_dir) if run_dir is not None else None
-        self.seed, self.config = seed, config
+        self.seed, self.config = seed, results.without_secrets(config)
         self.epochs = self._check_trainer()
         self.place = Place()
         self.matrix = AccuracyMatrix()
-        self.costs: list[dict[str, float]] = []
+        self.meter = CostMeter()
         self.fingerprints: list[str] = []
         self.stream: Stream
-        self.started = False
+        self.started = False  # whether a step was taken, or a task closed
         self._signal: int | None = None
         self._phases: list[Phase] = []
         self._last_save = time.monotonic()
         self._driver = _Driver(self)
-        trainer.callbacks.insert(0, self._driver)  # type: ignore[attr-defined]  # before all others, see _Driver
+        self.views = LiveViews(self)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.append(self.views)
+        # Those that only look on come last, to see what the others have done in the same hook.
+        callbacks.sort(key=lambda callback: isinstance(callback, ContinualCallback) and callback.looks_on)
+        callbacks.insert(0, self._driver)  # before all others, see _Driver
+        self.own_callbacks = (self._driver, self.views)
+        for callback in callbacks:
+            if isinstance(callback, ContinualCallback):
+                callback.meter = self.meter
         # Values written in no_grad mode can take part in later gradients; those of inference mode cannot.
         trainer.test_loop.inference_mode = trainer.validate_loop.inference_mode = False
 
@@ -158,9 +174,12 @@ class TaskLoop:
                 f"{self.run_dir} holds a run already; add --ckpt_path last to go on with it, or give another --run_dir"
             )
         self._prepare(saved)
+        stop, count = self.options.stop_after_task, len(self.stream)
+        if stop is not None and stop >= count:
+            raise ValueError(f"loop: stop_after_task is {stop}; the stream has {count} tasks, so at most {count - 1}")
         path = self._path_of(ckpt_path) if ckpt_path is not None else None
-        with self._signals():
-            self._write_start()
+        with self._signals(), self.views, closing(self.datamodule):
+            self._write_start(resumed=saved is not None)
             for task in self.stream.tasks[self.place.task + self.place.done :]:
                 self._run_task(task, path if saved is not None and task.index == self.place.task else None)
                 saved = None
@@ -173,7 +192,8 @@ class TaskLoop:
         self._prepare(self._read(ckpt_path))
         task = self._last_seen()
         self.datamodule.begin(task)
-        self._evaluate(task)
+        with closing(self.datamodule):
+            self._evaluate(task)
         return self.matrix
 
     def validate(self, ckpt_path: str | Path) -> dict[str, float]:
@@ -182,7 +202,8 @@ class TaskLoop:
         self.datamodule.begin(self._last_seen())
         if not self.datamodule.val_dataloader():
             raise ValueError("there are no validation samples; give data.val_fraction the value it was trained with")
-        self.trainer.validate(self.strategy, datamodule=self.datamodule, verbose=False)
+        with closing(self.datamodule):
+            self.trainer.validate(self.strategy, datamodule=self.datamodule, verbose=False)
         return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
     # ------------------------------------------------------------------ the stream
@@ -194,11 +215,16 @@ class TaskLoop:
         if resume is None:
             self.place = Place(task.index)
             self._seed(task.index)
+            self.meter.begin_task(self.trainer.strategy.root_device)
+            self.meter.enter("statistics")
             strategy.mark_columns(task)
             strategy.begin_task(task)
             self._call("on_task_start", task)
-            self.costs.append({"training": 0.0, "statistics": 0.0, "evaluation": 0.0, "images": 0.0})
+            self.meter.enter(None)
+        else:
+            self.meter.resume_task(self.trainer.strategy.root_device)
         self._phases = strategy.phases(task)
+        strategy.progress = self._standing(task, self.place.phase)
         for index in range(self.place.phase, len(self._phases)):
             self._run_phase(task, index, resume if self.place.running else None)
             if self._signal is not None:
@@ -222,8 +248,17 @@ class TaskLoop:
         self._seed(task.index, index)
         self.strategy.trainer = trainer
         self.strategy.begin_phase(phase, epochs, origin)
+        self.strategy.progress = self._standing(task, index)
         at = _progress(resume) if resume is not None else None
-        self.datamodule.begin_phase(index, self.strategy.rehearsal(), origin, at)
+        self.datamodule.begin_phase(
+            index,
+            self.strategy.rehearsal(),
+            origin,
+            at,
+            select=self.strategy.select,
+            features=self.strategy.feature_pool if phase.on_features else None,
+            batch_size=phase.batch_size,
+        )
         trainer.fit_loop.max_epochs = origin + epochs
         path = str(resume) if resume is not None else None
         trainer.fit(self.strategy, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
@@ -243,6 +278,23 @@ class TaskLoop:
             return phase.epochs
         return self.options.first_task_epochs or self.epochs if task.is_first else self.epochs
 
+    def _standing(self, task: Task, index: int) -> Progress:
+        """How far the run is at the beginning of phase ``index`` of a task."""
+        stop = self.options.stop_after_task
+        tasks = self.stream.tasks[: None if stop is None or stop < task.index else stop + 1]
+        sizes = np.array([len(part) for part in self.stream.train], dtype=np.float64)
+        sizes = sizes.cumsum() if self.strategy.needs_all_data else sizes
+        work = [self._epochs(task, phase) * sizes[task.index] for phase in self._phases]
+        later = sum(self._epochs(t, phase) * sizes[t.index] for t in tasks[task.index + 1 :] for phase in self._phases)
+        return Progress(
+            tasks=len(tasks),
+            phase=index,
+            phases=len(self._phases),
+            work=float(sum(work[index : index + 1])),
+            ahead=float(sum(work[index:]) + later),
+            accuracy=self.matrix.measures()["average_accuracy"] if self.matrix.learned else None,
+        )
+
     def _call(self, hook: str, task: Task) -> None:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ContinualCallback):
@@ -260,6 +312,11 @@ class TaskLoop:
             raise ValueError(
                 f"trainer.max_epochs is {trainer.max_epochs}; it is the number of epochs per task, at least 1"
             )
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ValueError(
+                "trainer.fast_dev_run takes no stream to its end; for a quick look use trainer.max_epochs 1 and "
+                "trainer.limit_train_batches 2"
+            )
         if trainer.max_steps != -1:
             raise ValueError(
                 f"trainer.max_steps is {trainer.max_steps}; it would count over the whole stream: use "
@@ -267,6 +324,11 @@ class TaskLoop:
             )
         if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
             raise ValueError("trainer.reload_dataloaders_every_n_epochs must stay 0: loaders are made per phase")
+        if str(trainer.precision) not in _PRECISIONS:
+            raise ValueError(
+                f"trainer.precision is {trainer.precision!r}; images are normalised in single precision, so use one of "
+                f"{', '.join(_PRECISIONS)}"
+            )
         kind = trainer.strategy
         spawned = isinstance(kind, DDPStrategy) and kind._start_method != "popen"
         if spawned or not isinstance(kind, (DDPStrategy, SingleDeviceStrategy)):
@@ -313,16 +375,8 @@ class TaskLoop:
         """The stream of a checkpoint, with the tasks that the data have gained since."""
         earlier = Stream.from_dict(json.loads(saved["cl_lightning"]["manifest"]))
         data = self.datamodule
-        stream = data.make_stream(self.seed)
-        if stream != earlier:
-            catalogue = data.catalogue()
-            gained = set(catalogue.class_names) - set(earlier.class_names) or len(catalogue.domain_names) > len(earlier)
-            if not gained and stream.to_dict()["scenario"] != earlier.to_dict()["scenario"]:
-                raise ValueError(
-                    f"the checkpoint is of another stream: it was learnt with {earlier.to_dict()['scenario']}, the "
-                    f"configuration says {stream.to_dict()['scenario']}"
-                )
-            stream = data.make_stream(self.seed, earlier)
+        data.load_state_dict(saved.get(type(data).__qualname__, {}))
+        stream = data.make_stream(self.seed, earlier)
         for index, expected in enumerate(saved["cl_lightning"]["fingerprints"]):
             if index < len(stream.tasks) and data.fingerprint(index) != expected:
                 raise ValueError(
@@ -333,23 +387,13 @@ class TaskLoop:
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         part, strategy = saved["cl_lightning"], self.strategy
-        mine = _class_path(strategy)
-        if part["strategy"] != mine:
-            raise ValueError(f"the checkpoint is of another strategy: {part['strategy']}, not {mine}")
-        try:
-            strategy.load_state_dict(saved["state_dict"])
-        except RuntimeError as error:
-            first = " ".join(line.strip() for line in str(error).splitlines()[1:3])
-            raise ValueError(f"the checkpoint is of another network or other options: {first}") from error
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if (state := saved["callbacks"].get(callback.state_key)) is not None:
-                callback.load_state_dict(state)
+        restore(strategy, self.trainer, saved)
         fit_loop = self.trainer.fit_loop
         fit_loop.load_state_dict(saved["loops"]["fit_loop"])
         fit_loop.restarting = False  # a fit that goes on half-way restores the loop once more
         self.place = Place(**part["place"])
         self.matrix.load_state_dict(part["matrix"])
-        self.costs = [dict(cost) for cost in part["costs"]]
+        self.meter.load_state_dict(part["costs"])
         strategy.task = self.stream.tasks[self.place.task]
 
     def _read(self, ckpt_path: str | Path) -> dict[str, Any]:
@@ -378,8 +422,9 @@ class TaskLoop:
             "manifest": json.dumps(self.stream.to_dict()),
             "fingerprints": self.fingerprints,
             "class_names": list(self.stream.class_names),
+            "raw_shape": list(self.datamodule.samples(train=True).image_shape),
             "matrix": self.matrix.state_dict(),
-            "costs": self.costs,
+            "costs": self.meter.state_dict(),
             "config": self.config,
             "seed": self.seed,
             "versions": results.versions(),
@@ -390,7 +435,10 @@ class TaskLoop:
         if self.run_dir is None:
             return None
         path = self.run_dir / "checkpoints" / name
+        before = self.meter.enter("saving")
+        distributed.average_batch_statistics(self.strategy)  # one process writes for all
         self.trainer.save_checkpoint(path)
+        self.meter.enter(before)
         self._last_save = time.monotonic()
         return path
 
@@ -399,18 +447,19 @@ class TaskLoop:
         due = time.monotonic() - self._last_save >= self.options.save_every_seconds
         return bool(self.trainer.strategy.broadcast(due)) if distributed.is_distributed() else due
 
-    def _write_start(self) -> None:
+    def _write_start(self, *, resumed: bool) -> None:
+        self.views.open(resumed)
         if self.run_dir is not None and self.trainer.is_global_zero:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            if self.config:
+                (self.run_dir / "config.yaml").write_text(self.config, encoding="utf-8")
             self.stream.save(self.run_dir / "manifest.json")
             results.write(self.run_dir / "results.json", self.results())
-        self.started = True
 
     def _write_task(self, task: Task) -> None:
+        self.views.task_done(task)  # first, so that no checkpoint is ahead of the logs
         last = self.save()
-        if last is None:
-            return
-        if self.trainer.is_global_zero:
+        if last is not None and self.trainer.is_global_zero:
             if self.options.keep_tasks != 0:
                 target = last.with_name(f"task_{task.index:03d}.ckpt")
                 target.unlink(missing_ok=True)
@@ -422,9 +471,6 @@ class TaskLoop:
             for old in kept[: -self.options.keep_tasks] if self.options.keep_tasks else []:
                 old.unlink()
             results.write(last.parents[1] / "results.json", self.results())
-        for logger in self.trainer.loggers:
-            logger.log_metrics(results.summary(self.matrix, task.index), step=self.trainer.global_step)
-            logger.save()
 
     def results(self) -> dict[str, Any]:
         """All that is known of the run so far, as plain values for JSON."""
@@ -477,11 +523,18 @@ class _Driver(Callback):
         self.loop = loop
         self.closing: Task | None = None
         self._mid_epoch = False
-        self._clock = 0.0
         self._since_save = 0
+        self._step = 0
+        self._share = 1.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._clock = time.monotonic()
+        self._step = trainer.global_step
+        loader = trainer.train_dataloader
+        # A loader may mix samples of a memory with those of the stream, or serve no images at all.
+        self._share = 0.0 if isinstance(loader, FeatureLoader) else 1.0
+        if isinstance(loader, PlannedLoader) and len(loader.plan.indices) > 0:
+            self._share = float((loader.plan.indices < loader.num_data).double().mean())
+        self.loop.meter.enter("training")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch > self.loop.place.origin:
@@ -489,6 +542,7 @@ class _Driver(Callback):
             self._check(self.loop.save_is_due())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.loop.started = True
         if batch_idx == 0 or batch_idx % trainer.accumulate_grad_batches:
             return
         self._since_save += 1
@@ -496,32 +550,54 @@ class _Driver(Callback):
         self._mid_epoch = True
         self._check(every is not None and self._since_save % every == 0)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        draw, passed = batch.draw, self.loop.strategy.samples_in_step
+        whole = draw.total / max(draw.stop - draw.start, 1)  # of what this process has to what all have
+        step, self._step = self._step, trainer.global_step
+        self.loop.meter.add(
+            images=draw.total * self._share,
+            samples=draw.total if passed is None else passed * whole,
+            steps=trainer.global_step - step,
+        )
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        average_batch_statistics(pl_module)
-        cost = self.loop.costs[-1]
-        data = self.loop.datamodule
-        cost["images"] += float(min(trainer.num_training_batches, 1e18)) * (data.stream.batch_size or data.batch_size)
+        distributed.average_batch_statistics(pl_module)
+        self.loop.meter.end_epoch(self.loop.strategy.phase.name)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._before = self.loop.meter.enter("evaluation")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.loop.meter.enter(self._before)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loop, place = self.loop, self.loop.place
-        self._spend("training")
+        loop.meter.enter("statistics")
+        loop._seed(place.task, place.phase, 1)  # the last step has left the generators where this process's draws ended
         loop.strategy.end_phase(loop.strategy.phase)
         loop.place = Place(place.task, place.phase + 1, origin=trainer.current_epoch)
         self._mid_epoch = False
+        loop.meter.enter(None)
         if loop.save_is_due():
             loop.save()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._clock = time.monotonic()
-        task, self.closing = self.closing, None
-        if task is None:
-            return
-        self.loop.strategy.end_task(task)
-        self.loop._call("on_task_end", task)
-        self._spend("statistics")
+        if self.closing is not None:
+            self.loop.started = True
+            self.loop.meter.enter("statistics")
+            self.loop._seed(self.closing.index, len(self.loop._phases), 2)
+            self.loop._call("on_task_learnt", self.closing)
+            self.loop.strategy.end_task(self.closing)
+            self.loop._call("on_task_end", self.closing)
+        self.loop.meter.enter("evaluation")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._spend("evaluation")
+        self.loop.meter.enter(None)
+        if self.closing is not None:
+            self.closing = None
+            self.loop.meter.close_task(self.loop.strategy, results.bytes_kept(trainer, self.loop.strategy))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         place = self.loop.place
@@ -536,22 +612,24 @@ class _Driver(Callback):
         if due:
             self.loop.save()
 
-    def _spend(self, kind: str) -> None:
-        now = time.monotonic()
-        if self.loop.costs:
-            self.loop.costs[-1][kind] += now - self._clock
-        self._clock = now
 
+def restore(strategy: ContinualStrategy, trainer: Trainer, saved: Mapping[str, Any]) -> None:
+    """Load what a checkpoint holds of a strategy, whose network is built, and of the callbacks.
 
-def average_batch_statistics(module: nn.Module) -> None:
-    """Average the running statistics of batch normalisation over the processes, in place."""
-    if not distributed.is_distributed():
-        return
-    for layer in module.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None:
-            for statistic in (layer.running_mean, layer.running_var):
-                assert statistic is not None
-                distributed.all_sum(statistic).div_(distributed.world_size())
+    Raises:
+        ValueError: If the checkpoint is of another strategy or of another network.
+    """
+    mine, its = _class_path(strategy), saved["cl_lightning"]["strategy"]
+    if its != mine:
+        raise ValueError(f"the checkpoint is of another strategy: {its}, not {mine}")
+    try:
+        strategy.load_state_dict(saved["state_dict"])
+    except RuntimeError as error:
+        first = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise ValueError(f"the checkpoint is of another network or other options: {first}") from error
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if (state := saved["callbacks"].get(callback.state_key)) is not None:
+            callback.load_state_dict(state)
 
 
 def _class_path(thing: object) -> str:
@@ -567,3 +645,5 @@ def _progress(path: Path) -> tuple[int, int]:
 
 
 warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
+# Lightning looks for a state_dict of the loader; here the loader starts at the step that the loop tells it.
+warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from cl_lightning.backbones import MLP, Backbone, ImageShape
 from cl_lightning.batch import Batch, mix
-from cl_lightning.distributed import all_sum, rank, world_size
+from cl_lightning.distributed import all_gather_rows, all_names, all_sum, rank, world_size
+from cl_lightning.features import FeaturePool
 from cl_lightning.heads import Head, LinearHead
-from cl_lightning.hooks import AddsLosses, ContinualCallback
+from cl_lightning.hooks import AddsLosses, ContinualCallback, Progress
+from cl_lightning.importance import Importance
 from cl_lightning.losses import cross_entropy, masked_logits
 from cl_lightning.measures import StreamAccuracy
 from cl_lightning.memory import Memory
 from cl_lightning.network import Network, Output
+from cl_lightning.prototypes import Prototypes
 from cl_lightning.schedules import PhaseSchedule
 from cl_lightning.stream import Task
 from cl_lightning.teacher import Teacher
@@ -42,12 +45,17 @@ class Phase:
         epochs: Number of epochs; None for those of the Trainer.
         optimizer: Builds the optimizer of this phase; None for the strategy's.
         scheduler: Builds its schedule; None for the strategy's where ``optimizer`` is None too, else for none.
+        on_features: Train the head alone, on rows of ``ContinualStrategy.feature_pool``, which take the place of images
+            in its batches. Callbacks add no losses to such a phase: theirs are of images.
+        batch_size: Rows per step of a phase on features, over all processes; None for that of the data.
     """
 
     name: str = "train"
     epochs: int | None = None
     optimizer: OptimizerCallable | None = None
     scheduler: LRSchedulerCallable | None = None
+    on_features: bool = False
+    batch_size: int | None = None
 
 
 def default_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -87,11 +95,11 @@ class ContinualStrategy(LightningModule):
     """Whether every task trains on the data of all tasks so far."""
     uses_unlabelled: ClassVar[bool] = False
     """Whether the strategy also wants training samples without a label (their ``labels`` are -1)."""
-    uses_old_logits: ClassVar[bool] = False
+    uses_old_logits: bool = False
     """Whether its losses depend on logits of earlier classes even where ``visible`` is ``current``."""
-    ranks_agree: ClassVar[bool] = True
-    """Whether two processes with the same global batch give what one gives, within rounding; a method that cannot says why
-    where it sets this to False."""
+    ranks_agree: bool = True
+    """Whether two processes with the same global batch give what one gives, within rounding; a method or an option that
+    does not says why where it sets this to False."""
     plain_first_task: bool = True
     """Whether the first task is fine-tuning, bit by bit; an option that changes this sets it on the instance."""
 
@@ -100,6 +108,7 @@ class ContinualStrategy(LightningModule):
     phase: Phase
     phase_epochs: int = 1
     phase_origin: int = 0
+    progress: Progress | None = None
     seed: int = 0
 
     def __init__(
@@ -133,13 +142,14 @@ class ContinualStrategy(LightningModule):
         self.task_columns: Tensor
         self._terms: dict[str, Tensor] = {}
         self._num_recorded = 0
+        self.samples_in_step: int | None = None
         self._loss_callbacks: list[AddsLosses] = []
         self._accuracy: StreamAccuracy | None = None
         self.row: Row | None = None
 
     @classmethod
     def conformance_options(cls) -> dict[str, Any]:
-        """Constructor options with which the conformance tests run the method in seconds, where its defaults do not do."""
+        """Options with which the conformance tests run the method in seconds, where its defaults do not do."""
         return {}
 
     # ------------------------------------------------------------------ what a method may write
@@ -171,9 +181,13 @@ class ContinualStrategy(LightningModule):
     def end_phase(self, phase: Phase) -> None:
         """Called after the last step of a phase, on the device."""
 
+    def frozen(self) -> Iterable[nn.Module]:
+        """Modules that the current phase leaves as they are: in eval mode, and their parameters take no gradient."""
+        return [self.network.backbone] if self.freeze_backbone or self.phase.on_features else []
+
     def trainable(self) -> Iterable[nn.Parameter]:
-        """Parameters that the current phase trains; all others take no gradient."""
-        yield from self.network.backbone.parameters() if not self.freeze_backbone else ()
+        """Parameters that the current phase trains, less those of ``frozen``; all others take no gradient."""
+        yield from self.network.backbone.parameters()
         blocks = list(self.network.head.blocks)
         # Rows that no loss reaches would still move by weight decay and momentum: they are left out.
         old = blocks[:-1] if self.visible == "current" and not self._old_logits_used() else []
@@ -188,6 +202,29 @@ class ContinualStrategy(LightningModule):
         """Memory whose samples the loader mixes with those of the task; None for none."""
         return None
 
+    def select(self, labels: Tensor, replayed: Tensor) -> Tensor | None:
+        """Which of the samples at hand the current phase trains on; None for all of them.
+
+        At hand are the samples of the task, then those of the memory that ``rehearsal`` gives. It is asked when a phase
+        begins and when one is resumed, on every process, and must give the same answer: draw by seed and task.
+
+        Args:
+            labels: Their columns, int64 ``(n,)``, on the CPU.
+            replayed: Which of them the memory holds, bool ``(n,)``.
+
+        Returns:
+            bool ``(n,)``.
+        """
+        return None
+
+    def feature_pool(self) -> FeaturePool:
+        """What a phase with ``on_features`` trains on.
+
+        It is asked for when the fit of the phase begins and when it is gone on with, on every process, with the network
+        on the device, and must give the same rows each time.
+        """
+        raise NotImplementedError
+
     # ------------------------------------------------------------------ what a method may use
 
     def classification_loss(self, output: Output, batch: Batch) -> Tensor:
@@ -197,35 +234,73 @@ class ContinualStrategy(LightningModule):
         mask = self.task_columns[batch.tasks] if self.visible == "task" else self.task_columns[-1]
         return cross_entropy(masked_logits(output.logits, mask), batch.labels)
 
-    def statistics_batches(self) -> Iterator[Batch]:
-        """The training data of the current task once, un-augmented, in order, each process its share, on the device."""
-        datamodule, trainer = self._datamodule, self.trainer
-        for batch in datamodule.statistics_dataloader():
-            moved = trainer.strategy.batch_to_device(batch)
-            yield datamodule.finish(moved, augment=False)
+    def statistics_batches(
+        self, *, memory: Memory | None = None, indices: Tensor | None = None, augment: int | None = None
+    ) -> Iterator[Batch]:
+        """The training data of the current task once, in order, each process its share, on the device.
 
-    @torch.no_grad()
-    def features(self, network: Network | None = None) -> tuple[Tensor, Tensor]:
+        Args:
+            memory: Go through its samples instead.
+            indices: Go through these samples of the task only, by their places in the data set, in this order.
+            augment: Key of the random numbers to augment with; None to augment nothing.
+        """
+        datamodule, trainer = self._datamodule, self.trainer
+        for batch in datamodule.statistics_dataloader(memory=memory, indices=indices):
+            moved = datamodule.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)  # finished below
+            if augment is not None:
+                moved = moved.replace(draw=moved.draw.fork(augment))
+            yield datamodule.finish(moved, augment=augment is not None)
+
+    def features(self, network: Network | None = None, *, memory: Memory | None = None) -> tuple[Tensor, Tensor]:
         """Features of this process's share of the current task's un-augmented training data.
 
         Args:
             network: Network to take them from; None for the strategy's own.
+            memory: Take the samples that it holds instead.
 
         Returns:
             Features ``(n, d)``, float32, and columns ``(n,)``, on the device.
         """
+        features, labels, _ = self.indexed_features(network, memory=memory)
+        return features, labels
+
+    def all_features(self, network: Network | None = None, *, augment: int | None = None) -> tuple[Tensor, Tensor]:
+        """As ``features``, of all processes, in the order of the data set: the same on each of them.
+
+        Args:
+            network: Network to take them from; None for the strategy's own.
+            augment: Key of the random numbers to augment with; None to augment nothing.
+        """
+        parts = (all_gather_rows(part) for part in self.indexed_features(network, augment=augment))
+        features, labels, indices = parts
+        order = indices.argsort()
+        return features[order], labels[order]
+
+    @torch.no_grad()
+    def indexed_features(
+        self, network: Network | None = None, *, memory: Memory | None = None, augment: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``features``, and the place of each sample in the data set, int64 ``(n,)``; -1 for those of a memory."""
         network = self.network if network is None else network
-        parts: list[tuple[Tensor, Tensor]] = []
-        for batch in self.statistics_batches():
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for batch in self.statistics_batches(memory=memory, augment=augment):
             if len(batch) == 0:
                 continue
             with self.trainer.precision_plugin.forward_context():
-                parts.append((network.backbone(batch.images).float(), batch.labels))
+                parts.append((network.backbone(batch.images).float(), batch.labels, batch.indices))
         if not parts:
-            empty = torch.zeros(0, network.head.num_features, device=self.device)
-            return empty, torch.zeros(0, dtype=torch.int64, device=self.device)
-        features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
-        return features, labels
+            nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
+            return torch.zeros(0, network.head.num_features, device=self.device), nothing, nothing
+        features, labels, indices = (torch.cat(column) for column in zip(*parts, strict=True))
+        return features, labels, indices
+
+    def batch_before(self) -> Batch | None:
+        """This process's batch of the step before the first of this fit, where a fit goes on half-way; else None.
+
+        For a method that looks back a step, to be called in ``on_train_start``: the batch is augmented as it was then.
+        """
+        found: Batch | None = self._datamodule.batch_before()
+        return found
 
     @property
     def epoch(self) -> int:
@@ -244,9 +319,9 @@ class ContinualStrategy(LightningModule):
     def bytes_kept(self) -> dict[str, int]:
         """What is kept from task to task beside the network, in bytes by kind."""
         kept: dict[str, int] = {}
-        kinds = {"Memory": "exemplars", "Teacher": "teachers", "Importance": "importance", "Prototypes": "prototypes"}
+        kinds = {Memory: "exemplars", Teacher: "teachers", Importance: "importance", Prototypes: "prototypes"}
         for module in self.modules():
-            if (kind := kinds.get(type(module).__name__)) is not None:
+            if (kind := next((kind for cls, kind in kinds.items() if isinstance(module, cls)), None)) is not None:
                 kept[kind] = kept.get(kind, 0) + module.num_bytes()  # type: ignore[operator]
         return kept
 
@@ -279,10 +354,13 @@ class ContinualStrategy(LightningModule):
             origin: Epoch of the Trainer at which it begins.
         """
         self.phase, self.phase_epochs, self.phase_origin = phase, epochs, origin
-        self._loss_callbacks = [c for c in self._trainer_callbacks() if isinstance(c, AddsLosses)]
+        adds_losses = [c for c in self._trainer_callbacks() if isinstance(c, AddsLosses)]
+        self._loss_callbacks = [] if phase.on_features else adds_losses
         chosen = {id(parameter) for parameter in self.trainable()}
+        chosen -= {id(parameter) for module in self.frozen() for parameter in module.parameters()}
         for parameter in self.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
+        self.train()  # Lightning keeps the modes that it finds, and what is frozen is in eval mode
 
     # ------------------------------------------------------------------ Lightning
 
@@ -291,9 +369,12 @@ class ContinualStrategy(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         batch = self.prepare(batch)
+        self.samples_in_step = len(batch)
         if len(batch) == 0:  # another process has what there is; this one takes part with gradients of zero
+            self._num_recorded += 1
             return sum_of_zeros(parameter for parameter in self.parameters() if parameter.requires_grad)
-        output = self.network(batch.images)
+        of_features = self.phase.on_features
+        output = Output(batch.images, self.network.head(batch.images)) if of_features else self.network(batch.images)
         terms = self.losses(batch, output)
         for callback in self._loss_callbacks:
             more = callback.losses(self, batch, output)
@@ -362,16 +443,21 @@ class ContinualStrategy(LightningModule):
     def on_validation_epoch_end(self) -> None:
         row = self._end_evaluation()
         total = row.totals.sum().clamp(min=1)
-        self.log("val/accuracy", (row.correct.sum() / total).to(torch.float32))
-        self.log("val/loss", (self._loss_sum / total).to(torch.float32))
+        values = {"val/accuracy": row.correct.sum() / total, "val/loss": self._loss_sum / total}
+        for name, value in values.items():  # for callbacks that watch it; its step would be one behind that of training
+            self.log(name, value.to(torch.float32), logger=False)
+        metrics = {name: float(value) for name, value in values.items()}
+        for logger in [] if self.trainer.sanity_checking else self.loggers:
+            logger.log_metrics(metrics, step=self.trainer.global_step)
 
     def on_test_epoch_end(self) -> None:
         self.row = self._end_evaluation()
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        if self.freeze_backbone and self.is_built:
-            self.network.backbone.eval()
+        if mode and self.is_built and hasattr(self, "phase"):
+            for module in self.frozen():
+                module.eval()
         return self
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -416,8 +502,9 @@ class ContinualStrategy(LightningModule):
         return {name: float(value) / max(self._num_recorded, 1) for name, value in self._terms.items()}
 
     def _log_terms(self, step: int) -> None:
-        names = list(self._terms)
-        sums = all_sum(torch.stack([self._terms[name] for name in names]) / world_size()) / self._num_recorded
+        names, nothing = all_names(self._terms), torch.zeros((), device=self.device)
+        terms = [self._terms.get(name, nothing) for name in names]  # some are unknown where all batches were empty
+        sums = all_sum(torch.stack(terms) / world_size()) / self._num_recorded
         self._terms, self._num_recorded = {}, 0
         values: list[float] = sums.tolist()
         metrics = {f"train/{name}": value for name, value in zip(names, values, strict=True)}

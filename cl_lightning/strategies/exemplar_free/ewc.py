@@ -56,6 +56,7 @@ class EWC(ContinualStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.ranks_agree = per_sample  # else a gradient is squared that is the mean of a process's share
         self.consolidation = Consolidation(
             "fisher",
             penalty_weight,

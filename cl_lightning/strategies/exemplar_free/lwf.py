@@ -43,7 +43,6 @@ class LwF(ContinualStrategy):
 
     family: ClassVar[str] = "exemplar-free"
     paper: ClassVar[str] = "Li & Hoiem, ECCV 2016, arXiv:1606.09282"
-    uses_old_logits: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -65,6 +64,7 @@ class LwF(ContinualStrategy):
             raise ValueError(f"LwF: form is {form!r}; use 'softmax' or 'sigmoid'")
         self.distill_weight, self.temperature, self.form = distill_weight, temperature, form
         self.scale_by_temperature, self.warmup_epochs = scale_by_temperature, warmup_epochs
+        self.uses_old_logits = distill_weight > 0 or form == "sigmoid"
         self.teacher = Teacher()
         self.plain_first_task = form == "softmax"
 

@@ -60,21 +60,30 @@ class ER(ContinualStrategy):
             raise ValueError(f"ER: replay_size is {replay_size}; it must be at least 1, or null for the batch size")
         self.memory = Memory(memory_size, policy)
         self.mix, self.replay_size, self.reduction = mix, replay_size, reduction
+        self._part_weights = {"ce": 1.0, "replay": 1.0}
         self.plain_first_task = mix == "loader"  # else the memory is replayed from the second step on
+        self.ranks_agree = mix == "step" or reduction == "joint"  # else each process takes means over its own rows
 
     def prepare(self, batch: Batch) -> Batch:
+        self._part_weights = {"ce": 1.0, "replay": 1.0}
         if self.mix == "loader" or len(self.memory) == 0:
             return batch
         assert self.augment is not None
         replay = self.memory.sample(self.replay_size or batch.draw.total, batch.draw)
-        return cat([batch, self.augment(replay)], self.trainer.world_size)
+        joint = cat([batch, self.augment(replay)], self.trainer.world_size)
+        if len(joint):  # the base weighs by this process's share of all rows; the two means have shares of their own
+            self._part_weights = {"ce": batch.weight / joint.weight, "replay": replay.weight / joint.weight}
+        return joint
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
         if self.reduction == "joint":
             return {"ce": self.classification_loss(output, batch)}
         replayed = batch.indices < 0
         parts = {"ce": batch.labels.masked_fill(replayed, -1), "replay": batch.labels.masked_fill(~replayed, -1)}
-        return {name: self.classification_loss(output, batch.replace(labels=part)) for name, part in parts.items()}
+        return {
+            name: weight * self.classification_loss(output, batch.replace(labels=parts[name]))
+            for name, weight in self._part_weights.items()
+        }
 
     def observe(self, batch: Batch) -> None:
         if self.mix == "step" and self.epoch == 0:

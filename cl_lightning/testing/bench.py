@@ -1,0 +1,385 @@
+"""Runs a strategy on a stream of seconds and notes all that it does."""
+
+import copy
+import logging
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from cl_lightning.backbones import ImageShape
+from cl_lightning.batch import Batch
+from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.loop import LoopOptions, TaskLoop
+from cl_lightning.sources import Source, TensorSource
+from cl_lightning.strategy import ContinualStrategy
+from cl_lightning.stream import ClassIncremental, Stream
+from cl_lightning.transforms import RandomCrop
+
+Factory = Callable[[], ContinualStrategy]
+
+
+@cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return np.round(bunch.images * (255 / 16)).astype(np.uint8), bunch.target.astype(np.int64)
+
+
+class TinyDigits(ContinualDataModule):
+    """121 training and 50 test images of digits, in tasks of 4, 3 and 3 classes, augmented, some held out.
+
+    Batches of 24 leave a last batch of 1, 13 and 11 samples in the three tasks: one that two processes cannot share,
+    and two that they share unevenly. Columns differ from labels.
+
+    Args:
+        options: Of the base, in place of those above.
+    """
+
+    mean = (0.305,)
+    std = (0.376,)
+    _ORDER = (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)
+    _TRAIN = (13, 12, 12, 12, 13, 12, 12, 12, 12, 11)  # of each class in this order
+    _TEST = 5
+
+    def __init__(self, **options: Any) -> None:
+        chosen: dict[str, Any] = {
+            "scenario": ClassIncremental(sizes=[4, 3, 3], class_order=list(self._ORDER)),
+            "batch_size": 24,
+            "eval_batch_size": 15,
+            "val_fraction": 1 / 13,
+            "transforms": [RandomCrop(padding=1)],
+        }
+        super().__init__(**{**chosen, **options})
+
+    def source(self, *, train: bool) -> Source:
+        images, labels = _digits()
+        chosen = []
+        for label, size in zip(self._ORDER, self._TRAIN, strict=True):
+            rows = np.flatnonzero(labels == label)
+            chosen.append(rows[: size + 1] if train else rows[size + 1 : size + 1 + self._TEST])  # one is held out
+        rows = np.sort(np.concatenate(chosen))
+        return TensorSource(images[rows], labels[rows], class_names=[str(digit) for digit in range(10)])
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is tested, and on what.
+
+    Attributes:
+        factory: Makes a new strategy with the same options at each call.
+        name: What messages call it.
+        callbacks: Makes the callbacks that run with it.
+        data: Makes the data module; its stream has at least two tasks and takes seconds.
+        epochs: Per task; at least 2, so that a run is also stopped between two epochs.
+        seed: Of everything that is drawn.
+        accelerator: Of the Trainer; on a GPU choose deterministic algorithms, or runs differ by themselves.
+    """
+
+    factory: Factory
+    name: str = "strategy"
+    callbacks: Callable[[], Sequence[Callback]] = tuple
+    data: Callable[[], ContinualDataModule] = TinyDigits
+    epochs: int = 2
+    seed: int = 0
+    accelerator: str = "cpu"
+
+
+class SavePoint(NamedTuple):
+    """A place at which a checkpoint is written."""
+
+    task: int
+    phase: int
+    kind: str
+    """``step``: between two steps of an epoch; ``epoch``: between two epochs; ``phase``: after the last epoch, before
+    the statistics of the task; ``task``: after its evaluation."""
+    step: int
+    """Optimizer steps so far."""
+
+    def __str__(self) -> str:
+        kinds = {"step": "in the middle of an epoch", "epoch": "between two epochs", "phase": "at the end of a phase"}
+        where = f"task {self.task}, phase {self.phase}, after {self.step} steps"
+        return f"after task {self.task}" if self.kind == "task" else f"{kinds[self.kind]} ({where})"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step.
+
+    Attributes:
+        task, phase, epoch, batch: Where it was; the epoch counts from the first of the phase.
+        loss: On this process.
+        indices, labels, tasks: Of the batch as it came from the loader.
+    """
+
+    task: int
+    phase: int
+    epoch: int
+    batch: int
+    loss: float
+    indices: Tensor
+    labels: Tensor
+    tasks: Tensor
+
+    def __str__(self) -> str:
+        return f"task {self.task}, phase {self.phase}, epoch {self.epoch}, batch {self.batch}"
+
+
+@dataclass(frozen=True)
+class Touch:
+    """Samples that were asked for.
+
+    Attributes:
+        task: The task at that time.
+        stage: ``train`` (all of a task but its evaluation), ``validate`` or ``evaluate``.
+        train: Whether they are training samples (else test samples).
+        indices: Places in the data set.
+    """
+
+    task: int
+    stage: str
+    train: bool
+    indices: Tensor
+
+
+@dataclass
+class Outcome:
+    """What a run has left.
+
+    Attributes:
+        state: ``state_dict`` of the strategy.
+        callbacks: That of each callback, by its key.
+        matrix: That of the accuracy matrix.
+        kept: Bytes kept from task to task, by kind.
+        global_step: Optimizer steps.
+        snapshots: The strategy's ``state_dict`` at each place where a checkpoint can be written.
+        steps: The training steps.
+        touches: The samples that were asked for.
+        strategy: The strategy itself.
+        stream: The stream.
+    """
+
+    state: dict[str, Tensor]
+    callbacks: dict[str, Any]
+    matrix: dict[str, Tensor]
+    kept: dict[str, int]
+    global_step: int
+    snapshots: dict[SavePoint, dict[str, Tensor]] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+    touches: list[Touch] = field(default_factory=list)
+    strategy: ContinualStrategy | None = None
+    stream: Stream | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """What two processes are compared by, as plain values and tensors."""
+        names = ("state", "callbacks", "matrix", "kept", "global_step")
+        return {name: getattr(self, name) for name in names}
+
+
+class KilledError(Exception):
+    """Stands for a crash."""
+
+
+class _Loop(TaskLoop):
+    """A task loop that can be killed right after a checkpoint, and writes only those that are asked for."""
+
+    def __init__(self, *args: Any, kill_at: SavePoint | None, probe: "_Probe", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kill_at, self.probe = kill_at, probe
+        self.snapshots: dict[SavePoint, dict[str, Tensor]] = {}
+
+    def save(self, name: str = "last.ckpt") -> Path | None:
+        place, driver = self.place, self._driver
+        kind = "task" if place.done else "phase" if not place.running else "step" if driver._mid_epoch else "epoch"
+        phase = place.phase - (kind == "phase")
+        point = SavePoint(place.task, phase, kind, self.trainer.global_step)
+        self.snapshots[point] = detached(self.strategy.state_dict())
+        written = point == self.kill_at or kind == "task"
+        path = super().save(name) if written else None
+        if point == self.kill_at:
+            raise KilledError
+        return path
+
+
+class _Watched:
+    """A source that notes which samples are asked for, and offers no other way to them."""
+
+    def __init__(self, source: Source, note: Callable[[Tensor], None]) -> None:
+        self._source, self._note = source, note
+        self.labels, self.class_names, self.in_memory = source.labels, source.class_names, source.in_memory
+        self.domains, self.domain_names = source.domains, source.domain_names
+
+    @property
+    def image_shape(self) -> ImageShape:
+        return self._source.image_shape
+
+    def take(self, indices: Tensor) -> Tensor:
+        self._note(indices)
+        return self._source.take(indices)
+
+    def digest(self, indices: np.ndarray) -> bytes:
+        return self._source.digest(indices)
+
+
+class _Probe(Callback):
+    """Notes training steps and the samples that are asked for."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.touches: list[Touch] = []
+        self._stage = "train"
+        self._task = 0
+
+    def watch(self, data: ContinualDataModule) -> None:
+        """Have ``data`` tell which samples it gives."""
+        source = data.source
+
+        def watched(*, train: bool) -> Source:
+            def note(indices: Tensor) -> None:
+                task = data.task.index if hasattr(data, "task") else 0
+                self.touches.append(Touch(task, self._stage, train, indices.clone()))
+
+            return _Watched(source(train=train), note)
+
+        data.source = watched  # type: ignore[method-assign]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, ContinualStrategy)
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        value = float(loss) if isinstance(loss, Tensor) else float("nan") if loss is None else float(loss)
+        where = (pl_module.task.index, trainer.datamodule.phase_index, pl_module.epoch, batch_idx)  # type: ignore[attr-defined]
+        parts = (part.detach().cpu().clone() for part in (batch.indices, batch.labels, batch.tasks))
+        self.steps.append(Step(*where, value, *parts))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stage = "validate"
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stage = "train"
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The driver of the loop comes before this callback: what ends a task is over.
+        self._stage = "evaluate"
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stage = "train"
+
+
+def detached(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Copies of the tensors of a ``state_dict``, on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in state.items() if isinstance(value, Tensor)}
+
+
+_runs = count(1)
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """One thread, no messages, and global random generators that are left as they were found."""
+    threads = torch.get_num_threads()
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), isolate_rng():
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _seed_globals(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def run(
+    subject: Subject,
+    *,
+    folder: Path | None = None,
+    resume: str | Path | None = None,
+    kill_at: SavePoint | None = None,
+    last_task: int | None = None,
+    processes: int = 1,
+    **options: Any,
+) -> Outcome:
+    """Learn the stream, or a part of it: up to ``last_task``, or up to ``kill_at``, where the run crashes.
+
+    The global random generators start elsewhere at each call: a strategy that draws from them where the loop has not
+    seeded them, ends elsewhere too.
+
+    Args:
+        subject: What runs.
+        folder: Run folder; None to write nothing.
+        resume: Checkpoint to go on from, or ``last``.
+        kill_at: Crash right after the checkpoint at this place.
+        last_task: Stop after this task.
+        processes: World size; the others are there already.
+        options: Of the Trainer.
+    """
+    with _apart():
+        _seed_globals(subject.seed)
+        strategy, callbacks, data = subject.factory(), subject.callbacks(), subject.data()
+        _seed_globals(0xC0FFEE + next(_runs))
+        probe = _Probe()
+        probe.watch(data)
+        trainer = Trainer(
+            **{
+                "accelerator": subject.accelerator,
+                "devices": processes,
+                "strategy": "ddp" if processes > 1 else "auto",
+                "max_epochs": subject.epochs,
+                "logger": False,
+                "enable_checkpointing": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 1,
+                "use_distributed_sampler": False,
+                "callbacks": [*callbacks, probe],
+                **options,
+            }
+        )
+        every = LoopOptions(save_every_n_steps=1, save_every_seconds=0.0, stop_after_task=last_task)
+        loop = _Loop(
+            trainer, strategy, data, options=every, run_dir=folder, seed=subject.seed, kill_at=kill_at, probe=probe
+        )
+        try:
+            loop.fit(resume)
+        except KilledError:
+            pass
+        else:
+            if kill_at is not None:
+                raise AssertionError(f"{subject.name}: the run never came by the checkpoint {kill_at}")
+        states = {callback.state_key: copy.deepcopy(callback.state_dict()) for callback in callbacks}
+        return Outcome(
+            state=detached(strategy.state_dict()),
+            callbacks={key: state for key, state in states.items() if state},
+            matrix=loop.matrix.state_dict(),
+            kept=dict(loop.results()["cost"]["bytes_kept"]),
+            global_step=trainer.global_step,
+            snapshots=loop.snapshots,
+            steps=probe.steps,
+            touches=probe.touches,
+            strategy=strategy,
+            stream=loop.stream,
+        )
