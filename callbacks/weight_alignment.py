@@ -17,10 +17,10 @@ class WeightAlignment(ContinualCallback):
 
         w_c <- gamma w_c for new c,   gamma = mean_c ||w_c||, c old  /  mean_c ||w_c||, c new
 
-    (WA: Zhao et al., CVPR 2020, arXiv:1911.07053). It undoes the bias of a classifier to the classes that it saw last,
-    whose rows grow longer; so it helps where old classes are still trained, by a memory or by distillation. It comes
-    before the strategy chooses exemplars, measures features or copies a teacher: ``WA(align=False)`` with it is ``WA``,
-    to the bit. Biases stay. Needs a ``LinearHead``.
+    (WA: Zhao et al., CVPR 2020, arXiv:1911.07053). It undoes the bias of a classifier to the classes that it saw last
+    where their rows came out longer than those of old ones: with weight decay, and where old classes are still trained,
+    by a memory or by distillation. It comes before the strategy chooses exemplars, measures features or copies a
+    teacher: ``WA(align=False)`` with it is ``WA``, to the bit. Biases stay. Needs a ``LinearHead``.
     """
 
     paper: str = "Zhao et al., CVPR 2020, arXiv:1911.07053"

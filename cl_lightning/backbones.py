@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
-import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -307,6 +306,8 @@ class Timm(Backbone):
         super().__init__(image_shape)
         if pretrained and weights is not None:
             raise ValueError(f"Timm: {name} has pretrained=True and weights={weights!r}; give one of them")
+        import timm  # takes a second, which most runs do not need
+
         _check_timm_name(name, pretrained)
         # timm drops arguments that are None
         options: dict[str, Any] = {"img_size": img_size, "drop_path_rate": drop_path_rate, "drop_rate": drop_rate}
@@ -354,6 +355,8 @@ def _check_timm_name(name: str, pretrained: bool) -> None:
     architecture, _, tag = name.partition(".")
     if ":" in name:  # hf-hub: or local-dir:, where timm looks for itself
         return
+    import timm
+
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.4)
         raise ValueError(f"Timm: timm {timm.__version__} has no model {architecture!r}; the closest are {close}")

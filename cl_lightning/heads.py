@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_lightning.prototypes import Metric, Prototypes, nearest_mean_scores
+from cl_lightning.prototypes import Metric, Prototypes
 
 
 def _num_blocks(state: Mapping[str, Any], prefix: str) -> list[int]:
@@ -117,6 +117,41 @@ class LinearHead(Head):
         return F.linear(features, self.weight(), bias)
 
 
+@torch.no_grad()
+def align_rows(old: Tensor, new: Tensor) -> Tensor:
+    """Scale new rows of a classifier to the norm of the old ones (Weight Aligning: Zhao et al., CVPR 2020).
+
+        gamma = mean_c ||w_c||, c old  /  mean_c ||w_c||, c new,    w_c <- gamma w_c for new c
+
+    Doing it twice changes nothing more. Computed in float64.
+
+    Args:
+        old: Rows of earlier classes, ``(C_old, d)``, at least one.
+        new: Rows of new classes, ``(C_new, d)``, not all 0.
+
+    Returns:
+        The scaled new rows, ``(C_new, d)``.
+    """
+    gamma: Tensor = old.double().norm(dim=1).mean() / new.double().norm(dim=1).mean()
+    return (gamma * new.double()).to(new.dtype)
+
+
+@torch.no_grad()
+def align_head(head: Head) -> None:
+    """Apply :func:`align_rows` to the newest block of a linear head, in place; nothing for the first block.
+
+    Biases stay. The processes of a distributed run hold the same rows, and so give the same result.
+
+    Raises:
+        ValueError: If the length of a row is not the scale of its logit, as in a cosine classifier.
+    """
+    if not isinstance(head, LinearHead):
+        raise ValueError(f"weight alignment: the head is a {type(head).__name__}; only a LinearHead can be aligned")
+    if len(head.blocks) > 1:
+        *old, new = head._weights()
+        new.copy_(align_rows(torch.cat(old), new))
+
+
 class _CosineBlock(nn.Module):
     def __init__(self, num_features: int, num_new: int) -> None:
         super().__init__()
@@ -175,13 +210,7 @@ class PrototypeHead(LinearHead):
         self.prototypes = Prototypes(num_features)
 
     def classify(self, features: Tensor) -> Tensor:
-        scores = features.new_full((len(features), self.num_columns), -torch.inf)
-        known = self.prototypes.counts > 0
-        if known.any():
-            columns = known.nonzero().squeeze(1)
-            means = self.prototypes.means[columns].to(features.dtype)
-            scores[:, columns] = nearest_mean_scores(features, means, metric=self.metric).to(scores.dtype)
-        return scores
+        return self.prototypes.scores(features, self.num_columns, self.metric)
 
     def fit_features(self, features: Tensor, labels: Tensor) -> None:
         self.prototypes.update(features, labels, num_classes=self.num_columns)

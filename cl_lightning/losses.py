@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+LaterLogits = Literal["lowest", "zero", "free"]
+
 
 def _full(tensor: Tensor) -> Tensor:
     """The tensor in float32, or in float64 if it is that already."""
@@ -137,6 +139,54 @@ def softmax_distillation(
         difference = log_q - log_p if form == "kl" else -log_p
         loss = loss + _mean((log_q.exp() * difference).sum(dim=1))
     return loss * temperature**2 if scale_by_temperature else loss
+
+
+def balanced_distillation(
+    ce: Tensor, logits: Tensor, teacher: Tensor, temperature: float = 2.0, share: float | None = None
+) -> dict[str, Tensor]:
+    """Classification and distillation, weighed by how many classes are old: the loss of BiC and WA.
+
+        L = (1 - lambda) CE + lambda KD,    lambda = C_old / C
+
+    with the unscaled cross-entropy form of :func:`softmax_distillation` as KD (Wu et al., BiC, CVPR 2019,
+    arXiv:1905.13260; Zhao et al., WA, CVPR 2020, arXiv:1911.07053).
+
+    Args:
+        ce: Cross-entropy of all classes, a scalar.
+        logits: ``(B, C)``.
+        teacher: The teacher's, ``(B, C_old)``.
+        temperature: T, positive.
+        share: lambda in [0, 1], where it is not C_old / C.
+
+    Returns:
+        The two weighted terms, ``ce`` and ``distill``.
+    """
+    old = teacher.shape[1]
+    weight = old / logits.shape[1] if share is None else share
+    return {"ce": (1 - weight) * ce, "distill": weight * softmax_distillation(logits[:, :old], teacher, temperature)}
+
+
+def logit_matching(logits: Tensor, stored: Tensor, *, later: LaterLogits = "lowest") -> Tensor:
+    """Keep logits where they were when they were stored: mean squared error, the mean over the batch.
+
+        L = 1/B sum_i 1/C_i sum_c (z_ic - z'_ic)^2
+
+    Dark Experience Replay (Buzzega et al., NeurIPS 2020, arXiv:2004.07211). Row i was stored when fewer classes
+    were known; what is asked of the logits of classes that came later is ``later``.
+
+    Args:
+        logits: ``(B, C)``.
+        stored: ``(B, C')`` with ``C' <= C``; nan on the right of what a row has, as a memory pads it.
+        later: ``lowest``: they are held at the row's lowest stored logit, like those of any class that it is not of;
+            ``zero``: at 0; both with C_i = C. ``free``: nothing is asked, and C_i is what the row has.
+    """
+    target = F.pad(_full(stored.detach()), (0, logits.shape[1] - stored.shape[1]), value=torch.nan)
+    known = ~target.isnan()
+    lowest = target.masked_fill(~known, torch.inf).amin(dim=1, keepdim=True)
+    target = target.where(known, lowest if later == "lowest" else 0.0)
+    counted = known if later == "free" else torch.ones_like(known)
+    error = (_full(logits) - target).square().where(counted, 0.0)
+    return _mean(error.sum(dim=1) / counted.sum(dim=1).clamp(min=1))
 
 
 def _take(logits: Tensor, columns: Sequence[int]) -> Tensor:

@@ -68,8 +68,7 @@ class ClassBalanced(Policy):
         self.by = by
 
     def priority(self, keys: Tensor, labels: Tensor, tasks: Tensor) -> Tensor:
-        groups = {"class": labels, "task": tasks, "both": (tasks << 32) + labels}[self.by]
-        level, place = _standing(keys, groups)
+        level, place = standing(keys, grouped(labels, tasks, self.by))
         return -(level * keys.shape[0] + place)
 
 
@@ -92,7 +91,12 @@ class Herding(ClassBalanced):
         return -torch.arange(seen, seen + count)
 
 
-def _standing(keys: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+def grouped(labels: Tensor, tasks: Tensor, by: Group) -> Tensor:
+    """A number for the group of each row, int64 ``(n,)``: its class, its task, or the two together."""
+    return {"class": labels, "task": tasks, "both": (tasks << 32) + labels}[by]
+
+
+def standing(keys: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     """Place of each row in its group, and among all rows, by decreasing key from 0; int64 ``(n,)`` each."""
     count = torch.arange(keys.shape[0], device=keys.device)
     by_key = keys.argsort(descending=True, stable=True)
@@ -275,9 +279,14 @@ class Memory(nn.Module):
             value[: rows.shape[0]] = value[rows]
         self._held = rows.shape[0]
 
-    def reduce_per_class(self, quota: int) -> None:
-        """Keep at most ``quota`` samples of each class: the first of a herded list, a random subset of a reservoir."""
-        level, _ = _standing(self.keys, self.labels)
+    def reduce_per_class(self, quota: int, *, by: Group = "class") -> None:
+        """Keep at most ``quota`` samples of each class: the first of a herded list, a random subset of a reservoir.
+
+        Args:
+            quota: At least 0.
+            by: Of each ``class``, ``task``, or class within a task (``both``).
+        """
+        level, _ = standing(self.keys, grouped(self.labels, self.tasks, by))
         self.keep((level < quota).nonzero().flatten())
 
     def resize(self, size: int) -> None:

@@ -1,8 +1,10 @@
 """A backbone with a head that grows."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cl_lightning.heads import Head
 
@@ -17,6 +19,11 @@ class Output(NamedTuple):
 
     features: Tensor
     logits: Tensor
+
+
+def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
+    """The batch normalisation layers of a module; a strategy that freezes them names them in ``frozen``."""
+    return (layer for layer in module.modules() if isinstance(layer, _BatchNorm))
 
 
 class Network(nn.Module):

@@ -270,18 +270,32 @@ class Prototypes(nn.Module):
         self.counts[columns] = (n + m).long()
         if fresh.covariances is not None:
             scatter = (
-                self.covariances[columns].double() * (n - 1).clamp(min=0)[:, None, None]
+                self._covariances_of(columns).double() * (n - 1).clamp(min=0)[:, None, None]
                 + fresh.covariances * (m - 1)[:, None, None]
                 + gap[:, :, None] * gap[:, None, :] * (n * m / (n + m))[:, None, None]
             )
-            pooled = scatter / (n + m - 1).clamp(min=1)[:, None, None]
-            self.covariances[columns] = pooled.to(self.covariances.dtype)
+            self._keep_covariances(columns, scatter / (n + m - 1).clamp(min=1)[:, None, None])
         # Stepping back from the new mean leaves exactly that where nothing was known.
         self.means[columns] = (fresh.means - gap * (n / (n + m))[:, None]).to(self.means.dtype)
+
+    def scores(self, features: Tensor, num_classes: int, metric: Metric = "euclidean") -> Tensor:
+        """Scores ``(n, num_classes)`` of features ``(n, d)``: :func:`nearest_mean_scores`, -inf for unknown classes."""
+        scores = features.new_full((len(features), num_classes), -torch.inf)
+        columns = self.known.nonzero().squeeze(1)
+        if len(columns):
+            means = self.means[columns].to(features.dtype)
+            scores[:, columns] = nearest_mean_scores(features, means, metric=metric).to(scores.dtype)
+        return scores
 
     def num_bytes(self) -> int:
         """Memory that the store takes, in bytes."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    def _covariances_of(self, columns: Tensor) -> Tensor:
+        return self.covariances[columns]
+
+    def _keep_covariances(self, columns: Tensor, covariances: Tensor) -> None:
+        self.covariances[columns] = covariances.to(self.covariances.dtype)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         for name, buffer in list(self.named_buffers(recurse=False)):
@@ -289,3 +303,59 @@ class Prototypes(nn.Module):
             if saved is not None and saved.shape[1:] == buffer.shape[1:]:
                 self.register_buffer(name, buffer.new_zeros(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class GaussianPrototypes(Prototypes):
+    """A normal distribution of the features of each class, to draw from: mean and Cholesky factor of the covariance.
+
+        f = mu_c + L_c eps,   L_c L_c^T = Sigma_c + jitter I,   eps ~ N(0, I)
+
+    Args:
+        num_features: d.
+        jitter: Variance that is added in each direction, above 0: a covariance of fewer samples than features is
+            singular.
+
+    Attributes:
+        factors: L, lower triangular, ``(C, d, d)``; 0 for classes without samples.
+    """
+
+    factors: Tensor
+
+    def __init__(self, num_features: int, *, jitter: float = 1e-5) -> None:
+        super().__init__(num_features)
+        if not jitter > 0:
+            raise ValueError(f"GaussianPrototypes: jitter is {jitter}; it must be above 0, such as 1e-5")
+        self.covariance, self.jitter = True, jitter
+        self.register_buffer("factors", torch.zeros(0, num_features, num_features))
+
+    @torch.no_grad()
+    def sample(self, columns: Tensor, noise: Tensor) -> Tensor:
+        """A feature of each of the given classes.
+
+        Args:
+            columns: int64 ``(n,)``, on the CPU.
+            noise: eps, standard normal numbers ``(n, d)``, on the device.
+
+        Returns:
+            ``(n, d)``, on the device.
+        """
+        counts = columns.bincount(minlength=len(self))
+        order = columns.argsort(stable=True)
+        places = torch.empty_like(columns)  # of each row among those of its class
+        places[order] = torch.arange(len(columns)) - (counts.cumsum(0) - counts)[columns[order]]
+        columns, places, most = columns.to(noise.device), places.to(noise.device), int(counts.max())
+        # One product per class, with all of its rows: a copy of the factor for each row would be far more to move.
+        by_class = noise.new_zeros(len(self), most, self.num_features)
+        by_class[columns, places] = noise
+        with torch.autocast(noise.device.type, enabled=False):
+            drawn: Tensor = torch.bmm(by_class, self.factors.mT)[columns, places] + self.means[columns]
+        return drawn
+
+    def _covariances_of(self, columns: Tensor) -> Tensor:
+        factors = self.factors[columns].double()
+        identity = torch.eye(self.num_features, dtype=torch.float64, device=factors.device)
+        return factors @ factors.mT - self.jitter * identity
+
+    def _keep_covariances(self, columns: Tensor, covariances: Tensor) -> None:
+        identity = torch.eye(self.num_features, dtype=torch.float64, device=covariances.device)
+        self.factors[columns] = torch.linalg.cholesky(covariances + self.jitter * identity).to(self.factors.dtype)

@@ -6,7 +6,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from cl_lightning.prototypes import Prototypes, class_means, class_statistics, kernel_drift, nearest_mean_scores
+from cl_lightning.prototypes import (
+    GaussianPrototypes,
+    Prototypes,
+    class_means,
+    class_statistics,
+    kernel_drift,
+    nearest_mean_scores,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -196,3 +203,50 @@ def _on_two_processes(rank: int, folder: str) -> None:
 
 def test_two_processes_give_what_one_gives(tmp_path: Path):
     mp.spawn(_on_two_processes, (str(tmp_path),), nprocs=2)
+
+
+def test_draws_of_a_class_have_its_mean_and_covariance():
+    features, labels = normal(300, 4) @ normal(4, 4, seed=1) + 5, torch.arange(300) % 3
+    store = GaussianPrototypes(4, jitter=1e-5).double()
+    store.update(features, labels, num_classes=3)
+    # With the axes as noise, draws are the columns of the factor behind the mean.
+    columns = torch.full((4,), 2)
+    factor = store.sample(columns, torch.eye(4, dtype=torch.float64)) - store.means[2]
+    expected = features[labels == 2].T.cov() + 1e-5 * torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(factor.T @ factor, expected)
+    drawn = store.sample(torch.ones(50_000, dtype=torch.int64), normal(50_000, 4, seed=2))
+    torch.testing.assert_close(drawn.mean(0), store.means[1], rtol=0.01, atol=0.05)
+    torch.testing.assert_close(drawn.T.cov(), features[labels == 1].T.cov(), rtol=0.05, atol=0.1)
+
+
+def test_a_class_of_fewer_samples_than_features_can_be_drawn_from():
+    store = GaussianPrototypes(6)
+    store.update(normal(4, 6).float(), torch.tensor([0, 0, 0, 2]), num_classes=3)
+    drawn = store.sample(torch.tensor([0, 2]), normal(2, 6).float())
+    assert drawn.isfinite().all()
+    assert (drawn[1] - store.means[2]).norm() < 0.05  # a single sample: jitter alone
+    assert store.factors[1].count_nonzero() == 0
+    with pytest.raises(ValueError, match="jitter is 0"):
+        GaussianPrototypes(6, jitter=0)
+
+
+def test_distributions_are_pooled_like_covariances_and_take_their_size_from_a_state():
+    features, labels = normal(60, 3), torch.arange(60) % 2
+    store, whole = GaussianPrototypes(3).double(), GaussianPrototypes(3).double()
+    store.update(features[:25], labels[:25], num_classes=2)
+    store.update(features[25:], labels[25:])
+    whole.update(features, labels, num_classes=2)
+    for ours, expected in zip(store.buffers(), whole.buffers(), strict=True):
+        torch.testing.assert_close(ours, expected)
+    other = GaussianPrototypes(3).double()
+    other.load_state_dict(store.state_dict())
+    assert torch.equal(other.factors, store.factors)
+    assert store.num_bytes() == 2 * (3 + 9 + 1) * 8
+
+
+def test_with_the_metric_of_efc_no_drift_is_none_and_a_shift_is_exact():
+    old, prototypes, weight = normal(80, 5), normal(3, 5, seed=1), normal(4, 5, seed=2)
+    options = {"sigma": 0.2, "metric": weight.T @ weight, "rescale": True}
+    assert torch.equal(kernel_drift(old, old, prototypes, **options), torch.zeros(3, 5, dtype=torch.float64))
+    shift = normal(1, 5, seed=3)
+    torch.testing.assert_close(kernel_drift(old, old + shift, prototypes, **options), shift.expand(3, 5))

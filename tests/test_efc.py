@@ -1,0 +1,225 @@
+from functools import partial
+
+import pytest
+import torch
+from callback_runs import NormNet, loop, run
+from torch import Tensor, nn
+
+from cl_lightning.backbones import MLP, Backbone, ImageShape
+from cl_lightning.batch import Draw
+from cl_lightning.heads import CosineHead
+from cl_lightning.losses import feature_distillation
+from cl_lightning.measures import last_accuracy
+from cl_lightning.network import batch_norms
+from cl_lightning.prototypes import GaussianPrototypes
+from cl_lightning.strategies.baselines.finetune import Finetune
+from cl_lightning.strategies.exemplar_free.efc import EFC, EFCpp, RebalancingFeatures, empirical_feature_matrix
+from cl_lightning.stream import ClassIncremental
+from cl_lightning.testing import TinyDigits, check_limit, check_strategy, small
+
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.01)
+
+
+class Norm(Backbone):
+    """Batch normalisation without dropout."""
+
+    def __init__(self, image_shape: ImageShape) -> None:
+        super().__init__(image_shape)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU())
+        self.num_features = 12
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_feature_matrix_is_the_expected_outer_product_of_gradients_of_the_log_probability():
+    features, weight = normal(6, 5), normal(4, 5, seed=1)
+    expected = torch.zeros(5, 5, dtype=torch.float64)
+    for f in features:
+        jacobian = torch.func.jacrev(lambda g: (weight @ g).log_softmax(0))(f)  # (C, d)
+        p = (weight @ f).softmax(0)
+        expected += sum(p[c] * jacobian[c].outer(jacobian[c]) for c in range(4)) / len(features)
+    torch.testing.assert_close(empirical_feature_matrix(features @ weight.T, weight), expected)
+
+
+def test_the_feature_matrix_is_symmetric_semi_definite_of_rank_below_the_number_of_classes():
+    weight = normal(4, 9, seed=1)
+    matrix = empirical_feature_matrix(normal(30, 9) @ weight.T, weight)
+    assert torch.equal(matrix, matrix.T)
+    values = torch.linalg.eigvalsh(matrix)
+    assert values.min() > -1e-12
+    assert (values > 1e-9).sum() == 3
+    outside = torch.linalg.svd(weight, full_matrices=True).Vh[4:]  # orthogonal to the rows of the head
+    torch.testing.assert_close(outside @ matrix, torch.zeros(5, 9, dtype=torch.float64))
+    torch.testing.assert_close(empirical_feature_matrix(normal(30, 9) @ weight.T + 7, weight), matrix)  # a common shift
+
+
+def test_without_lambda_the_loss_is_plain_distillation_of_features():
+    student, teacher = normal(6, 5), normal(6, 5, seed=1)
+    weight = normal(4, 5, seed=2)
+    matrix, identity = empirical_feature_matrix(student @ weight.T, weight), torch.eye(5, dtype=torch.float64)
+    plain = 0.1 * (student - teacher).square().sum(1).mean()
+    torch.testing.assert_close(feature_distillation(student, teacher, 0 * matrix + 0.1 * identity), plain)
+    gap = student - teacher
+    full = torch.stack([g @ (10 * matrix + 0.1 * identity) @ g for g in gap]).mean()
+    torch.testing.assert_close(feature_distillation(student, teacher, 10 * matrix + 0.1 * identity), full)
+
+
+class Watching(EFC):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.terms = {}
+
+    def losses(self, batch, output):
+        terms = super().losses(batch, output)
+        self.terms.setdefault(self.task.index, []).append({name: float(term.detach()) for name, term in terms.items()})
+        return terms
+
+
+def test_features_have_not_moved_at_the_first_step_of_a_task():
+    strategy = Watching(backbone=Norm, optimizer=SGD)
+    run(strategy)
+    assert all(set(terms) == {"ce"} for terms in strategy.terms[0])
+    for task in (1, 2):
+        first, *later = strategy.terms[task]
+        assert first["features"] == 0.0  # in spite of batch normalisation
+        assert all(terms["features"] > 0 for terms in later)
+        assert set(first) == {"ce", "features", "balanced"}
+
+
+@pytest.mark.parametrize("cls", [EFC, partial(EFCpp, rebalance_epochs=2)])
+def test_batch_normalisation_is_frozen_after_the_first_task_and_dropout_is_not(cls):
+    modes = []
+
+    class Look(NormNet):
+        def forward(self, images):
+            if torch.is_grad_enabled():
+                modes.append((self.layers[2].training, self.layers[4].training))
+            return super().forward(images)
+
+    made = loop(cls(backbone=Look, optimizer=SGD), options={"stop_after_task": 0})
+    made.fit()
+    assert set(modes) == {(True, True)}
+    modes.clear()
+    (layer,) = batch_norms(made.strategy.network.backbone)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    weight = made.strategy.network.backbone.layers[1].weight.detach().clone()
+    for task in made.stream.tasks[1:]:
+        made._run_task(task, None)
+    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+    assert set(modes) == {(False, True)}
+    assert not torch.equal(weight, made.strategy.network.backbone.layers[1].weight)  # the others do learn
+
+
+def test_balanced_features_are_of_classes_drawn_uniformly_and_new_ones_of_the_batch_before():
+    drawn, batches = [], []
+
+    class Look(EFC):
+        def prepare(self, batch):
+            made = super().prepare(batch)
+            if self.task.index == 1:
+                batches.append(batch)
+                drawn.append(self._balanced)
+            return made
+
+    run(Look(optimizer=SGD), options={"stop_after_task": 1}, max_epochs=12)
+    first, *later = drawn
+    assert len(first) == 2  # all are imitated
+    assert len(first[1]) == len(batches[0])
+    counts = torch.zeros(7)
+    for previous, batch, (features, old, images, new) in zip(batches, batches[1:], later, strict=False):
+        assert len(old) + len(new) == len(batch)
+        assert features.shape == (len(old), features.shape[1])
+        counts += torch.cat([old, new]).bincount(minlength=7)
+        places = [int((previous.images - image).abs().amax((1, 2, 3)).argmin()) for image in images]
+        assert torch.equal(previous.images[places], images)
+        assert torch.equal(previous.labels[places], new)
+    share = counts[:4] / counts.sum()
+    assert (share - 1 / 7).abs().max() < 0.03
+    assert abs(counts[4:].sum() / counts.sum() - 3 / 7) < 0.04
+
+
+def test_the_pool_holds_the_task_and_as_many_draws_of_each_old_class_as_it_had_samples():
+    gaussians, asked = GaussianPrototypes(3), []
+    gaussians.update(normal(9, 3).float(), torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2]), num_classes=4)
+    labels = torch.tensor([3, 3, 2])  # class 2 comes again
+
+    def views(epoch: int) -> tuple[Tensor, Tensor]:
+        asked.append(epoch)
+        return torch.full((3, 3), float(epoch)), labels
+
+    pool = RebalancingFeatures(gaussians, views, 5)
+    assert len(pool) == 3 + 4 + 2
+    pool.begin_epoch(5)
+    pool.begin_epoch(6)
+    assert asked == [5, 6]
+    rows = torch.tensor([8, 0, 3, 2, 4])
+    features, columns = pool.take(rows, Draw.of(5, 1))
+    assert columns.tolist() == [3, 2, 1, 0, 0]
+    assert torch.equal(features[:2], torch.full((2, 3), 6.0))
+    # A process that has some of the rows draws for them what one process draws.
+    share, _ = pool.take(rows[3:], Draw(Draw.of(5, 1).key, 3, 5, 5))
+    assert torch.equal(share, torch.cat([features[1:2], features[4:]]))
+
+
+def test_old_heads_stay_while_the_backbone_learns_and_all_learn_afterwards():
+    log = []
+
+    class Look(EFCpp):
+        def on_train_start(self):
+            super().on_train_start()
+            self.kept = [value.clone() for value in self.network.head.parameters()]
+            self.body = [value.clone() for value in self.network.backbone.parameters()]
+
+        def end_phase(self, phase):
+            super().end_phase(phase)
+            head, body = list(self.network.head.parameters()), list(self.network.backbone.parameters())
+            moved = [not torch.equal(a, b) for a, b in zip(self.kept, head, strict=True)]
+            log.append((phase.name, not all(map(torch.equal, self.body, body)), moved))
+
+    run(Look(optimizer=SGD, rebalance_epochs=1, rebalance_batch_size=64))
+    assert log == [
+        ("train", True, [True]),
+        ("train", True, [False, True]),
+        ("rebalance", False, [True, True]),
+        ("train", True, [False, False, True]),
+        ("rebalance", False, [True, True, True]),
+    ]
+
+
+def test_without_weights_rebalancing_and_rotations_it_is_fine_tuning():
+    plain = small(EFCpp, feature_weight=0.0, identity_weight=0.0, rebalance_epochs=0, rotations=False)
+    head = plain().build_head
+    check_limit(plain, small(Finetune, visible="current", head=head))
+
+
+@pytest.mark.parametrize("cls", [EFC, EFCpp])
+def test_it_forgets_far_less_than_fine_tuning(cls):
+    options = {"data": {"scenario": ClassIncremental(tasks=5), "batch_size": 32}, "max_epochs": 6}
+    common = {"backbone": partial(MLP, hidden=(64,)), "optimizer": partial(torch.optim.Adam, lr=1e-3)}
+    plain = last_accuracy(run(Finetune(**common), **options).matrix.R_ci)
+    assert last_accuracy(run(cls(**common), **options).matrix.R_ci) > plain + 0.4
+
+
+def test_other_options_and_batch_normalisation_pass_the_suite():
+    data = partial(TinyDigits, batch_size=20)  # no batch of a single sample
+    check_strategy(small(EFC, rotations=False, backbone=Norm), checks=["resume", "restores", "limits"], data=data)
+    check_strategy(small(EFCpp, backbone=Norm), checks=["resume", "restores", "options"], data=data)
+
+
+@pytest.mark.parametrize("options", [{"feature_weight": -1.0}, {"identity_weight": -0.1}, {"drift_sigma": 0.0}])
+def test_options_out_of_range_are_errors(options: dict):
+    (name, value), *_ = options.items()
+    with pytest.raises(ValueError, match=f"EFC.*{name}={value}"):
+        EFC(**options)
+
+
+def test_other_heads_and_rebalancing_out_of_range_are_errors():
+    with pytest.raises(ValueError, match="head is CosineHead"):
+        EFC(head=CosineHead).build((1, 8, 8))
+    with pytest.raises(ValueError, match="rebalance_batch_size=0"):
+        EFCpp(rebalance_batch_size=0)
