@@ -44,6 +44,9 @@ class ContinualEvaluation(ContinualCallback):
     summed. Its seconds count as evaluation, not as training. Curves are part of checkpoints. Where other callbacks
     evaluate other weights (``EMAEnsemble``), these are what is evaluated here.
 
+    An evaluation costs a forward pass of ``samples`` images per seen task: with a thousand of each, every ten steps of
+    64 images, more than the training itself from the third task on. Fewer samples or evaluations make it cheap.
+
     Args:
         every_n_steps: Optimizer steps between two evaluations; 1 is the protocol of the paper.
         samples: Samples per task, drawn once; None for all of them.
@@ -126,6 +129,7 @@ class ContinualEvaluation(ContinualCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._note_seconds()
+        self._flush(trainer, before=trainer.global_step)  # the last one may be taken anew when the task is closed
 
     def on_task_end(self, trainer: Trainer, strategy: "ContinualStrategy", task: Task) -> None:
         self._closing = True  # other callbacks may still have something to do at the end of this task
@@ -232,21 +236,28 @@ class ContinualEvaluation(ContinualCallback):
         if self.meter is not None and seconds:
             self.meter.move("evaluation", seconds, source="training")
 
-    def _flush(self, trainer: Trainer | None) -> None:
-        """Bring the counts that are still on the device here, and log what is not logged yet against its step."""
+    def _flush(self, trainer: Trainer | None, *, before: int | None = None) -> None:
+        """Bring the counts that are still on the device here, and log what is not logged yet against its step.
+
+        Args:
+            trainer: Whose loggers get it; None for none.
+            before: Log evaluations of earlier steps than this only; None for all.
+        """
         if self._pending:  # all of one task
             self.counts += list(torch.stack(self._pending).cpu().int())
             self._pending = []
         if trainer is None:
             return
-        for place in range(self._num_logged, len(self.counts) if trainer.loggers else 0):
+        for place in range(self._num_logged, len(self.counts)):
+            if before is not None and self.steps[place] >= before:
+                return
+            self._num_logged = place + 1
             correct = self.counts[place][:, 0].double()
             totals = self.totals[: len(correct)]
             values = {f"continual/task_{i:02d}": v for i, v in enumerate((correct / totals).tolist()) if v == v}
             values["continual/average_accuracy"] = float(correct.sum() / totals.sum())
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=self.steps[place])
-        self._num_logged = len(self.counts)
 
     # ------------------------------------------------------------------ what it found
 

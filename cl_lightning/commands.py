@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from cl_lightning import checkpoint as checkpoints
-from cl_lightning import discovery, prediction, results
+from cl_lightning import discovery, prediction, report, results
 from cl_lightning.callbacks.stream_progress import StreamProgress
 from cl_lightning.cli import COMMANDS, PROGRAM, fail, value_of
 from cl_lightning.datamodules.base import ContinualDataModule
@@ -222,7 +222,8 @@ class ContinualCLI(LightningCLI):
             loop.fit(ckpt_path)
             if self.trainer.is_global_zero:
                 results.show(loop.results())
-                print(f"results, checkpoints and logs are in {shown(self.run_dir)}")
+                page = report.write([self.run_dir], self.run_dir / "report.html")
+                print(f"results, checkpoints and logs are in {shown(self.run_dir)}; report: {shown(page)}")
 
         self._action = action
 

@@ -141,7 +141,7 @@ class ContinualStrategy(LightningModule):
         self.register_buffer("task_columns", torch.zeros(0, 0, dtype=torch.bool))
         self.task_columns: Tensor
         self._terms: dict[str, Tensor] = {}
-        self._num_recorded = 0
+        self._num_recorded, self._logged_step = 0, 0
         self.samples_in_step: int | None = None
         self._loss_callbacks: list[AddsLosses] = []
         self._accuracy: StreamAccuracy | None = None
@@ -398,8 +398,12 @@ class ContinualStrategy(LightningModule):
             self.observe(batch)
         step = self.trainer.global_step
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self._num_recorded and step % every == 0:
+        if self._num_recorded and step % every == 0 and step > self._logged_step:  # else gradients are accumulated
             self._log_terms(step)
+
+    def on_train_end(self) -> None:
+        if self._num_recorded:  # what is left of a phase is not part of the next one
+            self._log_terms(self.trainer.global_step)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -505,7 +509,7 @@ class ContinualStrategy(LightningModule):
         names, nothing = all_names(self._terms), torch.zeros((), device=self.device)
         terms = [self._terms.get(name, nothing) for name in names]  # some are unknown where all batches were empty
         sums = all_sum(torch.stack(terms) / world_size()) / self._num_recorded
-        self._terms, self._num_recorded = {}, 0
+        self._terms, self._num_recorded, self._logged_step = {}, 0, step
         values: list[float] = sums.tolist()
         metrics = {f"train/{name}": value for name, value in zip(names, values, strict=True)}
         metrics["train/loss"] = sum(values)

@@ -10,6 +10,7 @@ from callback_runs import plain_net, run
 from torch import Tensor
 
 from cl_lightning.backbones import MLP
+from cl_lightning.callbacks.drift_compensation import DriftCompensation
 from cl_lightning.distributed import rows_norm
 from cl_lightning.measures import last_accuracy
 from cl_lightning.prototypes import class_statistics
@@ -113,6 +114,9 @@ def test_prototypes_stay_where_they_were():
     again = PASS(backbone=plain_net, optimizer=ADAM)
     run(again, max_epochs=1)
     assert torch.equal(again.prototypes.means[:4], first)
+    followed = PASS(backbone=plain_net, optimizer=ADAM)
+    run(followed, DriftCompensation(), max_epochs=1)
+    assert (followed.prototypes.means[:4] - first).abs().amax(dim=1).min() > 0  # unless a callback moves them
 
 
 def test_it_forgets_far_less_than_fine_tuning():

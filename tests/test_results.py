@@ -339,7 +339,7 @@ def test_the_table_of_metrics_has_one_axis_over_the_stream(whole):
         assert [float(row[f"accuracy/task_{i:02d}"]) for i in range(t + 1)] == matrix[t][: t + 1]
         assert not any(row[f"accuracy/task_{i:02d}"] for i in range(t + 1, 3))
     assert {"train/ce", "train/loss", "train/lr", "cost/training_seconds", "head/norm_task_02"} <= rows[0].keys()
-    assert sum(bool(row["train/loss"]) for row in rows) == whole[1].trainer.global_step // 2
+    assert sum(bool(row["train/loss"]) for row in rows) == whole[1].trainer.global_step // 2  # tasks of even length
 
 
 def test_validation_is_logged_at_the_step_that_it_comes_after(tmp_path):
@@ -348,6 +348,17 @@ def test_validation_is_logged_at_the_step_that_it_comes_after(tmp_path):
     steps = [int(row["step"]) for row in rows]
     assert steps == sorted(steps)
     assert [step for step, row in zip(steps, rows, strict=True) if row["val/loss"]][:2] == [8, 16]
+
+
+def test_losses_of_a_short_phase_are_logged_at_its_end(tmp_path):
+    made = run(er(), ContinualEvaluation(every_n_steps=3), folder=tmp_path, accumulate_grad_batches=2)
+    rows = table(tmp_path)
+    steps = [int(row["step"]) for row in rows]
+    assert steps == sorted(steps)
+    assert made.trainer.global_step < made.trainer.log_every_n_steps
+    logged = [(step, float(row["task"])) for step, row in zip(steps, rows, strict=True) if row["train/loss"]]
+    ends = torch.tensor([cost.steps for cost in made.meter.tasks]).cumsum(0).tolist()
+    assert logged == [(end, task) for task, end in enumerate(ends)]
 
 
 def test_the_table_of_a_resumed_run_is_that_of_an_uninterrupted_one(whole, resumed):
@@ -370,12 +381,12 @@ def _learn(folder):
 def test_a_crash_at_any_moment_leaves_the_results_of_the_finished_tasks(tmp_path):
     chance, seen = random.Random(0), [0]
     saved = tmp_path / "checkpoints" / "last.ckpt"
-    for life in range(7):
+    for life in range(5):
         before = saved.stat().st_mtime_ns if saved.exists() else 0
         process = forks.start(_learn, tmp_path)
         while process.is_alive() and (not saved.exists() or saved.stat().st_mtime_ns == before):
             time.sleep(0.002)
-        process.join(chance.uniform(0.0, 0.3) if life < 6 else 60)
+        process.join(chance.uniform(0.0, 0.3) if life < 4 else 60)
         process.kill()
         process.join()
         content = read(tmp_path)
