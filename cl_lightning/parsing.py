@@ -129,7 +129,7 @@ def unknown_option(option: str, known: Sequence[str]) -> str:
 
 def _close(name: str, names: Iterable[str]) -> list[str]:
     """The nearest name, with those that are about as near; upper and lower case are the same."""
-    folded = {known.lower(): known for known in names}
+    folded = {known.lower(): known for known in names if known != name}
     near = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.6)
     ratios = [difflib.SequenceMatcher(None, known, name.lower()).ratio() for known in near]
     return [folded[known] for known, ratio in zip(near, ratios, strict=True) if ratio > ratios[0] - 0.03]

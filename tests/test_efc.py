@@ -13,7 +13,8 @@ from cl_lightning.measures import last_accuracy
 from cl_lightning.network import batch_norms
 from cl_lightning.prototypes import GaussianPrototypes
 from cl_lightning.strategies.baselines.finetune import Finetune
-from cl_lightning.strategies.exemplar_free.efc import EFC, EFCpp, RebalancingFeatures, empirical_feature_matrix
+from cl_lightning.strategies.exemplar_free.efc import EFC, empirical_feature_matrix
+from cl_lightning.strategies.exemplar_free.efc_pp import EFCpp, RebalancingFeatures
 from cl_lightning.stream import ClassIncremental
 from cl_lightning.testing import TinyDigits, check_limit, check_strategy, small
 

@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -144,7 +145,7 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2, timeout=timedelta(seconds=_TIMEOUT))
     for number in range(len(list(folder.glob("subject_*.pkl")))):
         try:
-            subject: Subject = pickle.loads(_path(folder, number).read_bytes())
+            subject: Subject = replace(pickle.loads(_path(folder, number).read_bytes()), accelerator="cpu")
             whole = run(subject, processes=2)
             middle = [point for point in places(whole.snapshots) if point.kind in ("step", "phase")][-2:]
             resumed = whole

@@ -1,4 +1,4 @@
-"""Elastic Feature Consolidation (Magistri et al., ICLR 2024, arXiv:2402.03917), and EFC++ (arXiv:2503.10439).
+"""Elastic Feature Consolidation (Magistri et al., ICLR 2024, arXiv:2402.03917).
 
 With f the backbone, f' that before the task, W the rows of all heads and p the softmax over all classes, features are
 held in the directions that the predictions depend on, by the empirical feature matrix E of the task before:
@@ -6,15 +6,12 @@ held in the directions that the predictions depend on, by the empirical feature 
     L_EFM = 1/B sum_i (f(x_i) - f'(x_i))^T (lambda E + eta I) (f(x_i) - f'(x_i))
     E = 1/n sum_x W^T (diag(p) - p p^T) W
 
-Each class is kept as a normal distribution N(p_c, Sigma_c) of its features when it was learnt. EFC adds to the
-cross-entropy over the classes of the task, L_cur, one over all classes on B features that are balanced over them: each
+Each class is kept as a normal distribution N(p_c, Sigma_c) of its features when it was learnt. To the cross-entropy
+over the classes of the task, L_cur, comes one over all classes, L_PR, on B features that are balanced over them: each
 is of a class drawn uniformly, imitated if it is an old one, f~ ~ N(p_c, Sigma_c), and else that of an image of the
 batch before:
 
-    L = L_cur(X) + L_EFM(X) + L_PR(f~ or f(X'))                                                      EFC
-
-    L = L_cur(X) + L_EFM(X) in the phase ``train``, which leaves old heads alone; then all heads     EFC++
-        learn, in the phase ``rebalance``, from the task's features and n_c draws of each old class
+    L = L_cur(X) + L_EFM(X) + L_PR(f~ or f(X'))
 
 When the task is over, the means of old classes follow the features (with the old E, d and w per class and sample):
 
@@ -29,17 +26,15 @@ one at the same place of the batch before, not one of its first. Before a task's
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from cl_lightning.backbones import ImageShape
-from cl_lightning.batch import Batch, Draw, mix
+from cl_lightning.batch import Batch
 from cl_lightning.distributed import all_gather_rows, all_sum
-from cl_lightning.features import FeaturePool
 from cl_lightning.heads import Head, LinearHead
 from cl_lightning.losses import cross_entropy, feature_distillation
 from cl_lightning.network import Output, batch_norms
@@ -49,7 +44,7 @@ from cl_lightning.strategy import ContinualStrategy, HeadFactory, Phase
 from cl_lightning.stream import Task
 from cl_lightning.teacher import Teacher
 
-_CLASSES, _NOISE, _VIEWS = 0xEFC1, 0xEFC2, 0xEFC3  # salts
+_CLASSES, _NOISE = 0xEFC1, 0xEFC2  # salts
 
 
 def empirical_feature_matrix(logits: Tensor, weight: Tensor) -> Tensor:
@@ -70,33 +65,6 @@ def empirical_feature_matrix(logits: Tensor, weight: Tensor) -> Tensor:
     middle = all_sum(p.sum(dim=0).diag() - p.T @ p) / count  # (C, C)
     matrix = w.T @ middle @ w
     return (matrix + matrix.T) / 2
-
-
-class RebalancingFeatures(FeaturePool):
-    """The task's features, augmented anew in each epoch, and as many draws of each old class as it had samples."""
-
-    def __init__(
-        self, gaussians: GaussianPrototypes, views: Callable[[int], tuple[Tensor, Tensor]], epoch: int
-    ) -> None:
-        super().__init__(*views(epoch))
-        self.gaussians, self.views, self.epoch = gaussians, views, epoch
-        counts = gaussians.counts * (self.labels.bincount(minlength=len(gaussians))[: len(gaussians)] == 0)
-        self.old = torch.arange(len(counts)).repeat_interleave(counts.cpu())
-
-    def __len__(self) -> int:
-        return len(self.labels) + len(self.old)
-
-    def begin_epoch(self, epoch: int) -> None:
-        if epoch != self.epoch:
-            (self.features, self.labels), self.epoch = self.views(epoch), epoch
-
-    def take(self, rows: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-        size, device = len(self.labels), self.labels.device
-        real = rows < size  # on the CPU, so that nothing waits for the device
-        own, old = rows[real].to(device), self.old[rows[~real] - size]
-        noise = draw.fork(_NOISE).randn(self.features.shape[1], device=device)[(~real).nonzero().squeeze(1).to(device)]
-        features = torch.cat([self.features[own], self.gaussians.sample(old, noise)])
-        return features, torch.cat([self.labels[own], old.to(device)])
 
 
 class EFC(ContinualStrategy):
@@ -197,8 +165,8 @@ class EFC(ContinualStrategy):
     def end_task(self, task: Task) -> None:
         super().end_task(task)
         features, labels = self.features()
-        self._follow_drift(features)
-        self._remember(features, labels)
+        self.follow_drift(features)
+        self.remember(features, labels)
 
     def bytes_kept(self) -> dict[str, int]:
         return {**super().bytes_kept(), "importance": self.feature_matrix.nbytes}
@@ -237,7 +205,7 @@ class EFC(ContinualStrategy):
         return cross_entropy(self.network.head(features), labels)
 
     @torch.no_grad()
-    def _follow_drift(self, features: Tensor) -> None:
+    def follow_drift(self, features: Tensor) -> None:
         """Move the means of old classes as the task's images have moved; ``features`` are those of this process now."""
         if not self.teacher or self.teacher.network is None:
             return
@@ -248,83 +216,10 @@ class EFC(ContinualStrategy):
             before, after, means, self.drift_sigma, metric=self.feature_matrix, rescale=True
         )
 
-    def _remember(self, features: Tensor, labels: Tensor) -> None:
+    def remember(self, features: Tensor, labels: Tensor) -> None:
         """Measure E, then the distributions of the classes of the task."""
         head = self.network.head
         self.feature_matrix.copy_(empirical_feature_matrix(head(features), head.weight()))
         self.gaussians.update(features, labels, num_classes=self.task.num_seen, replace=True)
         self.turned_head.blocks = nn.ModuleList()
         self.teacher.learn_from(self.network)
-
-
-class EFCpp(EFC):
-    """EFC without imitated classes while the backbone learns; the heads are balanced afterwards.
-
-    Args:
-        rebalance_epochs: Epochs of the phase ``rebalance``; 0 to leave it out.
-        rebalance_batch_size: Of that phase, over all processes.
-        rebalance_optimizer: Of that phase; None for SGD with learning rate 1e-3, momentum 0.9 and weight decay 5e-4.
-        rebalance_scheduler: Of that phase; None for a constant learning rate.
-        kwargs: Of EFC.
-    """
-
-    paper: ClassVar[str] = "Magistri et al. 2025, arXiv:2503.10439"
-    uses_old_logits = False
-
-    def __init__(
-        self,
-        *,
-        rebalance_epochs: int = 50,
-        rebalance_batch_size: int = 256,
-        rebalance_optimizer: OptimizerCallable | None = None,
-        rebalance_scheduler: LRSchedulerCallable | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        if rebalance_epochs < 0 or rebalance_batch_size < 1:
-            raise ValueError(
-                f"EFCpp: rebalance_epochs={rebalance_epochs}, rebalance_batch_size={rebalance_batch_size}; at least 0 "
-                "and at least 1"
-            )
-        self.rebalance_phase = Phase(
-            "rebalance",
-            rebalance_epochs,
-            rebalance_optimizer or functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9, weight_decay=5e-4),
-            rebalance_scheduler,
-            on_features=True,
-            batch_size=rebalance_batch_size,
-        )
-
-    @classmethod
-    def conformance_options(cls) -> dict[str, Any]:
-        return {"rebalance_epochs": 2}
-
-    def phases(self, task: Task) -> list[Phase]:
-        return [Phase(), *([self.rebalance_phase] if self.rebalance_phase.epochs and not task.is_first else [])]
-
-    def trainable(self) -> Iterable[nn.Parameter]:
-        return self.network.head.parameters() if self.phase.on_features else super().trainable()
-
-    def prepare(self, batch: Batch) -> Batch:
-        return super().prepare(batch) if self.task.is_first else batch
-
-    def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
-        if self.phase.on_features:
-            return {"ce": cross_entropy(output.logits, batch.labels)}  # over all classes
-        return super().losses(batch, output)
-
-    def feature_pool(self) -> RebalancingFeatures:
-        def views(epoch: int) -> tuple[Tensor, Tensor]:
-            return self.all_features(augment=mix(self.seed, _VIEWS, self.task.index, epoch))
-
-        return RebalancingFeatures(self.gaussians, views, self.epoch)
-
-    def end_phase(self, phase: Phase) -> None:
-        if self.teacher and not phase.on_features:  # the heads are balanced with distributions that are where they must
-            self.eval()
-            self._follow_drift(self.features()[0])
-            self.train()
-
-    def end_task(self, task: Task) -> None:
-        ContinualStrategy.end_task(self, task)
-        self._remember(*self.features())
