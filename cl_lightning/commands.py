@@ -223,7 +223,8 @@ class ContinualCLI(LightningCLI):
             if self.trainer.is_global_zero:
                 results.show(loop.results())
                 page = report.write([self.run_dir], self.run_dir / "report.html")
-                print(f"results, checkpoints and logs are in {shown(self.run_dir)}; report: {shown(page)}")
+                print(f"report: {shown(page)}")
+                print(f"results, checkpoints and logs are in {shown(self.run_dir)}")
 
         self._action = action
 
