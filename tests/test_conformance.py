@@ -26,7 +26,7 @@ from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.ewc import EWC
 from cl_lightning.strategies.exemplar_free.lwf import LwF
 from cl_lightning.strategies.rehearsal.er import ER
-from cl_lightning.strategy import ContinualStrategy
+from cl_lightning.strategy import ContinualStrategy, Phase
 from cl_lightning.stream import Task
 from cl_lightning.testing import (
     CHECKS,
@@ -85,26 +85,45 @@ class FailsOnOneRank(Finetune):
         return super().losses(batch, output)
 
 
-class DrawsAtTheEndOfATask(Finetune):
+class DrawsBetweenSteps(Finetune):
     """Draws from the global generator of torch; sound, since the loop seeds it before it asks."""
 
-    plain_first_task = False
+    def begin_phase(self, phase: Phase, epochs: int, origin: int) -> None:
+        super().begin_phase(phase, epochs, origin)
+        self.factor = 1 + float(torch.rand(()))
+
+    def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
+        return {"ce": self.factor * self.classification_loss(output, batch)}
+
+    def end_phase(self, phase: Phase) -> None:
+        self._move()
 
     def end_task(self, task: Task) -> None:
         super().end_task(task)
+        self._move()
+
+    @torch.no_grad()
+    def _move(self) -> None:
         self.network.backbone.layers[1].weight += 0.01 * torch.randn(16, 64)  # type: ignore
 
 
 OTHERS = {
     cls.__name__: Subject(small(cls), cls.__name__)
-    for cls in (DrawsAtTheEndOfATask, DependsOnRank, MeansOfParts, DrawsPerProcess, FailsOnOneRank)
+    for cls in (DrawsBetweenSteps, DependsOnRank, MeansOfParts, DrawsPerProcess, FailsOnOneRank)
 }
 
 
+def asked_of_pair(session: pytest.Session) -> list[str]:
+    """Names of the strategies that some selected test asks two processes for."""
+    items = [item for item in session.items if item.path == Path(__file__) and isinstance(item, pytest.Function)]
+    return list(dict.fromkeys(item.callspec.params["name"] for item in items if "pair" in item.fixturenames))
+
+
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     """One pair of processes for all strategies."""
-    pair = Pair([*SUBJECTS.values(), *OTHERS.values()])
+    known = SUBJECTS | OTHERS
+    pair = Pair([known[name] for name in asked_of_pair(request.session)])
     yield pair
     pair.close()
 
@@ -112,7 +131,7 @@ def pair() -> Iterator[Pair]:
 @pytest.fixture(scope="module", autouse=True)
 def _head_start(request: pytest.FixtureRequest) -> None:
     """Let the processes work while the other tests run, if they are asked for at all."""
-    if any("pair" in getattr(item, "fixturenames", ()) for item in request.session.items):
+    if asked_of_pair(request.session):
         request.getfixturevalue("pair").start()
 
 
@@ -329,12 +348,31 @@ def test_a_run_is_killed_in_every_kind_of_place_and_in_every_task() -> None:
     assert set(chosen) < set(places(snapshots, every=True)) < set(snapshots)
 
 
+def test_the_method_of_the_documentation_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "new_method.md").read_text(encoding="utf-8")
+    (tmp_path / "documented_method.py").write_text(text.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    check_strategy(small(importlib.import_module("documented_method").AnchoredReplay), checks=ALONE)
+
+
+def test_a_strategy_of_ones_own_is_checked_by_one_call() -> None:
+    check_strategy(partial(Finetune, backbone=partial(MLP, hidden=(8,))), checks=ALONE, epochs=3, seed=7)
+
+
 # ---------------------------------------------------------------------- two processes; last, as they take their time
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_two_processes_equal_one(name: str, pair: Pair) -> None:
-    Case(SUBJECTS[name], pair=pair).check("processes")
+    case(name).pair = pair
+    case(name).check("processes")
+
+
+@pytest.mark.parametrize("name", ["DrawsBetweenSteps"])
+def test_global_draws_between_steps_are_the_same_in_every_run(name: str, pair: Pair) -> None:
+    drawn = Case(OTHERS[name], pair=pair)
+    for check in ("seed", "resume", "processes"):
+        drawn.check(check)
 
 
 @pytest.mark.parametrize(
@@ -349,20 +387,3 @@ def test_two_processes_equal_one(name: str, pair: Pair) -> None:
 def test_a_fault_of_two_processes_is_caught(name: str, words: str, pair: Pair) -> None:
     with pytest.raises(AssertionError, match=words):
         Case(OTHERS[name], pair=pair).check("processes")
-
-
-def test_global_draws_at_the_end_of_a_task_are_the_same_in_every_run(pair: Pair) -> None:
-    drawn = Case(OTHERS["DrawsAtTheEndOfATask"], pair=pair)
-    for check in ("seed", "resume", "processes"):
-        drawn.check(check)
-
-
-def test_the_method_of_the_documentation_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "new_method.md").read_text(encoding="utf-8")
-    (tmp_path / "documented_method.py").write_text(text.split("```python\n")[1].split("```")[0], encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    check_strategy(small(importlib.import_module("documented_method").AnchoredReplay), checks=ALONE)
-
-
-def test_a_strategy_of_ones_own_is_checked_by_one_call() -> None:
-    check_strategy(partial(Finetune, backbone=partial(MLP, hidden=(8,))), checks=ALONE, epochs=3, seed=7)

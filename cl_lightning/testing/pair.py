@@ -55,7 +55,7 @@ class Pair:
             _path(folder, number).write_bytes(pickle.dumps(subject))
         self._number = 0
         environment = {
-            **{key: value for key, value in os.environ.items() if not key.startswith("PL_")},
+            **{key: value for key, value in os.environ.items() if not key.startswith(("PL_", "SLURM_"))},
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "OMP_NUM_THREADS": "1",
             "WORLD_SIZE": "2",
@@ -102,6 +102,8 @@ class Pair:
             ended = [process.poll() not in (None, 0) for process in self._processes]
             if any(ended) or time.monotonic() > until:
                 time.sleep(1.0)  # for the other one's last words
+                if all(path.exists() for path in paths):  # it was the next strategy that failed
+                    break
                 self.close()
                 self.reports[subject.name] = _last_words(folder) or f"took more than {self.timeout:.0f} s"
                 return
