@@ -155,7 +155,12 @@ class ContinualStrategy(LightningModule):
     # ------------------------------------------------------------------ what a method may write
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
-        """Terms of the loss by name: scalars, means over the batch or independent of it. Their sum is minimised."""
+        """Terms of the loss by name: scalars, means over the batch or independent of it. Their sum is minimised.
+
+        On several processes the sum is weighed by this one's share of the batch. A term that is a mean over other rows
+        needs the factor ``part.weight / batch.weight``, and a term that exchanges rows between processes must not be
+        relied on in a batch smaller than their number, where some of them are not asked.
+        """
         raise NotImplementedError
 
     def prepare(self, batch: Batch) -> Batch:

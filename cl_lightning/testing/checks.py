@@ -231,7 +231,12 @@ def check_bytes(case: Case) -> None:
 
 
 def check_processes(case: Case) -> None:
-    """Two processes give what one gives with the same global batch, and resume as well as one does."""
+    """Two processes give what one gives with the same global batch, and resume as well as one does.
+
+    Three things differ by their nature, and are kept out of the options that are checked: batch normalisation takes its
+    statistics per process (unless synchronised), dropout draws per process, and optimizers that divide by the size of
+    the gradient (Adam) turn the rounding of a gradient that should be 0 into a step.
+    """
     name, subject = "processes", replace(case.subject, accelerator="cpu")
     first = case.reference if subject == case.subject else run(subject)
     case.pair = case.pair or Pair([subject])
