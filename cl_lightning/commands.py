@@ -222,8 +222,10 @@ class ContinualCLI(LightningCLI):
             loop.fit(ckpt_path)
             if self.trainer.is_global_zero:
                 results.show(loop.results())
-                page = report.write([self.run_dir], self.run_dir / "report.html")
-                print(f"report: {shown(page)}")
+                try:
+                    print(f"report: {shown(report.write([self.run_dir], self.run_dir / 'report.html'))}")
+                except ValueError as error:  # the run is whole without its page
+                    print(f"no report: {error}", file=sys.stderr)
                 print(f"results, checkpoints and logs are in {shown(self.run_dir)}")
 
         self._action = action
