@@ -47,8 +47,30 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     Returns:
         ``(sum of n, ...)``, the same on every process, without gradient.
     """
+    return torch.cat(_gather_parts(tensor)) if is_distributed() else tensor.detach()
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """As :func:`all_gather_rows`, for losses that compare rows with one another: this process's rows take gradient.
+
+    It is the gradient of those rows times the number of processes. A loss of the gathered rows, the same on every
+    process, so leads to the mean over the processes, which distributed training takes, that is the gradient of the
+    loss. Nothing is exchanged in the backward pass.
+
+    Args:
+        tensor: ``(n, ...)``; call it on every process.
+
+    Returns:
+        ``(sum of n, ...)``, the same values on every process.
+    """
     if not is_distributed():
-        return tensor.detach()
+        return tensor
+    parts = _gather_parts(tensor)
+    parts[rank()] = tensor.detach() + world_size() * (tensor - tensor.detach())
+    return torch.cat(parts)
+
+
+def _gather_parts(tensor: Tensor) -> list[Tensor]:
     tensor = tensor.detach().contiguous()
     counts = torch.zeros(world_size(), dtype=torch.int64, device=tensor.device)
     counts[rank()] = tensor.shape[0]
@@ -57,7 +79,7 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     padded[: tensor.shape[0]] = tensor
     gathered = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(gathered, padded)
-    return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
+    return [rows[:size] for rows, size in zip(gathered, sizes, strict=True)]
 
 
 def rows_norm(rows: Tensor) -> Tensor:

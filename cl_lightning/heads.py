@@ -116,6 +116,29 @@ class LinearHead(Head):
         bias = torch.cat([cast(Tensor, block.bias) for block in self.blocks]) if self.bias else None
         return F.linear(features, self.weight(), bias)
 
+    @torch.no_grad()
+    def resize(self, num_features: int) -> None:
+        """Take another number of features; those that it took come first, and their weights and the biases stay.
+
+        Weights of further features are drawn as those of a new block, from torch's global generator. The parameters
+        are new ones: do it between two fits.
+        """
+        kept, self.num_features = min(self.num_features, num_features), num_features
+        for number, block in enumerate(list(self.blocks)):
+            rows = cast(Tensor, block.weight)
+            wide = cast(nn.Linear, self.new_block(len(rows)).to(rows))
+            wide.weight[:, :kept] = rows[:, :kept]
+            if self.bias:
+                wide.bias.copy_(cast(Tensor, block.bias))
+            self.blocks[number] = wide
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        weight = state_dict.get(f"{prefix}blocks.0.weight")
+        if weight is not None and weight.shape[1] != self.num_features:
+            with torch.random.fork_rng(devices=[]):
+                self.resize(weight.shape[1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 @torch.no_grad()
 def align_rows(old: Tensor, new: Tensor) -> Tensor:

@@ -241,3 +241,30 @@ def cosine_feature_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     """
     _same_shape("cosine_feature_distillation", student, teacher)
     return _mean(1 - F.cosine_similarity(_full(student), _full(teacher.detach()), dim=1))
+
+
+def supervised_contrastive(
+    embeddings: Tensor, labels: Tensor, temperature: float = 0.1, *, base_temperature: float = 0.07
+) -> Tensor:
+    """Pull rows of one class together and all others apart (Khosla et al., NeurIPS 2020, arXiv:2004.11362, eq. 2).
+
+        L = T / T_0 * 1/n sum_i -1/|P_i| sum_{p in P_i} log( exp(z_i z_p / T) / sum_{a != i} exp(z_i z_a / T) )
+
+    with z the embeddings divided by their norm and P_i the other rows of the class of row i. The mean is over the n
+    rows that have such others. T_0 = 0.07 is in the authors' code, not in the equation.
+
+    Args:
+        embeddings: ``(B, d)``; with two views of each image, both, so that each row has another of its class.
+        labels: Columns, int64 ``(B,)``.
+        temperature: T, positive.
+        base_temperature: T_0, positive.
+    """
+    z = F.normalize(_full(embeddings), dim=1)
+    with torch.autocast(z.device.type, enabled=False):
+        similarity = z @ z.T / temperature
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positive = (labels[:, None] == labels) & ~itself
+    log_p = similarity.masked_fill(itself, -torch.inf).log_softmax(dim=1).masked_fill(~positive, 0.0)
+    counts = positive.sum(dim=1)
+    loss = -(log_p.sum(dim=1) / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
+    return loss * (temperature / base_temperature)

@@ -68,9 +68,9 @@ class ContinualStrategy(LightningModule):
 
     A step is ``batch = prepare(batch)``, one forward pass, then ``losses(batch, output)``; the base sums the terms,
     adds those of callbacks, logs them and steps. A subclass writes ``losses`` and, where the method needs them,
-    ``prepare``, ``observe``, ``begin_task``, ``end_task``, ``phases``, ``trainable`` and ``predict``. Whatever must
-    outlive a task is a parameter, a buffer or a module of tensors, so that it is in ``state_dict`` and a restart finds
-    it again.
+    ``prepare``, ``edit_gradients``, ``observe``, ``begin_task``, ``end_task``, ``phases``, ``trainable`` and
+    ``predict``. Whatever must outlive a task is a parameter, a buffer or a module of tensors, so that it is in
+    ``state_dict`` and a restart finds it again.
 
     Args:
         backbone: Builds the feature extractor for a shape of image ``(channels, height, width)``; None for ``MLP``.
@@ -142,6 +142,7 @@ class ContinualStrategy(LightningModule):
         self.task_columns: Tensor
         self._terms: dict[str, Tensor] = {}
         self._num_recorded, self._logged_step = 0, 0
+        self._arrived: Batch | None = None
         self.samples_in_step: int | None = None
         self._loss_callbacks: list[AddsLosses] = []
         self._accuracy: StreamAccuracy | None = None
@@ -166,6 +167,17 @@ class ContinualStrategy(LightningModule):
     def prepare(self, batch: Batch) -> Batch:
         """The batch that the network sees, made of the one that arrives: add samples from a memory, rotate, ..."""
         return batch
+
+    def edit_gradients(self, batch: Batch) -> None:
+        """Change the gradients of a step: called once per optimizer step, on every process.
+
+        They are the same on all processes: those of the mean over the global batch, accumulated where that is asked
+        for, unscaled, and not yet clipped. Further gradients come from ``torch.autograd.grad``, which leaves them and
+        the exchange of distributed training alone, and are summed over the processes by ``all_sum``.
+
+        Args:
+            batch: The (last) one that arrived for this step.
+        """
 
     def observe(self, batch: Batch) -> None:
         """Take notice of the batch that arrived, after the step that it led to."""
@@ -198,6 +210,11 @@ class ContinualStrategy(LightningModule):
         old = blocks[:-1] if self.visible == "current" and not self._old_logits_used() else []
         frozen = {id(parameter) for block in old for parameter in block.parameters()} if self.task.num_new else set()
         yield from (parameter for parameter in self.network.head.parameters() if id(parameter) not in frozen)
+
+    def parameter_groups(self, parameters: list[nn.Parameter]) -> list[nn.Parameter] | list[dict[str, Any]]:
+        """What the optimizer is built over: the parameters that the phase trains, or groups of them as torch's
+        optimizers take them, with options of their own (``{"params": [...], "weight_decay": 0.0}``)."""
+        return parameters
 
     def predict(self, images: Tensor) -> Tensor:
         """Scores ``(B, classes seen)`` of images ``(B, C, H, W)``; the largest one is the prediction."""
@@ -240,17 +257,23 @@ class ContinualStrategy(LightningModule):
         return cross_entropy(masked_logits(output.logits, mask), batch.labels)
 
     def statistics_batches(
-        self, *, memory: Memory | None = None, indices: Tensor | None = None, augment: int | None = None
+        self,
+        *,
+        memory: Memory | None = None,
+        indices: Tensor | None = None,
+        samples: int | None = None,
+        augment: int | None = None,
     ) -> Iterator[Batch]:
         """The training data of the current task once, in order, each process its share, on the device.
 
         Args:
             memory: Go through its samples instead.
             indices: Go through these samples of the task only, by their places in the data set, in this order.
+            samples: Go through so many samples of the task only, drawn by seed and task; None for all.
             augment: Key of the random numbers to augment with; None to augment nothing.
         """
         datamodule, trainer = self._datamodule, self.trainer
-        for batch in datamodule.statistics_dataloader(memory=memory, indices=indices):
+        for batch in datamodule.statistics_dataloader(memory=memory, indices=indices, samples=samples):
             moved = datamodule.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)  # finished below
             if augment is not None:
                 moved = moved.replace(draw=moved.draw.fork(augment))
@@ -298,6 +321,14 @@ class ContinualStrategy(LightningModule):
             return torch.zeros(0, network.head.num_features, device=self.device), nothing, nothing
         features, labels, indices = (torch.cat(column) for column in zip(*parts, strict=True))
         return features, labels, indices
+
+    def finish(self, batch: Batch) -> Batch:
+        """The batch with images made from its raw ones without augmentation: scaled and normalised.
+
+        For a method that augments raw images in a way of its own; ``augment`` does it as the data module says.
+        """
+        finished: Batch = self._datamodule.finish(batch, augment=False)
+        return finished
 
     def batch_before(self) -> Batch | None:
         """This process's batch of the step before the first of this fit, where a fit goes on half-way; else None.
@@ -373,6 +404,7 @@ class ContinualStrategy(LightningModule):
         return self.predict(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self._arrived = batch
         batch = self.prepare(batch)
         self.samples_in_step = len(batch)
         if len(batch) == 0:  # another process has what there is; this one takes part with gradients of zero
@@ -398,7 +430,12 @@ class ContinualStrategy(LightningModule):
         if self.device.type == "cuda":
             torch.cuda.manual_seed(key)
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._arrived is not None:
+            self.edit_gradients(self._arrived)
+
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self._arrived = None
         with torch.no_grad():
             self.observe(batch)
         step = self.trainer.global_step
@@ -423,7 +460,7 @@ class ContinualStrategy(LightningModule):
         elif build is None:
             first = self.first_scheduler if self.task.is_first else None
             build, build_scheduler = self.optimizer, build_scheduler or first or self.scheduler
-        optimizer = build(parameters)
+        optimizer = build(self.parameter_groups(parameters))
         if build_scheduler is None:
             return optimizer
         scheduler = build_scheduler(optimizer)
@@ -470,12 +507,22 @@ class ContinualStrategy(LightningModule):
         return self
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint.setdefault("cl_lightning", {})["image_shape"] = list(self.image_shape or ())
+        part = checkpoint.setdefault("cl_lightning", {})
+        part["image_shape"] = list(self.image_shape or ())
+        names, sums = self._summed_terms()
+        part["terms"] = {
+            "sums": dict(zip(names, sums, strict=True)),
+            "recorded": self._num_recorded,
+            "logged_step": self._logged_step,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if not self.is_built:
             channels, height, width = checkpoint["cl_lightning"]["image_shape"]
             self.build((channels, height, width))
+        if (terms := checkpoint["cl_lightning"].get("terms")) is not None:
+            self._terms = {name: torch.tensor(value, device=self.device) for name, value in terms["sums"].items()}
+            self._num_recorded, self._logged_step = terms["recorded"], terms["logged_step"]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         # Shapes come from what is loaded; the modules below do the same for themselves.
@@ -510,12 +557,16 @@ class ContinualStrategy(LightningModule):
         """Means of the loss terms since they were last logged, over this process's steps; waits for the device."""
         return {name: float(value) / max(self._num_recorded, 1) for name, value in self._terms.items()}
 
-    def _log_terms(self, step: int) -> None:
+    def _summed_terms(self) -> tuple[list[str], list[float]]:
+        """Loss terms since they were last logged, summed over steps, means over processes; waits for the device."""
         names, nothing = all_names(self._terms), torch.zeros((), device=self.device)
         terms = [self._terms.get(name, nothing) for name in names]  # some are unknown where all batches were empty
-        sums = all_sum(torch.stack(terms) / world_size()) / self._num_recorded
+        return names, all_sum(torch.stack(terms) / world_size()).tolist() if terms else []
+
+    def _log_terms(self, step: int) -> None:
+        names, sums = self._summed_terms()
+        values = [value / self._num_recorded for value in sums]
         self._terms, self._num_recorded, self._logged_step = {}, 0, step
-        values: list[float] = sums.tolist()
         metrics = {f"train/{name}": value for name, value in zip(names, values, strict=True)}
         metrics["train/loss"] = sum(values)
         optimizer = self.optimizers()

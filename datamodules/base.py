@@ -192,6 +192,11 @@ class ContinualDataModule(LightningDataModule):
             self.stream = self._continued(scenario, catalogue, Part(1, self.seed, self.val_fraction), earlier)
         self.close()
         self._loaders = {}
+        if not len(self.stream.test[0]):
+            raise ValueError(
+                f"{type(self).__name__}: of the classes of the first task ({self.stream.tasks[0].name}) there are no test "
+                "samples; add some, since each task ends with a look at them, or begin with other classes"
+            )
         if (numbers := len(self.normalize.mean)) not in (1, train[0]):
             raise ValueError(
                 f"{type(self).__name__}: mean has {numbers} numbers, images have {train[0]} channels; give one per "
@@ -320,12 +325,15 @@ class ContinualDataModule(LightningDataModule):
         owners = torch.cat([torch.full((len(pool),), task) for task, pool in chosen.items()] or [indices])
         return self._loader(part).over(self._evaluation_plan(indices, owners))
 
-    def statistics_dataloader(self, *, memory: Memory | None = None, indices: Tensor | None = None) -> PlannedLoader:
+    def statistics_dataloader(
+        self, *, memory: Memory | None = None, indices: Tensor | None = None, samples: int | None = None
+    ) -> PlannedLoader:
         """The current task's training samples once, in order; each process takes its share.
 
         Args:
             memory: Serve its samples instead, in the order in which it holds them.
             indices: Serve these samples of the task only, in this order.
+            samples: Of those of the task, serve so many, drawn by seed and task; None for all.
         """
         if memory is not None:
             indices = self._rows_of(memory)
@@ -333,6 +341,9 @@ class ContinualDataModule(LightningDataModule):
             indices, _ = self._pool(self.stream.train, range(self.task.index, self.task.index + 1))
             if (hidden := self._hidden()) is not None:
                 indices = indices[~hidden[indices]]
+            if samples is not None and samples < len(indices):
+                generator = torch.Generator().manual_seed(mix(self.seed or 0, 0x5A3, self.task.index))
+                indices = indices[torch.randperm(len(indices), generator=generator)[:samples].sort().values]
         tasks = torch.full_like(indices, self.task.index)
         plan = self._plan(indices, tasks, batch_size=self.eval_batch_size, shuffle=False)
         return self._loader("statistics").over(plan, memory=memory)

@@ -25,6 +25,7 @@ from cl_lightning.schedules import CosineOverPhase
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.ewc import EWC
 from cl_lightning.strategies.exemplar_free.lwf import LwF
+from cl_lightning.strategies.exemplar_free.prd import PRD
 from cl_lightning.strategies.rehearsal.er import ER
 from cl_lightning.strategy import ContinualStrategy, Phase
 from cl_lightning.stream import Task
@@ -50,6 +51,7 @@ VARIANTS = {
     "ER(reduction=sum)": small(ER, reduction="sum", replay_size=7),
     "LwF(form=sigmoid)": small(LwF, form="sigmoid"),
     "EWC(online)": small(EWC, online=True),
+    "PRD(relation_axis=prototypes)": small(PRD, relation_axis="prototypes"),
 }
 
 SUBJECTS = {

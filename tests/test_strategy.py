@@ -202,3 +202,34 @@ def test_the_network_is_built_for_the_shape_of_the_images():
     made._prepare(None)
     assert made.strategy.image_shape == (1, 8, 8)
     assert isinstance(made.strategy.network.backbone.layers[1], nn.Linear)
+
+
+def test_gradients_are_edited_once_per_step_after_they_are_accumulated_and_before_they_are_clipped():
+    class Edits(Finetune):
+        edited, last = 0, None
+
+        def edit_gradients(self, batch):
+            self.edited, self.last = self.edited + 1, batch
+            for parameter in self.parameters():
+                parameter.grad.fill_(1000.0)
+
+        def observe(self, batch):
+            assert self.last is None or batch is self.last
+            self.last = None
+
+    slow = partial(torch.optim.SGD, lr=1.0)
+    made = loop(
+        Edits(backbone=plain_net, optimizer=slow),
+        options={"stop_after_task": 0},
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.01,
+        max_epochs=1,
+    )
+    made._prepare(None)
+    before = [parameter.clone() for parameter in made.strategy.network.backbone.parameters()]
+    made.fit()
+    steps = made.trainer.global_step
+    assert made.strategy.edited == steps == -(-len(made.stream.train[0]) // 128)
+    size = sum(parameter.numel() for parameter in made.strategy.parameters())
+    for old, new in zip(before, made.strategy.network.backbone.parameters(), strict=True):
+        torch.testing.assert_close(old - new, torch.full_like(old, steps * 0.01 / size**0.5), rtol=0.05, atol=1e-6)
