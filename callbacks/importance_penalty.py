@@ -49,6 +49,7 @@ class ImportancePenalty(ContinualCallback):
             mean, to reproduce frameworks that do.
         on: Hold the ``backbone``, or ``all`` weights that earlier tasks have trained.
         xi: Damping of ``si``, positive.
+        samples: For ``fisher`` and ``mas``: samples of a task that importance is measured on; None for all.
         hold_initial: For ``l2``: hold the backbone at its first weights during the first task, as for pretrained ones.
     """
 
@@ -65,6 +66,7 @@ class ImportancePenalty(ContinualCallback):
         per_sample: bool = True,
         on: Literal["backbone", "all"] = "all",
         xi: float = 0.1,
+        samples: int | None = None,
         hold_initial: bool = False,
     ) -> None:
         if hold_initial and estimator != "l2":
@@ -82,6 +84,7 @@ class ImportancePenalty(ContinualCallback):
             per_sample=per_sample,
             on=on,
             xi=xi,
+            samples=samples,
         )
         self.hold_initial = hold_initial
 
@@ -108,7 +111,7 @@ class ImportancePenalty(ContinualCallback):
 
     def on_task_end(self, trainer: Trainer, strategy: "ContinualStrategy", task: Task) -> None:
         self.consolidation.to(strategy.device)
-        self.consolidation.end_task(strategy.network, strategy.statistics_batches())
+        self.consolidation.end_task(strategy.network, strategy.statistics_batches(samples=self.consolidation.samples))
 
     def bytes_kept(self) -> dict[str, int]:
         return {"importance": self.consolidation.importance.num_bytes()}

@@ -42,6 +42,8 @@ class Consolidation(nn.Module):
             mean, as several frameworks do, which is not the Fisher information but reproduces their numbers.
         on: ``backbone`` leaves the head free; ``all`` holds the rows of earlier classes too (new rows are always free).
         xi: Damping of ``si``, positive.
+        samples: For ``fisher`` and ``mas``: samples of a task that importance is measured on, drawn by the seed; None
+            for all. The mean over some hundreds is close to that over all, and takes a fraction of the time.
     """
 
     def __init__(
@@ -55,8 +57,11 @@ class Consolidation(nn.Module):
         per_sample: bool = True,
         on: Literal["backbone", "all"] = "all",
         xi: float = 0.1,
+        samples: int | None = None,
     ) -> None:
         super().__init__()
+        if samples is not None and samples < 1:
+            raise ValueError(f"Consolidation: samples is {samples}; it must be at least 1, or null for all of a task")
         for name, value, allowed in (
             ("estimator", estimator, _FACTOR),
             ("merge", merge, ("add", "decay", "average")),
@@ -71,7 +76,7 @@ class Consolidation(nn.Module):
                 "above 0"
             )
         self.estimator, self.weight, self.merge, self.decay = estimator, weight, merge, decay
-        self.labels, self.per_sample, self.on, self.xi = labels, per_sample, on, xi
+        self.labels, self.per_sample, self.on, self.xi, self.samples = labels, per_sample, on, xi, samples
         self.importance = Importance()
         self.path = PathIntegral() if estimator == "si" else None
         self._held: dict[str, nn.Parameter] = {}

@@ -38,6 +38,7 @@ class EWC(ContinualStrategy):
         per_sample: Square the gradient of each sample; False that of each batch's mean, to reproduce frameworks that
             do.
         on: Hold the ``backbone``, or ``all`` weights that earlier tasks have trained.
+        fisher_samples: Samples of a task that the Fisher information is measured on; None for all.
         kwargs: Of the base.
     """
 
@@ -53,6 +54,7 @@ class EWC(ContinualStrategy):
         labels: Labels = "sampled",
         per_sample: bool = True,
         on: Literal["backbone", "all"] = "all",
+        fisher_samples: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -65,6 +67,7 @@ class EWC(ContinualStrategy):
             labels=labels,
             per_sample=per_sample,
             on=on,
+            samples=fisher_samples,
         )
 
     def begin_task(self, task: Task) -> None:
@@ -83,4 +86,4 @@ class EWC(ContinualStrategy):
 
     def end_task(self, task: Task) -> None:
         super().end_task(task)
-        self.consolidation.end_task(self.network, self.statistics_batches())
+        self.consolidation.end_task(self.network, self.statistics_batches(samples=self.consolidation.samples))
