@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
+from cl_lightning import sealed
+
 PROGRAM = "python -m cl_lightning"
 COMMANDS = {
     "fit": "learn a stream of tasks; by default experience replay on Split-Digits",
@@ -47,7 +49,7 @@ Mistakes are told in one line; CL_LIGHTNING_TRACEBACK=1 shows where they come fr
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 after a mistake, 128 + n after signal n.
+    """Run a command; returns the exit code: 0, 1 if a run fails, 2 after a mistake, 128 + n after signal n.
 
     Args:
         args: Command line arguments; None for those of the process.
@@ -56,9 +58,10 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except KeyboardInterrupt:
-        print("stopped; what was done since the last checkpoint is lost", file=sys.stderr)
-        return 130
+        return stopped_at_once()
     except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning makes an exit of it
+            return stopped_at_once()
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -96,6 +99,12 @@ def _run(arguments: list[str]) -> int:
     from cl_lightning.commands import run  # torch and Lightning take seconds to import
 
     return run(arguments)
+
+
+def stopped_at_once() -> int:
+    """Say that nothing was saved; returns the exit code."""
+    print("stopped; what was done since the last checkpoint is lost", file=sys.stderr)
+    return 130
 
 
 def fail(message: str) -> NoReturn:
@@ -136,28 +145,40 @@ def without(arguments: Sequence[str], option: str) -> list[str]:
 
 
 def resolve_last(arguments: list[str]) -> list[str]:
-    """The arguments with the path of the checkpoint in place of ``--ckpt_path last``."""
+    """The arguments with the path of the checkpoint in place of ``--ckpt_path last`` or ``auto``."""
     path = value_of(arguments, "--ckpt_path")
     if path is None:
         return arguments
+    if path == "auto":
+        run_dir = value_of(arguments, "--run_dir")
+        if run_dir is None:
+            fail("--ckpt_path auto: give --run_dir, the folder whose last checkpoint is gone on from if there is one")
+        if not sealed.candidates(Path(run_dir) / "checkpoints" / "last.ckpt"):
+            return without(arguments, "--ckpt_path")
+        path = "last"
     if path == "last":
         run_dir = value_of(arguments, "--run_dir")
-        found = Path(run_dir) / "checkpoints" / "last.ckpt" if run_dir is not None else newest_checkpoint()
-        if found is None or not found.is_file():
+        last = Path(run_dir) / "checkpoints" / "last.ckpt" if run_dir is not None else last_of_newest_run()
+        found, problems = sealed.newest(last) if last is not None else (None, [])
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        if found is None:
             where = run_dir or "runs"
-            fail(f"--ckpt_path last: there is no checkpoint under {where}; give --run_dir, or the path of a .ckpt file")
+            which = "no whole checkpoint" if problems else "no checkpoint"
+            fail(f"--ckpt_path last: there is {which} under {where}; give --run_dir, or the path of a .ckpt file")
         path = str(found)
         print(f"checkpoint: {path}", file=sys.stderr)
     elif not Path(path).is_file():
-        fail(f"--ckpt_path {path}: there is no such file; give the path of a .ckpt file, or 'last'")
+        fail(f"--ckpt_path {path}: there is no such file; give the path of a .ckpt file, 'last' or 'auto'")
     rest = without(arguments, "--ckpt_path")
     return [rest[0], "--ckpt_path", path, *rest[1:]]
 
 
-def newest_checkpoint() -> Path | None:
-    """The last checkpoint of the newest run under ``runs``."""
-    found = list(Path("runs").glob("*/*/checkpoints/last.ckpt"))
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+def last_of_newest_run() -> Path | None:
+    """``last.ckpt`` of the run under ``runs`` that wrote a checkpoint last; the file may be missing, with others."""
+    found = list(Path("runs").glob("*/*/checkpoints/*.ckpt"))
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return newest.with_name("last.ckpt") if newest is not None else None
 
 
 def check_required(arguments: Sequence[str]) -> None:

@@ -27,8 +27,10 @@ from cl_lightning import discovery, prediction, report, results
 from cl_lightning.callbacks.stream_progress import StreamProgress
 from cl_lightning.cli import COMMANDS, PROGRAM, fail, value_of
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.loop import Interrupted, LoopOptions, TaskLoop
+from cl_lightning.finite import NotFiniteError
+from cl_lightning.loop import LoopOptions, TaskLoop
 from cl_lightning.parsing import Parser, explain, shorten
+from cl_lightning.stopping import Interrupted, is_lost_peer, requeue
 from cl_lightning.strategy import ContinualStrategy
 
 DEFAULTS = {"model": "ER", "data": "Digits"}
@@ -293,7 +295,22 @@ def run(arguments: list[str]) -> int:
         if not is_follower():
             path = shlex.quote(str(shown(stop.path)))
             print(f"stopped; go on with: {PROGRAM} fit --ckpt_path {path}", file=sys.stderr)
+            if (outcome := requeue(stop.signum)) is not None:
+                print(outcome, file=sys.stderr)
         return 128 + stop.signum
+    except (NotFiniteError, checkpoints.WriteError) as error:
+        if not is_follower():  # the others say the same
+            print(f"error: {told(error)}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not is_lost_peer(error) or os.environ.get("CL_LIGHTNING_TRACEBACK"):
+            raise
+        where = f" --run_dir {shlex.quote(str(shown(cli.run_dir)))}" if cli is not None else ""
+        print(
+            f"error: another process of this run has ended; go on with: {PROGRAM} fit{where} --ckpt_path last",
+            file=sys.stderr,
+        )
+        return 1
     except (ValueError, OSError, MisconfigurationException) as error:
         started = cli is not None and cli.loop is not None and cli.loop.started
         if (started and not isinstance(error, MisconfigurationException)) or os.environ.get("CL_LIGHTNING_TRACEBACK"):

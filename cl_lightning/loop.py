@@ -1,17 +1,13 @@
 """The task loop: one Trainer learns a stream, task after task, and can be stopped and resumed anywhere in it."""
 
 import json
-import os
-import shutil
-import signal
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn, get_args
 
 import numpy as np
 import torch
@@ -19,28 +15,23 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 
 from cl_lightning import checkpoint as checkpoints
-from cl_lightning import distributed, results
+from cl_lightning import distributed, results, sealed
 from cl_lightning.batch import Batch, mix
 from cl_lightning.cost import CostMeter
 from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.finite import FiniteLoss, NanLoss
 from cl_lightning.hooks import ContinualCallback, Progress
 from cl_lightning.live_views import LiveViews
 from cl_lightning.loaders import FeatureLoader, PlannedLoader
 from cl_lightning.measures import AccuracyMatrix
+from cl_lightning.stopping import Interrupted, StopRequest
 from cl_lightning.strategy import ContinualStrategy, Phase
 from cl_lightning.stream import Stream, Task
 
 _PRECISIONS = ("32-true", "32", "bf16-mixed", "16-mixed")
-
-
-class Interrupted(Exception):  # noqa: N818  # no error
-    """The run was asked to stop and has written a checkpoint."""
-
-    def __init__(self, path: Path, signum: int) -> None:
-        self.path, self.signum = path, signum
-        super().__init__(f"stopped; the state is in {path}")
 
 
 @dataclass(frozen=True)
@@ -52,16 +43,21 @@ class LoopOptions:
         phase_epochs: Epochs of phases by their name, over what the strategy asks for.
         save_every_n_steps: Write a checkpoint after every so many steps, beside those between epochs.
         save_every_seconds: Least time between two checkpoints at ends of epochs; 0 to write one after each epoch.
+        keep_last: Keep the last so many checkpoints, ``last.ckpt``, ``last-1.ckpt``, ...: if the last one is damaged,
+            the run goes on from the one before.
         keep_tasks: Keep the checkpoints of the last so many finished tasks; None for all of them.
         stop_after_task: End the run after the task of this index; it can be continued later.
+        nan_loss: ``stop`` a run whose loss is nan or infinite, ``skip`` steps whose gradients are, or ``ignore`` it.
     """
 
     first_task_epochs: int | None = None
     phase_epochs: dict[str, int] = field(default_factory=dict)
     save_every_n_steps: int | None = None
     save_every_seconds: float = 60.0
+    keep_last: int = 2
     keep_tasks: int | None = 1
     stop_after_task: int | None = None
+    nan_loss: NanLoss = "stop"
 
     def __post_init__(self) -> None:
         epochs = {"first_task_epochs": self.first_task_epochs, **self.phase_epochs}
@@ -70,8 +66,12 @@ class LoopOptions:
                 raise ValueError(f"loop: epochs of {name!r} are {value}; they must be at least 1")
         if self.save_every_n_steps is not None and self.save_every_n_steps < 1:
             raise ValueError(f"loop: save_every_n_steps is {self.save_every_n_steps}; it must be at least 1, or null")
+        if self.keep_last < 1:
+            raise ValueError(f"loop: keep_last is {self.keep_last}; at least 1 checkpoint is kept")
         if self.keep_tasks is not None and self.keep_tasks < 0:
             raise ValueError(f"loop: keep_tasks is {self.keep_tasks}; it must be at least 0, or null")
+        if self.nan_loss not in get_args(NanLoss):
+            raise ValueError(f"loop: nan_loss is {self.nan_loss!r}; use 'stop', 'skip' or 'ignore'")
         if self.stop_after_task is not None and self.stop_after_task < 0:
             raise ValueError(f"loop: stop_after_task is {self.stop_after_task}; give the index of a task, or null")
 
@@ -127,6 +127,7 @@ class TaskLoop:
     ) -> None:
         self.trainer, self.strategy, self.datamodule = trainer, strategy, datamodule
         self.options = options or LoopOptions()
+        self._files = checkpoints.CheckpointFiles(self.options.keep_last)
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.seed, self.config = seed, results.without_secrets(config)
         self.epochs = self._check_trainer()
@@ -136,17 +137,19 @@ class TaskLoop:
         self.fingerprints: list[str] = []
         self.stream: Stream
         self.started = False  # whether a step was taken, or a task closed
-        self._signal: int | None = None
         self._phases: list[Phase] = []
         self._last_save = time.monotonic()
         self._driver = _Driver(self)
+        self.stop_request = StopRequest(trainer)
         self.views = LiveViews(self)
+        self.finite = FiniteLoss(self.options.nan_loss) if self.options.nan_loss != "ignore" else None
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.append(self.views)
         # Those that only look on come last, to see what the others have done in the same hook.
         callbacks.sort(key=lambda callback: isinstance(callback, ContinualCallback) and callback.looks_on)
-        callbacks.insert(0, self._driver)  # before all others, see _Driver
-        self.own_callbacks = (self._driver, self.views)
+        own = [self._driver] if self.finite is None else [self._driver, self.finite]
+        callbacks[:0] = own  # before all others, see _Driver
+        self.own_callbacks = (*own, self.views)
         for callback in callbacks:
             if isinstance(callback, ContinualCallback):
                 callback.meter = self.meter
@@ -168,8 +171,9 @@ class TaskLoop:
             ValueError: Before training starts, if data, configuration or checkpoint do not fit together.
             Interrupted: If SIGINT or SIGTERM came; a checkpoint was written.
         """
-        saved = self._read(ckpt_path) if ckpt_path is not None else None
-        if saved is None and self.run_dir is not None and (self.run_dir / "checkpoints" / "last.ckpt").exists():
+        path = self._path_of(ckpt_path) if ckpt_path is not None else None
+        saved = self._files.read(path) if path is not None else None
+        if saved is None and self.run_dir is not None and sealed.candidates(self._last):
             raise ValueError(
                 f"{self.run_dir} holds a run already; add --ckpt_path last to go on with it, or give another --run_dir"
             )
@@ -177,19 +181,20 @@ class TaskLoop:
         stop, count = self.options.stop_after_task, len(self.stream)
         if stop is not None and stop >= count:
             raise ValueError(f"loop: stop_after_task is {stop}; the stream has {count} tasks, so at most {count - 1}")
-        path = self._path_of(ckpt_path) if ckpt_path is not None else None
-        with self._signals(), self.views, closing(self.datamodule):
-            self._write_start(resumed=saved is not None)
+        self._check_phases()
+        with self.stop_request.listening(), self.views, closing(self.datamodule):
+            self._write_start(path)
             for task in self.stream.tasks[self.place.task + self.place.done :]:
                 self._run_task(task, path if saved is not None and task.index == self.place.task else None)
                 saved = None
+                self._files.forget()
                 if task.index == self.options.stop_after_task:
                     break
         return self.matrix
 
     def test(self, ckpt_path: str | Path) -> AccuracyMatrix:
         """Evaluate a checkpoint on the test data of the tasks that it has seen: the last row of the matrix."""
-        self._prepare(self._read(ckpt_path))
+        self._prepare(checkpoints.load(self._path_of(ckpt_path)))
         task = self._last_seen()
         self.datamodule.begin(task)
         with closing(self.datamodule):
@@ -198,7 +203,7 @@ class TaskLoop:
 
     def validate(self, ckpt_path: str | Path) -> dict[str, float]:
         """Accuracy and loss of a checkpoint on the validation samples of the tasks that it has seen."""
-        self._prepare(self._read(ckpt_path))
+        self._prepare(checkpoints.load(self._path_of(ckpt_path)))
         self.datamodule.begin(self._last_seen())
         if not self.datamodule.val_dataloader():
             raise ValueError("there are no validation samples; give data.val_fraction the value it was trained with")
@@ -227,8 +232,8 @@ class TaskLoop:
         strategy.progress = self._standing(task, self.place.phase)
         for index in range(self.place.phase, len(self._phases)):
             self._run_phase(task, index, resume if self.place.running else None)
-            if self._signal is not None:
-                self._stop()
+            if self.stop_request.made(now=True):
+                self.stop()
         self._driver.closing = task
         self._evaluate(task)
         self.place = Place(task.index, len(self._phases), origin=self.trainer.current_epoch, done=True)
@@ -249,7 +254,7 @@ class TaskLoop:
         self.strategy.trainer = trainer
         self.strategy.begin_phase(phase, epochs, origin)
         self.strategy.progress = self._standing(task, index)
-        at = _progress(resume) if resume is not None else None
+        at = _progress(self._files.read(resume)) if resume is not None else None
         self.datamodule.begin_phase(
             index,
             self.strategy.rehearsal(),
@@ -341,7 +346,7 @@ class TaskLoop:
             # forward pass, they would carry prototypes with them, and those of the first process would win.
             kind._ddp_kwargs.setdefault("broadcast_buffers", False)
         trainer._accelerator_connector.use_distributed_sampler = False  # batches are shared out by the data module
-        trainer.strategy.checkpoint_io = checkpoints.AtomicCheckpointIO()
+        trainer.strategy.checkpoint_io = self._files
         return trainer.max_epochs
 
     def _prepare(self, saved: Mapping[str, Any] | None) -> None:
@@ -355,6 +360,18 @@ class TaskLoop:
             self.strategy.build(self.datamodule.image_shape)
         if saved is not None:
             self._restore(saved)
+
+    def _check_phases(self) -> None:
+        """Tell of epochs that are given to a phase that no task has."""
+        if not self.options.phase_epochs:
+            return
+        known = {phase.name for task in self.stream.tasks for phase in self.strategy.phases(task)}
+        for name in self.options.phase_epochs:
+            if name not in known:
+                raise ValueError(
+                    f"loop: phase_epochs names a phase {name!r}; {type(self.strategy).__name__} has "
+                    f"{', '.join(sorted(known)) or 'none'}"
+                )
 
     def _prepare_data(self) -> None:
         """Let one process per machine download; the others wait."""
@@ -396,15 +413,23 @@ class TaskLoop:
         self.meter.load_state_dict(part["costs"])
         strategy.task = self.stream.tasks[self.place.task]
 
-    def _read(self, ckpt_path: str | Path) -> dict[str, Any]:
-        return checkpoints.load(self._path_of(ckpt_path))
+    @property
+    def _last(self) -> Path:
+        assert self.run_dir is not None
+        return self.run_dir / "checkpoints" / "last.ckpt"
 
     def _path_of(self, ckpt_path: str | Path) -> Path:
         if str(ckpt_path) != "last":
             return Path(ckpt_path)
         if self.run_dir is None:
             raise ValueError("ckpt_path 'last' needs a run folder; give run_dir, or the path of a checkpoint")
-        return self.run_dir / "checkpoints" / "last.ckpt"
+        path, problems = sealed.newest(self._last)
+        if path is None:
+            found = problems[0] if problems else f"ckpt_path 'last': there is no checkpoint under {self.run_dir}"
+            raise ValueError(found)
+        for problem in problems:
+            rank_zero_warn(f"{problem}; the run goes on from {path.name}", stacklevel=3)
+        return path
 
     def _last_seen(self) -> Task:
         if self.place.task == 0 and not self.place.done and not self.strategy.task_columns.numel():
@@ -430,27 +455,47 @@ class TaskLoop:
             "versions": results.versions(),
         }
 
-    def save(self, name: str = "last.ckpt") -> Path | None:
-        """Write a checkpoint; called on all processes."""
+    def save(self, *, needed: bool = True) -> Path | None:
+        """Write a checkpoint; called on all processes.
+
+        Args:
+            needed: Whether the run cannot go on without it; else a checkpoint that cannot be written is told, the
+                earlier ones stay, and the next one that is due is tried again.
+
+        Raises:
+            WriteError: On all processes, if a needed one cannot be written.
+        """
         if self.run_dir is None:
             return None
-        path = self.run_dir / "checkpoints" / name
+        if self.finite is not None and self.place.running:
+            self.finite.check(self.strategy)
         before = self.meter.enter("saving")
         distributed.average_batch_statistics(self.strategy)  # one process writes for all
-        self.trainer.save_checkpoint(path)
+        self.trainer.save_checkpoint(self._last)
         self.meter.enter(before)
         self._last_save = time.monotonic()
-        return path
+        failure = self.trainer.strategy.broadcast(self._files.failure and _in_words(self._files.failure))
+        if failure is None:
+            return self._last
+        message = f"checkpoint {self._last}: cannot be written ({failure}); "
+        if needed:
+            left = next(iter(sealed.candidates(self._last)), "none")
+            raise checkpoints.WriteError(f"{message}the one before it: {left}")
+        rank_zero_warn(message + "the run goes on, and tries again when the next one is due")
+        return None
 
     def save_is_due(self) -> bool:
         """Whether enough time has passed since the last checkpoint; the same answer on all processes."""
         due = time.monotonic() - self._last_save >= self.options.save_every_seconds
         return bool(self.trainer.strategy.broadcast(due)) if distributed.is_distributed() else due
 
-    def _write_start(self, *, resumed: bool) -> None:
-        self.views.open(resumed)
+    def _write_start(self, resumed: Path | None) -> None:
+        self.views.open(resumed is not None)
         if self.run_dir is not None and self.trainer.is_global_zero:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            sealed.clear_torn(self._last.parent)
+            if resumed is not None:
+                sealed.go_on_from(self._last, resumed)
             if self.config:
                 (self.run_dir / "config.yaml").write_text(self.config, encoding="utf-8")
             self.stream.save(self.run_dir / "manifest.json")
@@ -461,12 +506,7 @@ class TaskLoop:
         last = self.save()
         if last is not None and self.trainer.is_global_zero:
             if self.options.keep_tasks != 0:
-                target = last.with_name(f"task_{task.index:03d}.ckpt")
-                target.unlink(missing_ok=True)
-                try:
-                    os.link(last, target)
-                except OSError:  # a file system without hard links
-                    shutil.copyfile(last, target)
+                sealed.give_name(last, last.with_name(f"task_{task.index:03d}.ckpt"))
             kept = sorted(last.parent.glob("task_*.ckpt"))
             for old in kept[: -self.options.keep_tasks] if self.options.keep_tasks else []:
                 old.unlink()
@@ -476,44 +516,10 @@ class TaskLoop:
         """All that is known of the run so far, as plain values for JSON."""
         return results.collect(self)
 
-    # ------------------------------------------------------------------ stopping
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Turn the first SIGINT or SIGTERM into a checkpoint and a stop after the current step; a second one kills."""
-
-        def note(signum: int, frame: FrameType | None) -> None:
-            if self._signal is not None:
-                signal.signal(signum, before[signal.Signals(signum)] or signal.SIG_DFL)
-                raise KeyboardInterrupt
-            self._signal = signum
-
-        before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                before[number] = signal.signal(number, note)
-            except ValueError:  # not in the main thread, where signals cannot be caught
-                continue
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
-
-    def stop_requested(self) -> bool:
-        """Whether any process was asked to stop; the same answer on all of them."""
-        if not distributed.is_distributed():
-            return self._signal is not None
-        flag = torch.tensor(float(self._signal or 0), device=self.trainer.strategy.root_device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        number = int(flag)
-        self._signal = number or None
-        return number > 0
-
-    def _stop(self) -> None:
-        assert self._signal is not None
-        path = self.save()
-        raise Interrupted(path or Path("nowhere"), self._signal)
+    def stop(self) -> NoReturn:
+        """Write a checkpoint and leave; called on all processes, once they know that one was asked to stop."""
+        assert self.stop_request.signum is not None
+        raise Interrupted(self.save() or Path("nowhere"), self.stop_request.signum)
 
 
 class _Driver(Callback):
@@ -576,12 +582,13 @@ class _Driver(Callback):
         loop, place = self.loop, self.loop.place
         loop.meter.enter("statistics")
         loop._seed(place.task, place.phase, 1)  # the last step has left the generators where this process's draws ended
+        loop.strategy.on_train_end()  # loss terms are logged before a checkpoint, not after it
         loop.strategy.end_phase(loop.strategy.phase)
         loop.place = Place(place.task, place.phase + 1, origin=trainer.current_epoch)
         self._mid_epoch = False
         loop.meter.enter(None)
         if loop.save_is_due():
-            loop.save()
+            loop.save(needed=False)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.closing is not None:
@@ -607,10 +614,10 @@ class _Driver(Callback):
         checkpoint["cl_lightning"] = self.loop.state()
 
     def _check(self, due: bool) -> None:
-        if self.loop.stop_requested():
-            self.loop._stop()
+        if self.loop.stop_request.made():
+            self.loop.stop()
         if due:
-            self.loop.save()
+            self.loop.save(needed=False)
 
 
 def restore(strategy: ContinualStrategy, trainer: Trainer, saved: Mapping[str, Any]) -> None:
@@ -632,13 +639,17 @@ def restore(strategy: ContinualStrategy, trainer: Trainer, saved: Mapping[str, A
             callback.load_state_dict(state)
 
 
+def _in_words(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
 def _class_path(thing: object) -> str:
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
-def _progress(path: Path) -> tuple[int, int]:
+def _progress(saved: Mapping[str, Any]) -> tuple[int, int]:
     """Epoch of the Trainer and step at which a checkpoint goes on."""
-    loops = checkpoints.load(path)["loops"]["fit_loop"]
+    loops = saved["loops"]["fit_loop"]
     epochs, batches = loops["epoch_progress"]["current"], loops["epoch_loop.batch_progress"]["current"]
     mid_epoch = epochs["ready"] != epochs["processed"]
     return epochs["processed"], batches["completed"] if mid_epoch else 0

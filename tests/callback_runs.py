@@ -103,7 +103,10 @@ def assert_same(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
             assert_same(value, other)
         elif isinstance(value, Tensor):
             assert value.dtype == other.dtype, key
-            assert torch.equal(value, other), key
+            assert value.shape == other.shape, key
+            # equal, where nan is equal to nan
+            assert torch.equal(value.nan_to_num(), other.nan_to_num()), key
+            assert torch.equal(value.isnan(), other.isnan()), key
         else:
             assert value == other, key
 

@@ -19,7 +19,7 @@ def start(function: Callable[..., Any], *args: Any, **environment: str) -> Any:
         args: What it is called with.
         environment: Set before it is called.
     """
-    _context.set_forkserver_preload(["callback_runs", "cl_lightning.strategies.rehearsal.er"])
+    _context.set_forkserver_preload(["callback_runs", "cl_lightning.commands"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     try:
@@ -33,13 +33,17 @@ def start(function: Callable[..., Any], *args: Any, **environment: str) -> Any:
     return process
 
 
-def pair(function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> None:
-    """Run a function in two processes that a Trainer with ``devices=2, strategy="ddp"`` joins to a group."""
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+def pair(function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> None:
+    """Run a function in two processes that a Trainer with ``devices=2, strategy="ddp"`` joins to a group."""
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": "0"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": ""}
     both = [start(function, *args, **common, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
     for process in both:
         process.join(timeout)

@@ -704,8 +704,8 @@ def test_an_extended_run_can_be_stopped_and_resumed(tmp_path):
     stopped = folder_run(tmp_path / "data", tmp_path / "other", save_every_n_steps=1)
     save, count = stopped.save, []
 
-    def killed(name: str = "last.ckpt") -> Path | None:
-        path = save(name)
+    def killed(*, needed: bool = True) -> Path | None:
+        path = save(needed=needed)
         count.append(path)
         if len(count) == 2:
             raise KeyboardInterrupt

@@ -40,6 +40,11 @@ def test_impossible_options_are_told(wrong):
         LoopOptions(**wrong)
 
 
+def test_epochs_of_a_phase_that_there_is_not_are_told():
+    with pytest.raises(ValueError, match="phase_epochs names a phase 'trian'; Finetune has train"):
+        run(Finetune(backbone=plain_net), options={"phase_epochs": {"trian": 3}})
+
+
 def test_one_trainer_counts_epochs_and_steps_over_the_whole_stream():
     made = run(Finetune(backbone=plain_net), options={"first_task_epochs": 3, "phase_epochs": {}})
     assert made.trainer.current_epoch == 3 + 2 + 2

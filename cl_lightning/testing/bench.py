@@ -200,14 +200,14 @@ class _Loop(TaskLoop):
         self.kill_at, self.probe = kill_at, probe
         self.snapshots: dict[SavePoint, dict[str, Tensor]] = {}
 
-    def save(self, name: str = "last.ckpt") -> Path | None:
+    def save(self, *, needed: bool = True) -> Path | None:
         place, driver = self.place, self._driver
         kind = "task" if place.done else "phase" if not place.running else "step" if driver._mid_epoch else "epoch"
         phase = place.phase - (kind == "phase")
         point = SavePoint(place.task, phase, kind, self.trainer.global_step)
         self.snapshots[point] = detached(self.strategy.state_dict())
         written = point == self.kill_at or kind == "task"
-        path = super().save(name) if written else None
+        path = super().save() if written else None
         if point == self.kill_at:
             raise KilledError
         return path
