@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from cl_lightning.texts import printable
+
 if TYPE_CHECKING:
     from cl_lightning.strategy import ContinualStrategy
 
@@ -119,7 +121,7 @@ class StreamProgress(ProgressBar):
         words = [told, clock_time(seconds) if seconds >= 60 else f"{seconds:.1f} s"]
         if (left := self.time_left() or 0.0) >= 1 and index + 1 < progress.tasks:
             words.append(f"{clock_time(left)} left")
-        self.console.print(", ".join(words), soft_wrap=True, highlight=False)
+        self.console.print(", ".join(words), soft_wrap=True, highlight=False, markup=False)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -198,7 +200,7 @@ def heading(strategy: "ContinualStrategy", *, name: bool = True) -> str:
     """``task 3/10``, with its name where that says more."""
     task, progress = strategy.task, strategy.progress
     tasks = f"/{progress.tasks}" if progress is not None else ""
-    named = f" ({task.name})" if name and task.name != f"task {task.index}" else ""
+    named = f" ({printable(task.name)})" if name and task.name != f"task {task.index}" else ""
     return f"task {task.index + 1}{tasks}{named}"
 
 

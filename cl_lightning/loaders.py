@@ -49,7 +49,8 @@ class Plan:
         drop_last: Leave out a last batch that is not full, unless it is the only one.
         passes: Number of consecutive steps on each batch.
         skip_empty: Whether a process without a sample of a batch (smaller than the number of processes) skips it; else
-            it gets an empty one, so that it takes part in what the processes do together.
+            it gets an empty one, so that it takes part in what the processes do together. An only batch is not skipped:
+            Lightning leaves out the whole pass of a process that has none, and the others wait for it.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Plan:
         self.indices, self.tasks, self.batch_size, self.key = indices, tasks, batch_size, key
         self.rank, self.world, self.shuffle, self.passes = rank, world, shuffle, passes
         full, rest = divmod(len(indices), batch_size)
-        if skip_empty and self._bounds(rest)[0] == self._bounds(rest)[1]:
+        if skip_empty and full > 0 and self._bounds(rest)[0] == self._bounds(rest)[1]:
             rest = 0
         self.num_batches = full + (rest > 0 and not (drop_last and full > 0))
 

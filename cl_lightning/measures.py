@@ -296,7 +296,10 @@ def last_accuracy(R: Tensor, totals: Tensor | None = None) -> float:
 
 def average_incremental_accuracy(R: Tensor, totals: Tensor | None = None) -> float:
     """(1/T) sum_t A_t (Rebuffi et al. 2017, arXiv:1611.07725); in [0, 1], A_0 at T = 1."""
-    return sum(average_accuracy(R, t, totals) for t in range(len(R))) / len(_square(R))
+    R = _square(R)
+    weights = torch.ones(len(R), dtype=torch.float64) if totals is None else totals.double()
+    terms = (R * weights).where(~_past(R).T & (weights > 0), 0.0)  # [t, i] of w_i R[t, i], i up to t
+    return float((terms.sum(1) / weights.cumsum(0)).mean())
 
 
 def learning_accuracy(R: Tensor, totals: Tensor | None = None) -> float:
@@ -535,8 +538,10 @@ def _mean(values: Tensor, weights: Tensor | None = None) -> float:
     return float((values * weights).where(weights > 0, 0.0).sum() / weights.sum())
 
 
-def _listed(value: Any) -> Any:
-    return [_listed(item) for item in value] if isinstance(value, list) else None if value != value else value
+def _listed(value: list[Any]) -> list[Any]:
+    if value and isinstance(value[0], list):
+        return [_listed(item) for item in value]
+    return [None if item != item else item for item in value]
 
 
 def _unlisted(value: Any) -> Any:

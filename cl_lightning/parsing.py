@@ -10,7 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
+from omegaconf.errors import OmegaConfBaseException
+
+from cl_lightning.texts import printable
 
 LIMIT = 300
 """Longest message, in characters."""
@@ -18,6 +22,26 @@ LIMIT = 300
 
 class Parser(LightningArgumentParser):
     """Ends with one line on standard error and exit code 2 where an argument is wrong."""
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            config = super().parse_args(*args, **kwargs)
+        except RecursionError as error:
+            raise ValueError(
+                "the configuration is nested too deeply, or holds itself; write it without that"
+            ) from error
+        except OmegaConfBaseException as error:
+            key = (error.full_key or "").partition(".")[2] or "the configuration"
+            reason = (str(error.msg or error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"{key}: {reason}; refer to another key by its whole name, as ${{loop.keep_tasks}}"
+            ) from error
+        if chosen := config.get("subcommand"):
+            groups = {name.partition(".")[0] for name in option_names(self) if "." in name}
+            for group in groups & set(vars(config[chosen])):
+                if not isinstance(value := config[chosen][group], Namespace):
+                    raise ValueError(f"{group}: {value!r} is not allowed; give keys with their values, or leave it out")
+        return config
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # jsonargparse tries several readings of a value, and catches what does not fit
@@ -106,7 +130,7 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
 
 def shorten(text: str) -> str:
     """The text in one line of at most ``LIMIT`` characters."""
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= LIMIT else line[: LIMIT - 3].rstrip() + "..."
 
 
@@ -248,7 +272,7 @@ def class_names(types: str) -> list[str]:
     names: dict[str, None] = {}
     for path in re.findall(r"[A-Za-z_][\w]*(?:\.\w+)+", results):
         base = _import(path)
-        if isinstance(base, type):
+        if isinstance(base, type) and base.__module__ != "collections.abc":  # of a list of such classes
             names |= dict.fromkeys(member.__name__ for member in _subclasses(base) or [base])
     return sorted(names)
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from cl_lightning.batch import Batch
@@ -27,6 +28,7 @@ from cl_lightning.measures import AccuracyMatrix
 from cl_lightning.sources import IMAGE_SUFFIXES, FileSource, checked, pixels
 from cl_lightning.strategy import ContinualStrategy
 from cl_lightning.stream import Stream
+from cl_lightning.texts import printable
 
 
 def predict_folder(
@@ -195,8 +197,10 @@ def show_row(matrix: AccuracyMatrix, stream: Stream, console: Console | None = N
         classes = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         values = (float(values[last, task.index]) for values in (matrix.R_ci, matrix.R_ti))
         cells = (f"{100 * value:.1f}" if value == value else "" for value in values)
-        name = "" if task.name == f"task {task.index}" else f" {task.name}"
-        table.add_row(f"{task.index}{name}", classes, str(int(matrix.totals[task.index])), *cells)
+        name = "" if task.name == f"task {task.index}" else f" {printable(task.name)}"
+        table.add_row(
+            Text(f"{task.index}{name}"), Text(printable(classes)), str(int(matrix.totals[task.index])), *cells
+        )
     console.print(f"accuracy in % after task {last}", style="italic", highlight=False)
     console.print(table)
     measures = matrix.measures(last)

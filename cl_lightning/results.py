@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from itertools import count
@@ -18,10 +18,12 @@ from lightning.pytorch import Trainer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cl_lightning.hooks import ContinualCallback
 from cl_lightning.measures import base_novel_harmonic, performance_drop
 from cl_lightning.memory import Memory
+from cl_lightning.texts import printable
 
 if TYPE_CHECKING:
     from cl_lightning.loop import TaskLoop
@@ -32,9 +34,10 @@ if TYPE_CHECKING:
 SCHEMA = 2
 """Version of ``results.json``; what changed in each is told in ``docs/results_schema.md``."""
 _LARGEST_CONFUSION = 1000  # classes; above, the confusion matrix would be most of the file
-_SECRET = re.compile(r"(?i)(api|access|auth|secret)[_-]?(key|token)\s*:|password\s*:|secret\s*:")
+_SECRET = re.compile(r"(?i)((api|access|auth|secret|private|hub|hf)[_-]?(key|token)|password|secret)$")
+_SECRET_VARIABLE = re.compile(r"(?i)(^|_)(api_?key|(access|secret|private)_?key|token|secret|password)$")
+_LEAST_SECRET = 8  # characters; a shorter value of a variable may be a word
 _REMOVED = "(removed)"
-_FLAT_LIST = re.compile(r"\[\n\s+([^\[\]{}\"]+?)\n\s+\]")
 _PACKAGES = ("cl-lightning", "torch", "lightning", "torchmetrics", "torchvision", "timm", "numpy", "scikit-learn")
 
 
@@ -57,7 +60,7 @@ def _versions() -> dict[str, str]:
 def collect(loop: "TaskLoop") -> dict[str, Any]:
     """Results of the tasks that are finished, as ``docs/results_schema.md`` describes them; on one process."""
     stream, matrix, strategy, data = loop.stream, loop.matrix, loop.strategy, loop.datamodule
-    finished = matrix.learned
+    finished, entries = matrix.learned, matrix.to_dict()
     per_task = [measures(matrix, stream, t) for t in range(finished)]
     small = len(matrix.confusion) <= _LARGEST_CONFUSION
     content = {
@@ -84,10 +87,10 @@ def collect(loop: "TaskLoop") -> dict[str, Any]:
         "stream_hash": _hash(stream.hashes),
         "fingerprints": loop.fingerprints,
         "finished": finished,
-        "matrix": matrix.to_dict(),
+        "matrix": entries,
         "measures": per_task[-1] if finished else {},
         "measures_per_task": per_task,
-        "per_class": matrix.to_dict()["per_class"][finished - 1][: len(matrix.confusion)] if finished else [],
+        "per_class": entries["per_class"][finished - 1][: len(matrix.confusion)] if finished else [],
         "confusion": matrix.confusion.tolist() if finished and small else None,
         "cost": loop.meter.summary(),
         "protocol": protocol(loop),
@@ -202,9 +205,7 @@ def summary(matrix: "AccuracyMatrix", stream: "Stream", task: int) -> dict[str, 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON beside ``path`` and rename it, so that the file is whole at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1, allow_nan=False)
-    # Lists of plain values on one line: a matrix then looks like one.
-    text = _FLAT_LIST.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
+    text = _indented(content)
     draft = path.with_name(f".{path.name}.draft")
     with draft.open("w", encoding="utf-8") as file:
         file.write(text + "\n")
@@ -213,24 +214,42 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(draft, path)
 
 
+def _indented(value: Any, start: str = "\n") -> str:
+    """JSON with lists of plain values on one line: a matrix looks like one, and is written by the fast encoder."""
+    inner = f"{start} "
+    if isinstance(value, dict) and value:
+        items = (f"{json.dumps(str(key))}: {_indented(item, inner)}" for key, item in value.items())
+        return f"{{{inner}{f',{inner}'.join(items)}{start}}}"
+    if isinstance(value, list | tuple) and not {dict, list, tuple}.isdisjoint(map(type, value)):
+        return f"[{inner}{f',{inner}'.join(_indented(item, inner) for item in value)}{start}]"
+    return json.dumps(value, allow_nan=False)
+
+
 def without_secrets(config: str) -> str:
-    """The configuration without what gives access to an account: values of keys such as ``api_key``, ``password``."""
-    text = config
-    for name in ("WANDB_API_KEY",):
-        if value := os.environ.get(name):
-            text = text.replace(value, _REMOVED)
-    if not _SECRET.search(text):
-        return text
-    return str(yaml.safe_dump(_cleaned(yaml.safe_load(text)), sort_keys=False))
+    """The configuration without what gives access to an account.
+
+    That is the values of keys such as ``api_key`` and ``password``, and wherever they stand those of variables of the
+    environment with such names: ``WANDB_API_KEY``, ``HF_TOKEN``.
+    """
+    known = [v for name, v in os.environ.items() if len(v) >= _LEAST_SECRET and _SECRET_VARIABLE.search(name)]
+    content = yaml.safe_load(config)  # not the text, where a long or quoted value may be written in another way
+    cleaned = _cleaned(content, known)
+    return config if cleaned == content else str(yaml.safe_dump(cleaned, sort_keys=False))
 
 
-def _cleaned(value: Any) -> Any:
+def _cleaned(value: Any, known: Sequence[str]) -> Any:
     if isinstance(value, dict):
-        return {
-            key: _REMOVED if isinstance(item, str) and _SECRET.search(f"{key}:") else _cleaned(item)
-            for key, item in value.items()
-        }
-    return [_cleaned(item) for item in value] if isinstance(value, list) else value
+        return {key: _REMOVED if _is_secret(key, item) else _cleaned(item, known) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(item, known) for item in value]
+    for secret in known if isinstance(value, str) else ():
+        value = value.replace(secret, _REMOVED)
+    return value
+
+
+def _is_secret(key: Any, value: Any) -> bool:
+    plain = isinstance(value, str | int | float) and not isinstance(value, bool) and value != ""
+    return plain and bool(_SECRET.search(str(key)))
 
 
 def _free_key(name: str, content: Mapping[str, Any]) -> str:
@@ -274,7 +293,9 @@ def show(content: Mapping[str, Any], console: Console | None = None) -> None:
         table.add_column(name, justify="right", no_wrap=True, style="bold" if name == "all" else "")
     for t, (name, *cells) in enumerate(after):
         values = content["matrix"]["R_ci"][t][:columns]
-        table.add_row(name, *(_percent(value, digits) if i <= t else "" for i, value in enumerate(values)), *cells)
+        table.add_row(
+            Text(name), *(_percent(value, digits) if i <= t else "" for i, value in enumerate(values)), *cells
+        )
     console.print(title, style="italic", highlight=False)
     console.print(table)
     measures = content["measures"]
@@ -295,7 +316,7 @@ _COLUMNS = ("all", "known", "forgetting", "time")
 
 def _after_task(content: Mapping[str, Any], t: int) -> list[str]:
     """Name and summary of a finished task."""
-    name = content["tasks"][t]["name"]
+    name = printable(content["tasks"][t]["name"])
     name = str(t) if name == f"task {t}" else f"{t} {name if len(name) <= 14 else name[:13] + '…'}"
     known = [value for value in content["matrix"]["R_ti"][t][: t + 1] if value is not None]
     measures = content["measures_per_task"][t]
@@ -303,7 +324,7 @@ def _after_task(content: Mapping[str, Any], t: int) -> list[str]:
     seconds = sum(spent[key] for key in ("training", "statistics", "evaluation"))
     return [
         name,
-        _percent(measures["average_accuracy"]),
+        _percent(measures.get("average_accuracy")),
         _percent(sum(known) / len(known) if known else None),
         _percent(measures.get("forgetting")),
         f"{seconds:.1f} s"

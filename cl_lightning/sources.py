@@ -5,8 +5,9 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
+from operator import index as integer
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,6 +22,11 @@ from cl_lightning.backbones import ImageShape
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 Mode = Literal["RGB", "L"]
 # What decoders raise on damaged files; OSError is also the base of PIL's UnidentifiedImageError.
+# Those that Pillow reads by itself: for others, such as PostScript in a file called .png, it starts a program. Frequent
+# ones come first, since a format that was not asked for yet loads all.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000")
+_MOST_CLASSES = 2**20  # of labels without names: one label of 10^12 would make as many classes
+_CHANNELS = (1, 3, 4)
 _DAMAGE = (
     OSError,
     ValueError,
@@ -69,7 +75,8 @@ class TensorSource:
         images: uint8, ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)`` with C of 1, 3 or 4; a tensor or an array.
         labels: Raw labels, integers ``(N,)`` from 0.
         class_names: One per class; None for ``"0"``, ``"1"``, ...
-        channels_last: Whether the channels come last; None to tell by the shape.
+        channels_last: Whether the channels come last; None to tell by the shape. Where both ways would do, square
+            images are the likelier ones.
         domains: Domain of each sample, integers ``(N,)``.
         domain_names: One per domain.
         name: Names the data in errors.
@@ -94,8 +101,7 @@ class TensorSource:
         if tensor.dim() == 3:
             tensor = tensor.unsqueeze(1)
         elif tensor.dim() == 4:
-            told = tensor.shape[-1] in (1, 3, 4) and tensor.shape[1] not in (1, 3, 4)
-            last = channels_last if channels_last is not None else told
+            last = channels_last if channels_last is not None else _channels_last(tuple(tensor.shape[1:]), name)
             tensor = tensor.permute(0, 3, 1, 2).contiguous() if last else tensor
         else:
             raise ValueError(
@@ -142,6 +148,16 @@ class DecodedSource(TensorSource):
         return self.origin.digest(indices)
 
 
+def names_in(dataset: Any, name: str) -> list[str] | None:
+    """What a data set of a user says under ``classes``; None where it says nothing, or has a method of that name."""
+    classes = getattr(dataset, "classes", None)
+    if classes is None or callable(classes):
+        return None
+    if not isinstance(classes, Iterable):
+        raise ValueError(f"{name}: the attribute `classes` is a {type(classes).__name__}; make it a list of names")
+    return [str(item) for item in classes]
+
+
 def check_labels(
     labels: Tensor | np.ndarray | Sequence[int], count: int, class_names: Sequence[str] | None, name: str
 ) -> np.ndarray:
@@ -150,21 +166,37 @@ def check_labels(
     Raises:
         ValueError: If there are not ``count`` integer labels, or one lies outside ``0 .. number of classes - 1``.
     """
-    array = np.asarray(labels)
+    try:
+        array = np.asarray(labels)
+    except (TypeError, ValueError, RuntimeError) as error:  # lists of unequal length, bfloat16, tensors with a gradient
+        raise ValueError(
+            f"{name}: labels are no array of numbers ({_reason(error)}); give {count} integers, one per image"
+        ) from error
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
-    if array.shape != (count,) or not np.issubdtype(array.dtype, np.integer):
+    if array.shape != (count,) or array.dtype.kind not in "iu":
         raise ValueError(
             f"{name}: labels are {array.dtype} of shape {array.shape}; give {count} integers, one per image"
         )
-    array = array.astype(np.int64)
-    limit = len(class_names) if class_names is not None else None
-    wrong = (array < 0) if limit is None else (array < 0) | (array >= limit)
+    limit = len(class_names) if class_names is not None else _MOST_CLASSES
+    wrong = (array < 0) | (array >= limit)
     if wrong.any():
         first = int(np.flatnonzero(wrong)[0])
-        allowed = "0 and above" if limit is None else f"0 .. {limit - 1}, as there are {limit} class names"
+        why = f"as there are {limit} class names" if class_names is not None else "where classes have no names"
+        allowed = f"0 .. {limit - 1}, {why}" if limit else "those of class names, of which there are none"
         raise ValueError(f"{name}: label {array[first]} of sample {first} is outside the range; labels are {allowed}")
-    return array
+    return array.astype(np.int64)
+
+
+def _channels_last(shape: tuple[int, ...], name: str) -> bool:
+    """Whether the last of three sides of an image is that of its channels, and not the first."""
+    first, height, last = shape
+    if first not in _CHANNELS and last not in _CHANNELS:
+        raise ValueError(
+            f"{name}: images have shape {shape}; which side is that of the channels cannot be told unless they are 1, "
+            "3 or 4: save such images as (N, H, W), (N, H, W, C) or (N, C, H, W), or say channels_last"
+        )
+    return last in _CHANNELS and (first not in _CHANNELS or (first == height and height != last))
 
 
 class FileSource:
@@ -313,12 +345,12 @@ class DatasetSource:
         count = len(dataset)  # type: ignore[arg-type]
         if count == 0:
             raise ValueError(f"{name}: {type(dataset).__name__} has no items")
-        names = class_names if class_names is not None else getattr(dataset, "classes", None)
+        names = class_names if class_names is not None else names_in(dataset, name)
         if labels is None:
             labels = self._find_labels(count)
         self.labels = check_labels(labels, count, names, name)
         known = int(self.labels.max(initial=-1)) + 1
-        self.class_names = tuple(str(n) for n in names) if names is not None else tuple(str(i) for i in range(known))
+        self.class_names = tuple(map(str, names)) if names is not None else tuple(str(i) for i in range(known))
         self.domains: np.ndarray | None = None
         self.domain_names: tuple[str, ...] = ()
         if (domains := getattr(dataset, "domains", None)) is not None:
@@ -330,13 +362,15 @@ class DatasetSource:
     def _find_labels(self, count: int) -> Any:
         for attribute in ("targets", "labels", "_labels", "y"):
             labels = getattr(self.dataset, attribute, None)
-            if labels is not None and not callable(labels) and len(labels) == count:
+            if isinstance(labels, Sized) and not callable(labels) and len(labels) == count:
                 return labels
         warnings.warn(f"{self.name}: no attribute `targets`; every item is read once for its label", stacklevel=3)
         try:
-            return np.array([int(self.dataset[index][1]) for index in range(count)], dtype=np.int64)
-        except (TypeError, ValueError, IndexError) as error:
-            raise ValueError(f"{self.name}: items are not (image, label) with an integer label ({error})") from error
+            return np.array([integer(self.dataset[place][1]) for place in range(count)], dtype=np.int64)
+        except (TypeError, ValueError, LookupError, OverflowError, RuntimeError) as error:
+            raise ValueError(
+                f"{self.name}: items are not (image, label) with an integer label ({_reason(error)})"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -353,19 +387,27 @@ class DatasetSource:
             ValueError: If the item cannot be read, or is neither a PIL image nor a uint8 tensor.
         """
         try:
-            item = self.dataset[index][0]
+            pair = self.dataset[index]
+            item = pair[0] if isinstance(pair, tuple | list) and pair else None
             if isinstance(item, Image.Image):
                 item.load()  # it may read its file only now
                 item = convert(item, self.mode or ("L" if item.mode in ("1", "L", "LA", "I", "I;16") else "RGB"))
-        except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{self.name}: item {index} cannot be read ({_reason(error)})") from error
         if isinstance(item, Image.Image):
             tensor = fit(item, self.size) if self.size is not None else pixels(item)
         else:
-            tensor = torch.as_tensor(item)
+            try:
+                tensor = torch.as_tensor(item)
+            except (TypeError, ValueError, RuntimeError) as error:
+                found = type(pair).__name__ if item is None else f"({type(item).__name__}, ...)"
+                raise ValueError(
+                    f"{self.name}: item {index} is {found}; give (image, label), the image a PIL image or a uint8 "
+                    "tensor (C, H, W)"
+                ) from error
             if tensor.dim() == 2:
                 tensor = tensor.unsqueeze(0)
-        if tensor.dtype != torch.uint8 or tensor.dim() != 3:
+        if tensor.dtype != torch.uint8 or tensor.dim() != 3 or 0 in tensor.shape:
             raise ValueError(
                 f"{self.name}: item {index} is {tensor.dtype} of shape {tuple(tensor.shape)}; give PIL images or uint8 "
                 "tensors (C, H, W) without ToTensor or Normalize, which the data module does on the device"
@@ -500,7 +542,7 @@ def looks_whole(path: Path) -> bool:
         ValueError: If the file has no head that is known.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             kind = image.format
         with path.open("rb") as file:
             start, length = file.read(12), file.seek(0, os.SEEK_END)
@@ -532,7 +574,7 @@ def open_image(path: Path, mode: str, least: int | None = None) -> Image.Image:
         ValueError: If the file is not a readable image.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=_FORMATS) as file:
             if least is not None:
                 file.draft(None, (least, least))  # type: ignore[arg-type]  # None keeps the mode
             file.load()
@@ -597,17 +639,19 @@ def fit(image: Image.Image, size: int) -> Tensor:
 def image_files(folder: Path) -> list[Path]:
     """Image files in a folder and its sub-folders, also behind symbolic links, in the order of their names.
 
-    Files are known by their ending; hidden files and folders are left out.
+    Files are known by their ending; hidden files and folders are left out, and so are links to folders above, whose
+    images would come once more, and those of other classes with them.
 
     Raises:
         OSError: If a folder cannot be listed.
+        ValueError: If a link that is no image leads nowhere: it may have been a folder of images.
     """
 
     def refuse(error: OSError) -> None:
         raise error
 
     found: list[tuple[tuple[str, ...], Path]] = []
-    seen: set[tuple[int, int]] = set()
+    seen = {(status.st_dev, status.st_ino) for status in map(os.stat, folder.resolve().parents)}
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         status = os.stat(place)
         if (status.st_dev, status.st_ino) in seen:  # a link to a folder above
@@ -616,12 +660,35 @@ def image_files(folder: Path) -> list[Path]:
         seen.add((status.st_dev, status.st_ino))
         # In sorted order, so that of two ways to one folder the same is taken everywhere.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        names = (name for name in files if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES))
-        paths = (Path(place, name) for name in names)
-        found += [(path.relative_to(folder).parts, path) for path in paths]
+        for name in files:
+            path = Path(place, name)
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(IMAGE_SUFFIXES):
+                found.append((path.relative_to(folder).parts, path))
+            else:
+                _refuse_dangling(path)
     return [path for _, path in sorted(found)]
 
 
 def sub_folders(root: Path) -> list[str]:
-    """Names of the folders in a folder, sorted; hidden ones are left out."""
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    """Names of the folders in a folder, sorted; hidden ones and links to it or to folders above are left out.
+
+    Raises:
+        OSError: If the folder cannot be listed.
+        ValueError: If a link leads nowhere: a folder that is missing would be a class that is missing.
+    """
+    above = {root.resolve(), *root.resolve().parents}
+    names = []
+    for entry in root.iterdir():
+        if entry.name.startswith("."):
+            continue
+        _refuse_dangling(entry)
+        if entry.is_dir() and not (entry.is_symlink() and entry.resolve() in above):
+            names.append(entry.name)
+    return sorted(names)
+
+
+def _refuse_dangling(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to {os.readlink(path)}, which is not there; mend the link or remove it")

@@ -194,8 +194,8 @@ class ContinualDataModule(LightningDataModule):
         self._loaders = {}
         if not len(self.stream.test[0]):
             raise ValueError(
-                f"{type(self).__name__}: of the classes of the first task ({self.stream.tasks[0].name}) there are no test "
-                "samples; add some, since each task ends with a look at them, or begin with other classes"
+                f"{type(self).__name__}: of the classes of the first task ({self.stream.tasks[0].name}) there are no "
+                "test samples; add some, since each task ends with a look at them, or begin with other classes"
             )
         if (numbers := len(self.normalize.mean)) not in (1, train[0]):
             raise ValueError(

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.sources import DatasetSource
+from cl_lightning.sources import DatasetSource, names_in
 
 
 class UserDataset(ContinualDataModule):
@@ -47,16 +47,16 @@ class UserDataset(ContinualDataModule):
         self.class_names, self.size, self.mode = class_names, size, mode
 
     def source(self, *, train: bool) -> DatasetSource:
-        names = self.class_names if self.class_names is not None else getattr(self.train, "classes", None)
-        mine = getattr(self.train if train else self.test, "classes", None)
-        if self.class_names is None and names is not None and mine is not None and list(mine) != list(names):
-            raise ValueError(
-                f"UserDataset: the classes of the test samples are {list(mine)[:5]} ..., those of the training samples "
-                f"{list(names)[:5]} ...; labels must mean the same in both"
-            )
         part = "train" if train else "test"
+        names = self.class_names if self.class_names is not None else names_in(self.train, "UserDataset: train")
+        mine = names_in(self.train if train else self.test, f"UserDataset: {part}")
+        if self.class_names is None and names is not None and mine is not None and mine != names:
+            raise ValueError(
+                f"UserDataset: the classes of the test samples are {mine[:5]} ..., those of the training samples "
+                f"{names[:5]} ...; labels must mean the same in both"
+            )
         if names is None and not train:
-            names = self.samples(train=True).class_names
+            names = list(self.samples(train=True).class_names)
         return DatasetSource(
             self.train if train else self.test,
             class_names=names,

@@ -38,10 +38,11 @@ class ImageFolder(ContinualDataModule):
     """Images in ``root/train/<class>/`` and ``root/test/<class>/``, or in ``root/<class>/`` alone.
 
     In the second layout a share of each class becomes test data, chosen by a hash of each file's name: a file that is
-    a test image stays one when files or classes are added, also with another seed of the run. Files lie in the class
-    folders or deeper, also behind symbolic links; names that begin with a dot are left out. Class folders that come
-    later make further tasks when a run is continued. Images are turned upright by their EXIF tag, converted to
-    ``mode``, scaled so that the shorter side is ``size`` and cropped at the centre.
+    a test image stays one when files or classes are added, also with another seed of the run. Class folders that come
+    later make further tasks when a run is continued. Files lie in the class folders or deeper, also behind symbolic
+    links, wherever they lead, except to a folder above; a link that leads nowhere is an error. Names that begin with a
+    dot are left out. Images are turned upright by their EXIF tag, converted to ``mode``, scaled so that the shorter
+    side is ``size`` and cropped at the centre.
 
     A file that cannot be read is an error before training. Images that are kept in memory (``in_memory``) are all
     decoded then; of others the head and the end of each file are looked at, and damage in between shows when an image
@@ -125,6 +126,13 @@ class ImageFolder(ContinualDataModule):
     @cached_property
     def _files(self) -> tuple[list[File], list[File]]:
         """Training and test files."""
+        try:
+            return self._find()
+        except OSError as error:
+            what = f"{self._name}: {error.filename} cannot be read ({(error.strerror or str(error)).lower()})"
+            raise ValueError(f"{what}; give yourself the right to read it") from error
+
+    def _find(self) -> tuple[list[File], list[File]]:
         if not self.root.is_dir():
             raise ValueError(f"{self._name}: no folder at {self.root}; give the folder that holds the images")
         train, test = self.root / "train", next((p for n in _TEST_FOLDERS if (p := self.root / n).is_dir()), None)
@@ -152,15 +160,16 @@ class ImageFolder(ContinualDataModule):
         test: list[File] = []
         single = []
         for (domain, class_name), group in groups.items():
-            chances = sorted(chance for chance, _ in group)
             if len(group) == 1:
                 single.append(f"{domain}/{class_name}" if domain else class_name)
                 train.append(group[0][1])
                 continue
-            # At least one image on either side.
-            bound = min(max(self.test_fraction, chances[0]), chances[-2])
-            for chance, file in group:
-                (test if chance <= bound else train).append(file)
+            # At least one image on either side, also where names that encode an accent in two ways have one chance.
+            count = sum(chance <= self.test_fraction for chance, _ in group)
+            by_chance = sorted((chance, file.name, place) for place, (chance, file) in enumerate(group))
+            chosen = {place for _, _, place in by_chance[: min(max(count, 1), len(group) - 1)]}
+            for place, (_, file) in enumerate(group):
+                (test if place in chosen else train).append(file)
         if single:
             warnings.warn(f"{self._name}: {', '.join(single)}: one image only, and so none to test on", stacklevel=2)
         return train, test

@@ -1,5 +1,7 @@
 """Images in a NumPy archive."""
 
+import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -10,6 +12,23 @@ import numpy as np
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.sources import TensorSource, check_labels
 
+# What numpy and zipfile raise on damaged archives, and on those that ask for more memory than there is.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    SyntaxError,
+    AttributeError,
+    MemoryError,
+    RuntimeError,
+    tokenize.TokenError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _NAMES = {"y": "class_names", "yc": "coarse_names"}
 
 
@@ -76,7 +95,10 @@ class NpzData(ContinualDataModule):
         else:
             keys = [f"{kind}_{other}" for other in ("train", "test")]
             arrays = [self._array(file, each) for each in keys]
-            checked = [check_labels(a, len(a), None, self._at(each)) for a, each in zip(arrays, keys, strict=True)]
+            checked = [
+                check_labels(a, len(a) if a.ndim else 0, None, self._at(each))
+                for a, each in zip(arrays, keys, strict=True)
+            ]
             names = [f"{prefix}{number}" for number in range(max(int(a.max(initial=-1)) for a in checked) + 1)]
         return check_labels(self._array(file, key := f"{kind}_{part}"), count, names, self._at(key)), names
 
@@ -88,7 +110,7 @@ class NpzData(ContinualDataModule):
             raise ValueError(f"{type(self).__name__}: no file {self.path}; give the path of an .npz file")
         try:
             file = np.load(self.path, allow_pickle=False)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except _DAMAGE as error:
             raise ValueError(f"{type(self).__name__}: {self.path} is no readable .npz file ({_line(error)})") from error
         if not hasattr(file, "files"):
             raise ValueError(
@@ -101,14 +123,12 @@ class NpzData(ContinualDataModule):
             raise ValueError(f"{self._at(key)} is missing; the file has {', '.join(sorted(file.files)) or 'nothing'}")
         try:
             array = file[key]
-        except ValueError as error:
-            if "pickle" in str(error):
+        except _DAMAGE as error:
+            if isinstance(error, ValueError) and "pickle" in str(error):
                 raise ValueError(
                     f"{self._at(key)} is refused: it holds pickled objects, which can run any code when they are "
                     "loaded; save numbers, and names as an array of strings"
                 ) from error
-            raise ValueError(f"{self._at(key)} is damaged ({_line(error)})") from error
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{self._at(key)} is damaged ({_line(error)})") from error
         if not isinstance(array, np.ndarray):
             raise ValueError(f"{self._at(key)} is not an array")
@@ -118,7 +138,10 @@ class NpzData(ContinualDataModule):
         array = self._array(file, key)
         if array.ndim != 1 or array.dtype.kind not in "US":
             raise ValueError(f"{self._at(key)} is {array.dtype} of shape {array.shape}; save a flat array of strings")
-        names = [name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in array.tolist()]
+        names = [
+            name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else str(name)
+            for name in array.tolist()
+        ]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"{self._at(key)} has {twice!r} more than once; names must differ")
@@ -126,4 +149,4 @@ class NpzData(ContinualDataModule):
 
 
 def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -3,9 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+# HYPOTHESIS_PROFILE=stress, or --hypothesis-profile stress: twenty times as many examples of tests/fuzzing.py.
+settings.register_profile("stress", max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+if profile := os.environ.get("HYPOTHESIS_PROFILE"):
+    settings.load_profile(profile)
 
 
 @pytest.fixture(scope="session")

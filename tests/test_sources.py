@@ -71,8 +71,10 @@ def test_a_digest_depends_on_the_samples_and_not_on_where_they_lie():
     ("labels", "names", "message"),
     [
         ([0, 1], None, "give 3 integers, one per image"),
+        ([0, 10**12, 2], None, "label 1000000000000 of sample 1 is outside the range"),
         ([0.0, 1.0, 2.0], None, "labels are float64"),
-        ([0, -1, 2], None, "label -1 of sample 1 is outside the range; labels are 0 and above"),
+        (np.arange(3).astype("timedelta64[s]"), None, "labels are timedelta64"),
+        ([0, -1, 2], None, "label -1 of sample 1 is outside the range; labels are 0 .. 1048575, where classes have no"),
         (
             [0, 1, 2],
             ["a", "b"],

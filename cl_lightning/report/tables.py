@@ -219,7 +219,8 @@ def comma_separated(comparison: Comparison) -> str:
     """One row per group, shares in [0, 1], seconds and bytes, with all digits; an empty cell is unknown.
 
     For each measure there are its mean over the runs, the half-width of the 95 % interval (``..._ci95``), and the mean
-    difference from the baseline with its half-width (``..._difference``, ``..._difference_ci95``).
+    difference from the baseline with its half-width (``..._difference``, ``..._difference_ci95``). A text that a
+    spreadsheet would take for a formula begins with an apostrophe.
     """
     measures = (*MEASURES, KNOWN)
     head = ["method", "strategy", "runs", "tasks", "finished", "seeds", "baseline", "pairs"]
@@ -231,13 +232,13 @@ def comma_separated(comparison: Comparison) -> str:
     for group in comparison.groups:
         base = comparison.baseline
         row: list[object] = [
-            group.label,
-            group.first.strategy,
+            _inert(group.label),
+            _inert(group.first.strategy),
             len(group.runs),
             len(group.first.tasks),
             group.finished,
             " ".join(run.draw[0] for run in group.runs),
-            "" if base is None else base.label,
+            "" if base is None else _inert(base.label),
             pairs(comparison, group),
         ]
         for measure in measures:
@@ -245,3 +246,7 @@ def comma_separated(comparison: Comparison) -> str:
                 row += ["", ""] if value is None else [value.mean, "" if value.half is None else value.half]
         writer.writerow(row)
     return buffer.getvalue()
+
+
+def _inert(text: str) -> str:
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

@@ -83,8 +83,19 @@ class _Fields:
 
     def natural(self, name: str, low: int = 0) -> int:
         value: int = self.take(name, int)
-        if value < low:
-            self.fail(name, f"must be at least {low}, got {value}")
+        if not low <= value < 2**63:
+            self.fail(name, f"must be at least {low}, got {value}" if value < low else "is beyond 64 bits")
+        return value
+
+    def plain(self, name: str) -> dict[str, Any]:
+        """An object that can be written again: its numbers finite, and not nested too deeply."""
+        value: dict[str, Any] = self.take(name, dict)
+        try:
+            json.dumps(value, allow_nan=False)
+        except RecursionError:
+            self.fail(name, "is nested too deeply")
+        except ValueError:
+            self.fail(name, "holds a number that is not finite")
         return value
 
     def many(self, name: str, kind: type) -> list[Any]:
@@ -158,7 +169,7 @@ def _read(data: Any) -> Stream:
         one_pass=top.take("one_pass", bool),
         batch_size=None if top.take("batch_size", int, type(None)) is None else top.natural("batch_size", 1),
         passes=top.natural("passes", 1),
-        scenario=top.take("scenario", dict),
+        scenario=top.plain("scenario"),
     )
     for item, digest in zip(items, stream.hashes, strict=True):
         if item.take("hash", str) != digest:

@@ -126,6 +126,9 @@ class LongTailed(Modifier):
             seeds[classes] = seed_array([part.seed])
         train = self._thin(stream.train, catalogue, share, seeds, least=1)
         val = self._thin(stream.val, catalogue, share, seeds, least=0)
+        labels = catalogue.train_labels
+        # A class that comes in several tasks may have left one of them.
+        val = [held[np.isin(labels[held], labels[rest])] for held, rest in zip(val, train, strict=True)]
         for task, indices in zip(stream.tasks, train, strict=True):
             if not indices.size:
                 self.fail(f"task {task.index} ({task.name}) has no training samples left; use less imbalance")

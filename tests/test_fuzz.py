@@ -1,0 +1,654 @@
+"""Properties of streams, memories and measures, and damage to all files that are read: only clear errors come out.
+
+``HYPOTHESIS_PROFILE=stress`` tries twenty times as many examples.
+"""
+
+import contextlib
+import copy
+import io
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from fuzzing import JUNK, cases, damaged, mangled
+from hypothesis import given
+from hypothesis import strategies as st
+from test_report import content as run_content
+from torch import Tensor
+
+from cl_lightning import cli, measures, results
+from cl_lightning.batch import Draw
+from cl_lightning.datamodules.npz import NpzData
+from cl_lightning.measures import AccuracyMatrix, Row
+from cl_lightning.memory import ClassBalanced, Herding, Memory, Policy, Reservoir, Ring
+from cl_lightning.report import command
+from cl_lightning.stream import (
+    Blurry,
+    Catalogue,
+    ClassIncremental,
+    DomainIncremental,
+    FewShot,
+    LabelFraction,
+    LongTailed,
+    Online,
+    RotatedDomains,
+    Scenario,
+    SingleTask,
+    Stream,
+)
+from cl_lightning.stream.scenarios import read_lists
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def check_told(error: BaseException, what: str = "") -> None:
+    """An error says what is wrong, in one line."""
+    assert str(error)
+    assert what in str(error)
+    assert "\n" not in str(error)
+
+
+# ---------------------------------------------------------------------- streams
+
+
+@st.composite
+def catalogues(draw: st.DrawFn, classes: int | None = None) -> Catalogue:
+    """Three or more samples of each class in each of two domains."""
+    classes = draw(st.integers(1, 6)) if classes is None else classes
+    counts = draw(st.lists(st.integers(3, 7), min_size=2 * classes, max_size=2 * classes))
+    train = np.repeat(np.arange(2 * classes), counts)
+    order = np.random.default_rng(draw(st.integers(0, 99))).permutation(len(train))
+    test = np.arange(2 * classes)
+    names = draw(st.lists(st.text(max_size=3), min_size=classes, max_size=classes, unique=True))
+    train = train[order]
+    return Catalogue(train // 2, test // 2, tuple(names), train % 2, test % 2, ("x", "y"))
+
+
+@st.composite
+def scenarios(draw: st.DrawFn, classes: int) -> Scenario:
+    """A scenario in which no sample comes in two tasks."""
+    order: Any = draw(st.sampled_from(["natural", "random", 1993]))
+    kinds: list[Scenario] = [
+        ClassIncremental(increment=1, class_order=order),
+        SingleTask(),
+        DomainIncremental(draw(st.sampled_from([None, ["y", "x"]]))),
+        RotatedDomains(degrees=[0.0, 30.0], share="split"),
+        Blurry(tasks=2, disjoint=50, blurry=30, class_order=order),
+        FewShot(base=draw(st.integers(1, classes)), way=1, shot=2, class_order=order),
+    ]
+    scenario = draw(st.sampled_from(kinds))
+    if draw(st.booleans()):
+        scenario = LongTailed(scenario, 3.0, draw(st.sampled_from(["ordered", "shuffled"])))
+    if draw(st.booleans()):
+        scenario = LabelFraction(scenario, fraction=0.5)
+    return Online(scenario, batch_size=3) if draw(st.booleans()) else scenario
+
+
+def keeps_all(scenario: Any) -> bool:
+    """Whether every sample has a task."""
+    while hasattr(scenario, "base") and not isinstance(scenario, FewShot):
+        if isinstance(scenario, LongTailed):
+            return False
+        scenario = scenario.base
+    return not isinstance(scenario, FewShot)
+
+
+@cases(60)
+@given(st.data(), catalogues(), st.integers(0, 2**32), st.sampled_from([0.0, 0.3]))
+def test_no_sample_comes_in_two_tasks_and_the_order_is_a_permutation(
+    folder: Path, data: st.DataObject, catalogue: Catalogue, seed: int, val_fraction: float
+) -> None:
+    scenario = data.draw(scenarios(catalogue.num_classes))
+    try:
+        stream = scenario(catalogue, seed=seed, val_fraction=val_fraction)
+    except ValueError as error:
+        check_told(error, "training samples")  # there are too few to deal out
+        return
+    dealt = np.concatenate([*stream.train, *stream.val]).tolist()
+    assert len(dealt) == len(set(dealt))
+    assert not keeps_all(scenario) or len(dealt) == len(catalogue.train_labels)
+    tested = np.concatenate(stream.test).tolist()
+    assert sorted(set(tested)) == list(range(len(catalogue.test_labels)))
+    assert sorted(stream.order) == list(range(catalogue.num_classes))
+    stream.check(catalogue)
+    stream.save(folder / "stream.json")
+    again = Stream.load(folder / "stream.json")
+    assert again == stream
+    assert again.hashes == stream.hashes
+    assert scenario(catalogue, seed=seed, val_fraction=val_fraction) == stream
+
+
+@cases(40)
+@given(st.data(), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**32))
+def test_a_stream_that_is_extended_keeps_each_sample_in_its_task(
+    data: st.DataObject, before: int, more: int, seed: int
+) -> None:
+    whole = data.draw(catalogues(before + more))
+    old = whole.train_labels < before
+    first = Catalogue(whole.train_labels[old], np.arange(before), whole.class_names[:before])
+    grown = Catalogue(whole.train_labels, np.arange(before + more), whole.class_names)
+    made = [ClassIncremental(increment=1, class_order="random"), SingleTask(), Blurry(tasks=1), FewShot(before, 1, 2)]
+    scenario = data.draw(st.sampled_from(made))
+    stream = scenario(first, seed=seed)
+    try:
+        longer = scenario.extend(stream, grown, seed=seed + 1)
+    except ValueError as error:
+        check_told(error, "has no training samples")  # there are too few to deal out
+        return
+    rows = np.flatnonzero(old)
+    for task in stream.tasks:
+        assert longer.train[task.index].tolist() == rows[stream.train[task.index]].tolist()
+    dealt = np.concatenate(longer.train).tolist()
+    assert len(dealt) == len(set(dealt))
+    assert sorted(longer.order) == list(range(before + more))
+    assert Stream.from_dict(json.loads(json.dumps(longer.to_dict()))) == longer
+
+
+PROBE = """
+import hashlib, json, random, sys
+import numpy as np
+from cl_lightning.stream import *
+chance, made = random.Random(0), []
+for _ in range(int(sys.argv[1])):
+    classes = chance.randint(1, 12)
+    labels = np.repeat(np.arange(classes), [chance.randint(4, 20) for _ in range(classes)])
+    data = Catalogue(labels, np.arange(classes), tuple(f"{chance.random()} \\u00e4" for _ in range(classes)))
+    tasks = chance.randint(1, classes)
+    for scenario in (Blurry(tasks, blurry=40), ClassIncremental(increment=1, class_order="random"), FewShot(1, 1, 3),
+                     LabelFraction(LongTailed(SingleTask(), 3, "shuffled"), 0.5), PermutedDomains(2, share="split")):
+        try:
+            made.append(scenario(data, seed=chance.randint(0, 2**40), val_fraction=0.25).to_dict())
+        except ValueError as error:  # too few classes
+            made.append(str(error))
+print(hashlib.sha256(json.dumps(made).encode()).hexdigest())
+"""
+
+
+def test_a_class_that_a_tail_takes_out_of_a_task_leaves_its_validation_samples_too() -> None:
+    train = np.array([0, 1, 0, 2, 0, 0, 1, 0, 2, 2, 2, 1, 1, 1, 2, 1, 0, 2])
+    homes = np.array([0, 1, 1, 0, 0, 1, 0, 1, 1, 0, 0, 1, 0, 1, 1, 0, 0, 1])
+    pairs = np.arange(6)
+    catalogue = Catalogue(train, pairs // 2, ("", "1", "0"), homes, pairs % 2, ("x", "y"))
+    stream = LongTailed(DomainIncremental(), 3.0)(catalogue, seed=0, val_fraction=0.3)
+    stream.check(catalogue)
+    assert Stream.from_dict(stream.to_dict()) == stream
+
+
+def test_the_hash_seed_of_python_changes_no_stream() -> None:
+    digests = set()
+    for hash_seed in ("0", "1", "4294967295"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", PROBE, "30"]
+        digests.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(digests) == 1
+
+
+# ---------------------------------------------------------------------- memories
+
+
+class Scripted(Policy):
+    """A policy with keys given by the test."""
+
+    def __init__(self, policy: Policy, keys: tuple[int, ...]) -> None:
+        self.policy, self.script = policy, torch.tensor(keys)
+
+    def keys(self, count: int, seen: int, draw: Draw) -> Tensor:
+        return self.script[seen : seen + count]
+
+    def priority(self, keys: Tensor, labels: Tensor, tasks: Tensor) -> Tensor:
+        return self.policy.priority(keys, labels, tasks)
+
+
+def offer(memory: Memory, labels: list[int], step: int, start: int = 0) -> None:
+    """Add samples whose images tell their numbers."""
+    numbers = torch.arange(start, start + len(labels))
+    images = (numbers[:, None, None, None] >> torch.tensor([0, 8])[:, None, None]).to(torch.uint8)
+    memory.add(images, torch.tensor(labels, dtype=torch.int64), numbers % 3, Draw.of(len(labels), 7, step))
+
+
+def held(memory: Memory) -> list[int]:
+    images = memory.images.long()
+    return sorted((images[:, 0] + 256 * images[:, 1]).flatten().tolist()) if len(memory) else []
+
+
+def chances(total: int, size: int, batch: int, labels: list[int], policy: Policy) -> list[Fraction]:
+    """Exact probability that each sample is held, over all orders of the keys."""
+    times = [0] * total
+    for keys in itertools.permutations(range(total)):
+        memory = Memory(size, Scripted(policy, keys))
+        for start in range(0, total, batch):
+            offer(memory, labels[start : start + batch], start, start)
+        for number in held(memory):
+            times[number] += 1
+    return [Fraction(count, math.factorial(total)) for count in times]
+
+
+@pytest.mark.parametrize(("total", "size", "batch"), [(4, 1, 1), (4, 2, 3), (5, 3, 2), (5, 2, 5), (5, 4, 1)])
+def test_a_reservoir_holds_every_sample_with_exactly_the_same_probability(total: int, size: int, batch: int) -> None:
+    assert chances(total, size, batch, [0] * total, Reservoir()) == [Fraction(size, total)] * total
+
+
+def test_a_balanced_memory_is_exactly_uniform_within_each_class() -> None:
+    labels = [0, 0, 0, 1, 1]
+    found = chances(5, 3, 2, labels, ClassBalanced())
+    assert found[:3] == [found[0]] * 3
+    assert found[3:] == [found[3]] * 2
+    assert sum(found) == 3
+    assert Fraction(1, 3) < found[0] < Fraction(2, 3)  # each class has one sample, and one of them the third
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.lists(st.integers(0, 4), min_size=1, max_size=12)),
+        st.tuples(st.just("replace"), st.lists(st.integers(0, 4), min_size=1, max_size=6)),
+        st.tuples(st.just("resize"), st.integers(0, 12)),
+        st.tuples(st.just("reduce"), st.integers(0, 4)),
+        st.tuples(st.just("restore"), st.none()),
+    ),
+    min_size=1,
+    max_size=10,
+)
+
+
+@cases(60)
+@given(st.integers(0, 12), st.sampled_from([Reservoir, ClassBalanced, Ring, Herding]), OPERATIONS)
+def test_a_memory_never_holds_more_than_its_size_whatever_is_done_to_it(
+    size: int, policy: type[Policy], operations: list[tuple[str, Any]]
+) -> None:
+    memory, plain, offered = Memory(size, policy()), Memory(size, policy()), 0  # the plain one is never restored
+    labels: list[int] = []
+    for step, (name, argument) in enumerate(operations):
+        for each in (memory, plain):
+            if name == "add":
+                offer(each, argument, step, offered)
+            elif name == "replace":
+                numbers = torch.arange(offered, offered + len(argument))
+                images = (numbers[:, None, None, None] >> torch.tensor([0, 8])[:, None, None]).to(torch.uint8)
+                each.replace(images, torch.tensor(argument), numbers % 3, Draw.of(len(argument), 7, step))
+            elif name == "resize":
+                each.resize(argument)
+            elif name == "reduce":
+                each.reduce_per_class(argument)
+        if name in ("add", "replace"):
+            offered += len(argument)
+            labels += argument
+        if name == "restore":
+            file = io.BytesIO()
+            torch.save(memory.state_dict(), file)
+            file.seek(0)
+            memory = Memory(3, policy())
+            memory.load_state_dict(torch.load(file, weights_only=True))
+        assert len(memory) <= memory.size
+        assert int(memory.counts().sum()) == len(memory)
+        numbers_held = held(memory)
+        assert len(set(numbers_held)) == len(numbers_held) == len(memory)
+        assert all(number < offered for number in numbers_held)
+        images = memory.images.long()
+        where = (images[:, 0] + 256 * images[:, 1]).flatten().tolist() if len(memory) else []
+        assert memory.labels.tolist() == [labels[number] for number in where]
+        assert held(plain) == numbers_held
+        assert plain.keys.tolist() == memory.keys.tolist()
+
+
+# ---------------------------------------------------------------------- measures
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> list[Row]:
+    """Evaluations after each task of a stream of one to five, with tasks and classes that have no test samples."""
+    count = draw(st.integers(1, 5))
+    classes = draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
+    classes[0] = max(classes[0], 1)
+    found = []
+    for t in range(count):
+        columns = sum(classes[: t + 1])
+        owner = [task for task in range(t + 1) for _ in range(classes[task])]
+        cells = draw(st.lists(st.integers(0, 9), min_size=columns**2, max_size=columns**2))
+        confusion = torch.tensor(cells).reshape(columns, columns)
+        if draw(st.booleans()):
+            confusion[draw(st.integers(0, columns - 1))] = 0
+        totals, correct, aware = (torch.zeros(t + 1, dtype=torch.int64) for _ in range(3))
+        for column, task in enumerate(owner):
+            totals[task] += confusion[column].sum()
+            correct[task] += confusion[column, column]
+            aware[task] += min(int(confusion[column, column]) + draw(st.integers(0, 5)), int(confusion[column].sum()))
+        ends = [max(sum(classes[: k + 1]), 1) for k in range(t + 1)]
+        prefix = torch.tensor([draw(st.floats(0, 1)) for _ in ends], dtype=torch.float64)
+        ece = torch.tensor(draw(st.lists(st.floats(0, 1), min_size=t + 1, max_size=t + 1)), dtype=torch.float64)
+        ece[totals == 0] = math.nan
+        found.append(Row(totals, correct, aware, prefix, confusion, ece))
+    return found
+
+
+SIGNED = ("forgetting", "transfer", "drop")
+
+
+@cases(100)
+@given(rows(), st.booleans())
+def test_all_measures_of_a_run_stay_within_their_bounds(found: list[Row], started: bool) -> None:
+    matrix = AccuracyMatrix()
+    if started:
+        matrix.fill(-1, Row(found[-1].totals, found[-1].correct // 2, found[-1].correct_task_aware // 2))
+    for t, row in enumerate(found):
+        matrix.fill(t, row)
+    for t in range(matrix.learned):
+        for name, value in matrix.measures(t).items():
+            low = -1 if any(part in name for part in SIGNED) else 0
+            assert low - 1e-9 <= value <= 1 + 1e-9, name
+    known = matrix.per_class[~matrix.per_class.isnan()]
+    assert ((known >= 0) & (known <= 1)).all()
+    again = AccuracyMatrix.from_dict(json.loads(json.dumps(matrix.to_dict(), allow_nan=False)))
+    assert all(again.measures(t) == matrix.measures(t) for t in range(matrix.learned))
+
+
+@cases(60)
+@given(st.integers(1, 4), st.integers(1, 9), st.data())
+def test_measures_of_curves_stay_within_their_bounds(tasks: int, points: int, data: st.DataObject) -> None:
+    shares = st.floats(0, 1) | st.just(math.nan)
+    values = data.draw(st.lists(shares, min_size=tasks * points, max_size=tasks * points))
+    curves = torch.tensor(values, dtype=torch.float64).reshape(points, tasks)
+    ends = torch.tensor(sorted(data.draw(st.lists(st.integers(0, points - 1), min_size=tasks, max_size=tasks))))
+    beta, window = data.draw(st.integers(1, 12)), data.draw(st.integers(2, 12))
+    sizes = torch.arange(1.0, points + 1)
+    for value in (
+        measures.min_accuracy(curves, ends),
+        measures.worst_case_accuracy(curves, ends),
+        measures.windowed_forgetting(curves, window),
+        measures.windowed_plasticity(curves[:, 0], window),
+        measures.average_anytime_accuracy(curves[:, 0]),
+        measures.lca(curves, ends, beta),
+        measures.area_under_budget(sizes, curves[:, 0]) / max(points - 1, 1),
+    ):
+        assert math.isnan(value) or -1e-9 <= value <= 1 + 1e-9
+
+
+# ---------------------------------------------------------------------- damaged files
+
+
+def manifest() -> tuple[Stream, Catalogue]:
+    catalogue = Catalogue(np.arange(18) % 3, np.arange(6) % 3, ("a", "b|", "<c>"))
+    scenario = LabelFraction(ClassIncremental(sizes=[1, 2]), fraction=0.5)
+    return scenario(catalogue, seed=3, val_fraction=0.2), catalogue
+
+
+MANIFEST = json.dumps(manifest()[0].to_dict()).encode()
+
+
+@cases(100)
+@given(st.one_of(damaged(MANIFEST), mangled(lambda: json.loads(MANIFEST)).map(lambda data: json.dumps(data).encode())))
+def test_a_damaged_manifest_gives_a_stream_of_the_data_or_a_clear_error(folder: Path, content: bytes) -> None:
+    path = folder / "damaged.json"
+    path.write_bytes(content)
+    stream, catalogue = manifest()
+    try:
+        found = Stream.load(path)
+        found.check(catalogue)
+    except ValueError as error:
+        check_told(error)
+        return
+    # What survives is a stream of the same samples, that can be written again.
+    assert found.hashes == stream.hashes
+    found.save(path)
+    assert Stream.load(path) == found
+
+
+@pytest.mark.parametrize(
+    ("scenario", "problem"),
+    [
+        ('{"x": 1e999}', "scenario: holds a number that is not finite"),
+        ('{"x": ' + "[" * 990 + "]" * 990 + "}", "nested too deeply"),
+    ],
+)
+def test_a_manifest_that_could_not_be_written_again_is_told(tmp_path: Path, scenario: str, problem: str) -> None:
+    data = {**json.loads(MANIFEST), "scenario": "HERE"}
+    (tmp_path / "stream.json").write_text(json.dumps(data).replace('"HERE"', scenario))
+    with pytest.raises(ValueError, match=rf"stream\.json: .*{problem}"):
+        Stream.load(tmp_path / "stream.json")
+
+
+def test_numbers_beyond_all_bounds_in_a_manifest_are_told() -> None:
+    for name in ("passes", "batch_size"):
+        with pytest.raises(ValueError, match=f"{name}: is beyond 64 bits"):
+            Stream.from_dict({**json.loads(MANIFEST), name: 10**30})
+
+
+@cases(50)
+@given(st.sampled_from([b"[[1, 2], [3, 4]]", b"1 2\n3, 4  # two\n"]).flatmap(damaged))
+def test_damaged_lists_of_indices_give_lists_or_a_clear_error(folder: Path, content: bytes) -> None:
+    path = folder / "lists"
+    path.write_bytes(content)
+    with contextlib.suppress(ValueError):
+        assert all(type(index) is int for items in read_lists(str(path)) for index in items)
+
+
+RESULTS = json.dumps(run_content(tasks=2)).encode()
+OTHER = json.dumps(run_content("cl_lightning.strategies.baselines.finetune.Finetune", tasks=2)).encode()
+
+
+@cases(15)
+@given(
+    st.one_of(damaged(RESULTS), mangled(lambda: json.loads(RESULTS)).map(lambda data: json.dumps(data).encode())),
+    st.sampled_from(command.FORMATS),
+    st.booleans(),
+)
+def test_damaged_results_are_reported_or_told_in_a_line(folder: Path, content: bytes, form: str, two: bool) -> None:
+    for name, data in (("one", content), ("two", OTHER)):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "results.json").write_bytes(data)
+    runs = [str(folder / "one"), *([str(folder / "two")] if two else [])]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = command.main([*runs, "--format", form, "--output", str(folder / "report.html")])
+    assert code in (0, 2)
+    assert code == 0 or (not two and err.getvalue().count("\n") == 1)
+    out.getvalue().encode()
+
+
+def arrays() -> dict[str, np.ndarray]:
+    chance = np.random.default_rng(0)
+    return {
+        "x_train": chance.integers(0, 256, (12, 4, 4), dtype=np.uint8),
+        "y_train": np.arange(12) % 4,
+        "x_test": chance.integers(0, 256, (8, 4, 4), dtype=np.uint8),
+        "y_test": np.arange(8) % 4,
+        "class_names": np.array(["a", "b", "c", "d"]),
+    }
+
+
+def archive(parts: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as made:
+        for name, part in parts.items():
+            made.writestr(zipfile.ZipInfo(name), part)  # without the time of day
+    return file.getvalue()
+
+
+def parts() -> dict[str, bytes]:
+    """The members of the archive, as numpy writes them."""
+    found = {}
+    for key, array in arrays().items():
+        file = io.BytesIO()
+        np.save(file, array)
+        found[f"{key}.npy"] = file.getvalue()
+    return found
+
+
+@st.composite
+def archives(draw: st.DrawFn) -> bytes:
+    """Damaged as a whole, in one member (with a checksum that fits), or with other arrays in it."""
+    kind = draw(st.sampled_from(["bytes", "header", "arrays"]))
+    if kind == "bytes":
+        return draw(damaged(archive(parts())))
+    made, key = parts(), draw(st.sampled_from(sorted(parts())))
+    if kind == "header":
+        made[key] = draw(damaged(made[key][:128])) + made[key][128:]
+        return archive(made)
+    dtype = draw(st.sampled_from(["?", "i1", "u8", ">i4", "f2", "f8", "c8", "S3", "U2", "V2", "M8[s]", "m8[s]", "O"]))
+    shape = tuple(draw(st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 8, 12]), max_size=5)))
+    file = io.BytesIO()
+    array = np.full(shape, draw(st.sampled_from([0, 1, 200, 127]))).astype(dtype)
+    np.save(file, array, allow_pickle=True)
+    made[key] = file.getvalue()
+    if draw(st.booleans()):
+        del made[draw(st.sampled_from(sorted(made)))]
+    return archive(made)
+
+
+@cases(150)
+@given(archives())
+def test_a_damaged_archive_of_arrays_is_learnt_from_or_told(folder: Path, content: bytes) -> None:
+    path = folder / "data.npz"
+    path.write_bytes(content)
+    data = NpzData(str(path), scenario=ClassIncremental(increment=1))
+    try:
+        data.make_stream(0)
+    except ValueError as error:
+        check_told(error)
+        return
+    assert data.samples(train=True).take(torch.tensor([0])).dtype == torch.uint8
+
+
+def test_an_archive_that_asks_for_more_memory_than_there_is_is_told(tmp_path: Path) -> None:
+    made = parts()
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000, 1000, 1000), }".ljust(117) + b"\n"
+    made["x_train.npy"] = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(100)
+    (tmp_path / "data.npz").write_bytes(archive(made))
+    with pytest.raises(ValueError, match=r"data\.npz: x_train is damaged \(.*llocate"):
+        NpzData(str(tmp_path / "data.npz")).make_stream(0)
+
+
+# ---------------------------------------------------------------------- configurations
+
+CONFIG: dict[str, Any] = {
+    "seed_everything": 3,
+    "trainer": {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "callbacks": [{"class_path": "EMAEnsemble", "init_args": {"momentum": 0.9}}],
+    },
+    "model": {
+        "class_path": "ER",
+        "init_args": {
+            "memory_size": 20,
+            "policy": {"class_path": "ClassBalanced", "init_args": {"by": "class"}},
+            "backbone": {"class_path": "MLP", "init_args": {"hidden": [8]}},
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
+        },
+    },
+    "data": {
+        "class_path": "Digits",
+        "init_args": {
+            "batch_size": 32,
+            "val_fraction": 0.1,
+            "scenario": {"class_path": "ClassIncremental", "init_args": {"tasks": 5, "class_order": "random"}},
+            "transforms": [{"class_path": "RandomCrop", "init_args": {"padding": 1}}],
+        },
+    },
+    "loop": {"stop_after_task": 1, "phase_epochs": {"train": 1}},
+}
+TEXT = yaml.safe_dump(CONFIG).encode()
+TALE = st.sampled_from(
+    ["${x", "${seed_everything}", "${nosuch.key}", "${loop", "a.b.c", "os.system", "builtins.eval", "Nosuch", "1e999"]
+)
+
+
+@pytest.fixture
+def built(monkeypatch, tmp_path) -> Iterator[list[bool]]:
+    """Runs of ``fit`` end where training would begin; tells of each whether it came so far."""
+    from cl_lightning import commands
+
+    reached: list[bool] = []
+
+    def prepare(self: commands.ContinualCLI) -> None:
+        self._make_loop()
+        self.datamodule.make_stream(0)
+        reached.append(True)
+
+    monkeypatch.setattr(commands.ContinualCLI, "act", prepare)
+    monkeypatch.chdir(tmp_path)
+    return reached
+
+
+def fit(content: bytes | str) -> tuple[int, str]:
+    """Exit code of ``fit`` with a configuration, and what it says on standard error."""
+    Path("config.yaml").write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main(["fit", "--config", "config.yaml", "--run_dir", "run"])
+    shutil.rmtree("run", ignore_errors=True)
+    return code, err.getvalue()
+
+
+def check_fit(content: bytes | str) -> None:
+    code, said = fit(content)
+    assert code in (0, 2), said
+    if code == 2:
+        assert said.startswith("error: ")
+        assert said.count("\n") == 1
+        assert len(said) <= 310
+        said.encode()
+
+
+def test_the_configuration_that_is_damaged_below_is_right(built) -> None:
+    assert fit(TEXT) == (0, "")
+    assert built == [True]
+
+
+@cases(15)
+@given(st.one_of(damaged(TEXT), mangled(lambda: copy.deepcopy(CONFIG), JUNK | TALE)))
+def test_a_damaged_configuration_is_accepted_or_told_in_a_line(built, content: Any) -> None:
+    check_fit(content if isinstance(content, bytes) else json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("a: &a [*a]", "the configuration is nested too deeply, or holds itself"),
+        ("model: &m {class_path: ER, init_args: *m}", "the configuration is nested too deeply, or holds itself"),
+        ("trainer: null", "trainer: None is not allowed; give keys with their values, or leave it out"),
+        ("loop: 3", "loop: 3 is not allowed; give keys with their values, or leave it out"),
+        ("trainer: [1]", "trainer: "),
+        ("trainer: {max_epochs: '${x'}", "trainer.max_epochs: "),
+        ("trainer: {max_epochs: '${loop.nosuch}'}", "refer to another key by its whole name, as ${loop.keep_tasks}"),
+        ("model: !!python/object/apply:os.mkdir ['hacked']", "could not determine a constructor for the tag"),
+        ("trainer: {logger: {class_path: Nosuch}}", "there is no class 'Nosuch'; there are CSVLogger"),
+        ('model: "a\\e[31m.b"', "model: "),
+    ],
+)
+def test_configurations_that_once_ended_in_a_traceback_are_told(built, content: str, told: str) -> None:
+    check_fit(content)
+    code, said = fit(content)
+    assert code == 2
+    assert told in said
+    assert "\x1b" not in said
+    assert not Path("hacked").exists()
+
+
+def test_results_are_shown_whatever_the_names() -> None:
+    data = run_content(tasks=2)
+    data["tasks"][0]["name"], data["tasks"][1]["name"] = "[/x]", "\x1b[31m\ud800[b]"
+    file = io.StringIO()
+    from rich.console import Console
+
+    results.show(data, Console(file=file, width=200))
+    assert "0 [/x]" in file.getvalue()
+    assert "1 \ufffd[31m\ufffd[b]" in file.getvalue()
+    file.getvalue().encode()
