@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import set_parsing_settings
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -30,13 +32,14 @@ from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.finite import NotFiniteError
 from cl_lightning.loop import LoopOptions, TaskLoop
 from cl_lightning.parsing import Parser, explain, shorten
-from cl_lightning.stopping import Interrupted, is_lost_peer, requeue
+from cl_lightning.stopping import Interrupted, is_lost_peer, requeue, slurm_job
 from cl_lightning.strategy import ContinualStrategy
 
 DEFAULTS = {"model": "ER", "data": "Digits"}
 """Classes where neither an option nor a config names one: the quickstart."""
 
 _RUN_DIR = "CL_LIGHTNING_RUN_DIR"
+_FIRST = "CL_LIGHTNING_FIRST_PROCESS"
 
 _NOISE = (
     r".*does not have many workers.*",  # data in memory need none
@@ -290,14 +293,17 @@ def run(arguments: list[str]) -> int:
     try:
         with process_arguments(complete(arguments)):
             cli = ContinualCLI()
-            cli.act()
+            _TellsOfLostProcesses(cli)
+            with _ends_with_parent(cli):
+                cli.act()
     except Interrupted as stop:
         if not is_follower():
             path = shlex.quote(str(shown(stop.path)))
             print(f"stopped; go on with: {PROGRAM} fit --ckpt_path {path}", file=sys.stderr)
             if (outcome := requeue(stop.signum)) is not None:
                 print(outcome, file=sys.stderr)
-        return 128 + stop.signum
+        # Lightning kills the first process where one that it has started ends with another code.
+        return 0 if _was_started_by_another() else 128 + stop.signum
     except (NotFiniteError, checkpoints.WriteError) as error:
         if not is_follower():  # the others say the same
             print(f"error: {told(error)}", file=sys.stderr)
@@ -305,11 +311,7 @@ def run(arguments: list[str]) -> int:
     except RuntimeError as error:
         if not is_lost_peer(error) or os.environ.get("CL_LIGHTNING_TRACEBACK"):
             raise
-        where = f" --run_dir {shlex.quote(str(shown(cli.run_dir)))}" if cli is not None else ""
-        print(
-            f"error: another process of this run has ended; go on with: {PROGRAM} fit{where} --ckpt_path last",
-            file=sys.stderr,
-        )
+        print(_lost(cli), file=sys.stderr)
         return 1
     except (ValueError, OSError, MisconfigurationException) as error:
         started = cli is not None and cli.loop is not None and cli.loop.started
@@ -317,6 +319,53 @@ def run(arguments: list[str]) -> int:
             raise
         fail(told(error))
     return 0
+
+
+def _lost(cli: ContinualCLI | None) -> str:
+    where = f" --run_dir {shlex.quote(str(shown(cli.run_dir)))}" if cli is not None else ""
+    return f"error: another process of this run has ended; go on with: {PROGRAM} fit{where} --ckpt_path last"
+
+
+def _was_started_by_another() -> bool:
+    """Whether the first process of this run has started this one, and not torchrun or SLURM."""
+    return is_follower() and not TorchElasticEnvironment.detect() and slurm_job() is None
+
+
+@contextmanager
+def _ends_with_parent(cli: ContinualCLI) -> Iterator[None]:
+    """End this process within a second of the one that has started it: it would wait for that one for half an hour."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(1.0):
+            if str(os.getppid()) != os.environ.get(_FIRST):
+                print(_lost(cli), file=sys.stderr, flush=True)
+                os._exit(1)
+
+    if not is_follower():
+        os.environ[_FIRST] = str(os.getpid())  # for those that this one starts
+    elif _was_started_by_another() and _FIRST in os.environ:
+        threading.Thread(target=watch, daemon=True, name="parent-observer").start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+class _TellsOfLostProcesses(logging.Handler):
+    """Says in one line what Lightning says of a process that it started, before it kills all others."""
+
+    def __init__(self, cli: ContinualCLI) -> None:
+        super().__init__(logging.INFO)
+        self._cli = cli
+        logger = logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "terminated with code" in record.getMessage():
+            print(_lost(self._cli), file=sys.stderr, flush=True)
 
 
 def complete(arguments: list[str]) -> list[str]:

@@ -33,23 +33,28 @@ class MetricsFile(Logger):
     """Logs to one CSV file over a whole stream: a row per step, in order of steps, with a column for each name.
 
     New names make new columns, as tasks come that have curves of their own. Lightning's ``CSVLogger`` would begin a new
-    file when a run is resumed; here the rows up to the step at which it goes on stay, and later ones, which are
-    measured again, go.
+    file when a run is resumed; here the rows that were there at the checkpoint stay, and later ones, which are measured
+    again, go.
 
     Args:
         path: The file.
-        keep: Step up to which the rows of an earlier file are kept; None to begin a new file.
+        keep: Rows of an earlier file that are kept, by their number; None to begin a new file.
+        up_to: Step up to which rows are kept.
+
+    Attributes:
+        written: Rows that the file has.
     """
 
     _FLUSH = 256  # rows that are held back at most
 
-    def __init__(self, path: str | Path, keep: int | None = None) -> None:
+    def __init__(self, path: str | Path, keep: int | None = None, up_to: int | None = None) -> None:
         super().__init__()
+        self.written = 0
         self.path = Path(path)
         self.columns = ["step"]
         self.rows: list[dict[str, str]] = []  # not written yet
         if getattr(rank_zero_only, "rank", 0) == 0:
-            self._begin(keep)
+            self._begin(keep, up_to)
 
     @property
     def name(self) -> str:
@@ -87,6 +92,7 @@ class MetricsFile(Logger):
         seen = set(self.columns)
         new = [name for row in self.rows for name in row if name not in seen and not seen.add(name)]  # type: ignore[func-returns-value]
         rows, self.rows = self.rows, []
+        self.written += len(rows)
         if new or not self.path.exists():
             earlier = self._read()
             self.columns += new
@@ -99,12 +105,14 @@ class MetricsFile(Logger):
     def finalize(self, status: str) -> None:
         self.save()
 
-    def _begin(self, keep: int | None) -> None:
-        if keep is not None and self.path.exists():
-            earlier = [row for row in self._read() if row["step"].isdigit() and int(row["step"]) <= keep]
-            self._rewrite(earlier)
-        else:
+    def _begin(self, keep: int | None, up_to: int | None) -> None:
+        if (keep is None and up_to is None) or not self.path.exists():
             self.path.unlink(missing_ok=True)
+            return
+        rows = [row for row in self._read()[:keep] if row["step"].isdigit()]
+        rows = [row for row in rows if up_to is None or int(row["step"]) <= up_to]
+        self.written = len(rows)
+        self._rewrite(rows)
 
     def _last_step(self) -> int:
         return int(self.rows[-1]["step"]) if self.rows else 0
@@ -156,11 +164,11 @@ class LiveViews(ContinualCallback):
 
     # ------------------------------------------------------------------ open and close
 
-    def open(self, resumed: bool) -> None:
+    def open(self, saved: Mapping[str, Any] | None) -> None:
         """Prepare the loggers, before the first task.
 
         Args:
-            resumed: Whether the run goes on from a checkpoint.
+            saved: The part ``cl_lightning`` of the checkpoint that the run goes on from; None where it begins.
 
         Raises:
             ValueError: If a W&B run cannot be started.
@@ -170,10 +178,11 @@ class LiveViews(ContinualCallback):
             path = loop.run_dir / "metrics.csv"
             others = [logger for logger in trainer.loggers if not _writes(logger, path)]
             # At the end, so that `trainer.logger` stays the one that was asked for.
-            trainer.loggers = [*others, MetricsFile(path, keep=trainer.global_step if resumed else None)]
+            kept = {} if saved is None else {"keep": saved.get("rows"), "up_to": trainer.global_step}
+            trainer.loggers = [*others, MetricsFile(path, **kept)]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-                self._open_wandb(logger, resumed)
+                self._open_wandb(logger, saved is not None)
 
     def __enter__(self) -> "LiveViews":
         return self
@@ -229,6 +238,7 @@ class LiveViews(ContinualCallback):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
                 logger.save()  # so that the file is not behind the checkpoint
+                checkpoint["cl_lightning"]["rows"] = logger.written
 
     def task_done(self, task: Task) -> None:
         """Log a task that is learnt and evaluated; called on all processes."""

@@ -183,7 +183,7 @@ class TaskLoop:
             raise ValueError(f"loop: stop_after_task is {stop}; the stream has {count} tasks, so at most {count - 1}")
         self._check_phases()
         with self.stop_request.listening(), self.views, closing(self.datamodule):
-            self._write_start(path)
+            self._write_start(path, saved)
             for task in self.stream.tasks[self.place.task + self.place.done :]:
                 self._run_task(task, path if saved is not None and task.index == self.place.task else None)
                 saved = None
@@ -232,8 +232,11 @@ class TaskLoop:
         strategy.progress = self._standing(task, self.place.phase)
         for index in range(self.place.phase, len(self._phases)):
             self._run_phase(task, index, resume if self.place.running else None)
+            # Here, when all that callbacks do and log at the end of a fit is done.
             if self.stop_request.made(now=True):
                 self.stop()
+            if self.save_is_due():
+                self.save(needed=False)
         self._driver.closing = task
         self._evaluate(task)
         self.place = Place(task.index, len(self._phases), origin=self.trainer.current_epoch, done=True)
@@ -489,8 +492,8 @@ class TaskLoop:
         due = time.monotonic() - self._last_save >= self.options.save_every_seconds
         return bool(self.trainer.strategy.broadcast(due)) if distributed.is_distributed() else due
 
-    def _write_start(self, resumed: Path | None) -> None:
-        self.views.open(resumed is not None)
+    def _write_start(self, resumed: Path | None, saved: Mapping[str, Any] | None) -> None:
+        self.views.open(saved["cl_lightning"] if saved is not None else None)
         if self.run_dir is not None and self.trainer.is_global_zero:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             sealed.clear_torn(self._last.parent)
@@ -582,13 +585,10 @@ class _Driver(Callback):
         loop, place = self.loop, self.loop.place
         loop.meter.enter("statistics")
         loop._seed(place.task, place.phase, 1)  # the last step has left the generators where this process's draws ended
-        loop.strategy.on_train_end()  # loss terms are logged before a checkpoint, not after it
         loop.strategy.end_phase(loop.strategy.phase)
         loop.place = Place(place.task, place.phase + 1, origin=trainer.current_epoch)
         self._mid_epoch = False
         loop.meter.enter(None)
-        if loop.save_is_due():
-            loop.save(needed=False)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.closing is not None:

@@ -344,6 +344,13 @@ class ContinualStrategy(LightningModule):
         return self.trainer.current_epoch - self.phase_origin
 
     @property
+    def first_sight(self) -> bool:
+        """Whether the samples of this step are new: in the first epoch of a phase, and of an online stream that takes
+        several steps on each batch, in the first of them."""
+        passes: int = self._datamodule.stream.passes
+        return self.epoch == 0 and self.trainer.fit_loop.epoch_loop.batch_idx % passes == 0
+
+    @property
     def prototypes(self) -> Any:
         """Class means of a head that keeps them (``PrototypeHead``)."""
         prototypes = getattr(self.network.head, "prototypes", None)

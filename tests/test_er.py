@@ -7,7 +7,10 @@ from callback_runs import assert_same_run, plain_net, run, sgd
 from cl_lightning.memory import ClassBalanced
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.baselines.joint import Joint
+from cl_lightning.strategies.online.pcr import PCR
+from cl_lightning.strategies.rehearsal.derpp import DERpp
 from cl_lightning.strategies.rehearsal.er import ER
+from cl_lightning.strategies.rehearsal.gem import AGEM
 from cl_lightning.stream import ClassIncremental, Online
 
 ER_SMALL = partial(ER, backbone=plain_net, optimizer=sgd)
@@ -73,6 +76,14 @@ def test_an_online_stream_can_take_several_steps_on_each_batch():
     data = {"scenario": Online(ClassIncremental(sizes=[4, 3, 3]), batch_size=20, passes=3)}
     made = run(ER_SMALL(memory_size=60), data=data)
     assert made.trainer.global_step == 3 * sum(-(-len(part) // 20) for part in made.stream.train)
+
+
+@pytest.mark.parametrize("strategy", [ER, PCR, AGEM, partial(DERpp, feed="first")])
+def test_several_steps_on_a_batch_offer_its_samples_once(strategy):
+    scenario = Online(ClassIncremental(sizes=[4, 3, 3]), batch_size=20, passes=3)
+    options = {"backbone": plain_net, "optimizer": sgd, "memory_size": 30}
+    made = run(strategy(**options), data={"scenario": scenario}, limit_train_batches=9)
+    assert int(made.strategy.memory.num_seen) == 3 * 3 * 20
 
 
 def test_the_joint_mean_and_the_sum_of_means_differ_as_told():

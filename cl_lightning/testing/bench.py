@@ -359,7 +359,12 @@ def run(
                 **options,
             }
         )
-        every = LoopOptions(save_every_n_steps=1, save_every_seconds=0.0, stop_after_task=last_task)
+        every = LoopOptions(
+            save_every_n_steps=1,
+            save_every_seconds=0.0,
+            stop_after_task=last_task,
+            nan_loss="ignore",  # for a check to find
+        )
         loop = _Loop(
             trainer, strategy, data, options=every, run_dir=folder, seed=subject.seed, kill_at=kill_at, probe=probe
         )

@@ -134,5 +134,5 @@ class PCR(ContinualStrategy):
         return {"pcr": proxy_contrastive(output.logits, batch.labels, self._counts)}
 
     def observe(self, batch: Batch) -> None:
-        if self.epoch == 0:
+        if self.first_sight:
             self.memory.add(batch.raw, batch.labels, batch.tasks, batch.draw)

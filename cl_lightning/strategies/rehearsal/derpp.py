@@ -114,7 +114,7 @@ class DERpp(ContinualStrategy):
         return terms
 
     def observe(self, batch: Batch) -> None:
-        if {"every": True, "first": self.epoch == 0, "last": self.epoch == self.phase_epochs - 1}[self.feed]:
+        if {"every": True, "first": self.first_sight, "last": self.epoch == self.phase_epochs - 1}[self.feed]:
             logits = self._logits
             if logits is None:  # this process has no rows in this step, but takes part in the exchange
                 logits = torch.zeros(0, self.network.head.num_columns, device=self.device)

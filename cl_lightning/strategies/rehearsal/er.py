@@ -86,7 +86,7 @@ class ER(ContinualStrategy):
         }
 
     def observe(self, batch: Batch) -> None:
-        if self.mix == "step" and self.epoch == 0:
+        if self.mix == "step" and self.first_sight:
             self._offer(batch)
 
     def end_task(self, task: Task) -> None:

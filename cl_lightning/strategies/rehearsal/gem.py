@@ -177,7 +177,7 @@ class _EpisodicMemory(ContinualStrategy):
         return all_sum(gradient)
 
     def observe(self, batch: Batch) -> None:
-        if self.epoch == 0:
+        if self.first_sight:
             self.memory.add(batch.raw, batch.labels, batch.tasks, batch.draw)
 
     def _trained(self) -> Iterator[nn.Parameter]:
