@@ -6,6 +6,7 @@ information, a moving average) still points at them. A head takes its shape from
 
 import math
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -34,6 +35,8 @@ class Head(nn.Module):
 
     needs_statistics = False
     """Whether the head learns from a pass over the task's features at the end of a task (``fit_features``)."""
+    needs_all_rows: bool = False
+    """Whether each process gives ``fit_features`` the features of all, in the order of the data set, not its share."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -74,7 +77,7 @@ class Head(nn.Module):
         """Learn from the features of the task that ends; asked for where ``needs_statistics``.
 
         Args:
-            features: Un-augmented features of this process's share, ``(n, d)``.
+            features: Un-augmented features of this process's share, ``(n, d)``; of all with ``needs_all_rows``.
             labels: Their columns, int64 ``(n,)``.
         """
 
@@ -82,13 +85,16 @@ class Head(nn.Module):
         return [cast(Tensor, block.weight) for block in self.blocks]
 
     def _append(self, block: nn.Module) -> None:
-        like = next(self.parameters(), None)
-        self.blocks.append(block if like is None else block.to(like.device))
+        self.blocks.append(block.to(self._device()))
+
+    def _device(self) -> torch.device:
+        like = next(chain(self.parameters(), self.buffers()), None)
+        return torch.device("cpu") if like is None else like.device
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         sizes = _num_blocks(state_dict, prefix)
         if sizes != self.block_sizes():
-            device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+            device = self._device()
             with torch.random.fork_rng(devices=[]):  # the values drawn here are overwritten at once
                 self.blocks = nn.ModuleList(self.new_block(size).to(device) for size in sizes)
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]

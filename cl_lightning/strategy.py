@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cl_lightning.backbones import MLP, Backbone, ImageShape
 from cl_lightning.batch import Batch, mix
+from cl_lightning.closed_form import ClosedFormHead
 from cl_lightning.distributed import all_gather_rows, all_names, all_sum, rank, world_size
 from cl_lightning.features import FeaturePool
 from cl_lightning.heads import Head, LinearHead
@@ -188,8 +189,9 @@ class ContinualStrategy(LightningModule):
 
     def end_task(self, task: Task) -> None:
         """Remember what the next tasks need; in eval mode, on the device. The base fits heads that are not trained."""
-        if self.network.head.needs_statistics:
-            self.network.head.fit_features(*self.features())
+        head = self.network.head
+        if head.needs_statistics:
+            head.fit_features(*(self.all_features() if head.needs_all_rows else self.features()))
 
     def phases(self, task: Task) -> list[Phase]:
         """The fits of a task, in order; none for a method that only takes statistics."""
@@ -362,7 +364,8 @@ class ContinualStrategy(LightningModule):
     def bytes_kept(self) -> dict[str, int]:
         """What is kept from task to task beside the network, in bytes by kind."""
         kept: dict[str, int] = {}
-        kinds = {Memory: "exemplars", Teacher: "teachers", Importance: "importance", Prototypes: "prototypes"}
+        kinds: dict[type[nn.Module], str] = {Memory: "exemplars", Teacher: "teachers", Importance: "importance"}
+        kinds |= {Prototypes: "prototypes", ClosedFormHead: "statistics"}
         for module in self.modules():
             if (kind := next((kind for cls, kind in kinds.items() if isinstance(module, cls)), None)) is not None:
                 kept[kind] = kept.get(kind, 0) + module.num_bytes()  # type: ignore[operator]
