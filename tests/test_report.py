@@ -18,7 +18,7 @@ from rich.console import Console
 from cl_lightning import cli, measures, results
 from cl_lightning.measures import AccuracyMatrix, Row
 from cl_lightning.report import cards, command, comparison, page, runs, statistics, tables
-from cl_lightning.report.comparison import LAST, compare, pareto
+from cl_lightning.report.comparison import LAST, comparable, compare, pareto
 from cl_lightning.report.runs import Run, UnusableRunError
 
 FINETUNE = "cl_lightning.strategies.baselines.finetune.Finetune"
@@ -435,6 +435,12 @@ def test_runs_are_grouped_by_configuration_without_seed_and_bookkeeping():
         ("ER memory_size=50", 1),
     ]
     assert compared.baseline is compared.groups[0]
+
+
+def test_settings_that_had_no_effect_and_that_older_runs_lack_do_not_part_runs():
+    old = {"model.class_path": "ER", "loop.keep_tasks": "last"}
+    assert comparable({**old, "loop.keep_last": "2", "loop.nan_loss": "stop"}) == comparable(old)
+    assert comparable({**old, "loop.nan_loss": "skip"}) != comparable(old)
 
 
 def test_a_repeated_seed_counts_once_and_is_told():

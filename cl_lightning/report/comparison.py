@@ -14,9 +14,10 @@ _SEEDS = ("seed_everything", "data.init_args.seed")
 _BOOKKEEPING = re.compile(  # cannot change a result
     r"trainer\.(logger|profiler|enable_progress_bar|enable_model_summary|enable_checkpointing|default_root_dir"
     r"|log_every_n_steps|num_sanity_val_steps|enable_autolog_hparams|barebones)(\.|$)"
-    r"|loop\.(save_every_n_steps|save_every_seconds|keep_tasks|stop_after_task)$"
+    r"|loop\.(save_every_n_steps|save_every_seconds|keep_last|keep_tasks|stop_after_task)$"
     r"|data\.init_args\.(root|workers|in_memory)$"
 )
+_UNUSED = {("loop.nan_loss", "stop")}  # a run that goes on has not met it, nor one of a version without it
 _MEMORY = re.compile(r"(^|[._])(memory_size|buffer_size|exemplars_per_class|memory_per_class)$")
 _SHARED_OPTIONS = re.compile(  # options of a strategy that every strategy has, and that are no part of a method
     r"model\.init_args\.(backbone|optimizer|scheduler|first_optimizer|first_scheduler|freeze_backbone)(\.|$)"
@@ -205,7 +206,11 @@ def compare(runs: Sequence[Run], problems: Sequence[Problem] = (), baseline: str
 
 def comparable(config: Mapping[str, str]) -> dict[str, str]:
     """The fields of a configuration that decide what is learnt, and how; not the seed."""
-    return {key: value for key, value in config.items() if key not in _SEEDS and not _BOOKKEEPING.match(key)}
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in _SEEDS and not _BOOKKEEPING.match(key) and (key, value) not in _UNUSED
+    }
 
 
 def shown(field: str) -> str:
