@@ -4,14 +4,17 @@
     python -m benchmarks.comparison run fashion_mlp --only er lwf --seeds 0
     python -m benchmarks.comparison table                           writes docs/results.md from what was run
 
-DIR holds ``fashion_mnist.npz`` and ``cifar100.npz`` (x_train, y_train, x_test, y_test, class_names). Runs that are done
-are passed over, one that was stopped goes on from its last checkpoint. Methods have the options of their configs in
+DIR holds ``fashion_mnist.npz``, ``cifar100.npz`` and ``cifar10_test.npz`` (x_train, y_train, x_test, y_test,
+class_names; the last one without training images), and weights in ``models``. Runs that are done are passed over, one
+that was stopped goes on from its last checkpoint. Methods have the options of their configs in
 ``experiments/methods`` and what is said here beside them; epochs, batches, network and memory are those of the
 protocol. No option was chosen by these test data.
 """
 
 import argparse
+import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -36,6 +39,21 @@ COLUMNS = (
     measures.SECONDS,
     measures.BYTES,
 )
+FEW_SHOT = (
+    measures.LAST,
+    measures.INCREMENTAL,
+    *(
+        measures.Measure(name, title, "percent", True, lambda run, name=name: run.last.get(name))  # type: ignore[misc]
+        for name, title in (
+            ("base_accuracy", "base"),
+            ("novel_accuracy", "novel"),
+            ("harmonic_accuracy", "harmonic mean"),
+            ("performance_drop", "performance drop"),
+        )
+    ),
+    measures.SECONDS,
+)
+TEST_TIME = (measures.ONLINE, measures.SECONDS, measures.BYTES)
 
 
 @dataclass(frozen=True)
@@ -47,12 +65,18 @@ class Protocol:
         says: What a reader has to know.
         options: Of the command.
         online: Whether it is a single pass over small batches.
+        methods: Rows; None for those that learn from scratch.
+        columns: Measures.
+        detail: Name of a matrix of the results, one number per task, that gets a table of its own.
     """
 
     title: str
     says: str
     options: str
     online: bool = False
+    methods: "dict[str, Method] | None" = None
+    columns: tuple[measures.Measure, ...] = COLUMNS
+    detail: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +96,16 @@ class Method:
 
 
 FASHION = "--data NpzData --data.path {data}/fashion_mnist.npz --data.mean [0.286] --data.std [0.353]"
+CNN = (
+    '--model.backbone Timm --model.backbone.name mobilenetv2_100 --model.backbone.kwargs \'{{"pad_type":"same"}}\' '
+    "--model.backbone.weights {data}/models/mobilenetv2_100_imagenet_fp16.pt"
+)
+VIT = "--config experiments/data/cifar100_10x10_npz_imagenet.yaml --data.path {data}/cifar100.npz"
+RESNET56 = (
+    "--model.backbone ResNet56 --model.backbone.weights {data}/models/cifar10_resnet56.pt "
+    "--model.source_head {data}/models/cifar10_resnet56.pt"
+)
+STREAM = "--config experiments/data/cifar10c_npz.yaml --data.base.path {data}/cifar10_test.npz --data.samples 1000"
 OFFLINE = f"{FASHION} --data.scenario ClassIncremental --data.scenario.tasks 5 --data.batch_size 128"
 ONLINE = (
     f"{FASHION} --data.scenario Online --data.scenario.scenario ClassIncremental --data.scenario.scenario.tasks 5 "
@@ -79,6 +113,60 @@ ONLINE = (
 )
 MLP = "--model.backbone MLP"
 SLIM = "--model.backbone SlimResNet18 --trainer.precision bf16-mixed"
+
+MEMORY = "--model.memory_size {memory}"
+METHODS = {
+    "Finetune": Method("finetune"),
+    "Joint": Method("joint", online=False),
+    "LwF": Method("lwf"),
+    "LwF.MC": Method("lwf_mc"),
+    "EWC": Method("ewc", "--model.fisher_samples 2000"),
+    "SI": Method("finetune_si"),
+    "SDC": Method("sdc"),
+    "PASS": Method("pass"),
+    "EFC": Method("efc", online=False),
+    "EFC++": Method("efc_pp", online=False),
+    "FeTrIL": Method("fetril", online=False),
+    "PRD": Method("prd", online=False),
+    "ER": Method("er", MEMORY),
+    "ER + EMA": Method("er_ema", MEMORY),
+    "DER++": Method("derpp", MEMORY),
+    "A-GEM": Method("agem", MEMORY),
+    "GEM": Method("gem", f"{MEMORY} --model.replay_size 100"),
+    "PCR": Method("pcr", MEMORY),
+    "iCaRL": Method("icarl", MEMORY, online=False),
+    "BiC": Method("bic", MEMORY, online=False),
+    "WA": Method("wa", MEMORY, online=False),
+    "FOSTER": Method("foster", MEMORY, online=False),
+}
+
+CLOSED = {
+    "SimpleCIL": Method("simplecil_vit32"),
+    "NMC": Method("simplecil_vit32", "--model.metric euclidean"),
+    "LDA": Method(
+        "fsa_vit32", "--model.adapt false --model.head LDAHead --model.head.covariance within --model.head.ridge 0.01"
+    ),
+    "RanPAC without phase 1": Method("ranpac_vit32", "--model.adapt false --model.projection 2000"),
+    "G-ACIL": Method("gacil_vit32", "--model.projection 2000"),
+}
+ADAPTED = {
+    "FSA": Method("fsa_vit32"),
+    "APER": Method("aper_vit32"),
+    "RanPAC": Method("ranpac_vit32", "--model.projection 2000"),
+    "SLCA": Method("slca_vit32", "--trainer.max_epochs {epochs}"),
+    "LAE": Method("lae_vit32", "--trainer.max_epochs {epochs}"),
+    "L2P": Method("l2p_vit32", "--trainer.max_epochs {epochs}"),
+    "CODA-Prompt": Method("coda_prompt_vit32", "--trainer.max_epochs {epochs}"),
+}
+STEPLESS = {"prototypes (ProtoCosine)": Method("proto_cosine"), "TEEN": Method("teen")}
+ADAPTING = {
+    "source": Method("source_cifar10"),
+    "batch statistics": Method("source_cifar10", "--model BNAdapt"),
+    "Tent": Method("source_cifar10", "--model Tent"),
+    "EATA": Method("source_cifar10", "--model EATA --model.diversity 0.4 --model.fisher_weight 1.0"),
+    "CoTTA": Method("source_cifar10", "--model CoTTA"),
+    "LAME": Method("source_cifar10", "--model LAME"),
+}
 
 PROTOCOLS = {
     "fashion_mlp": Protocol(
@@ -110,45 +198,76 @@ PROTOCOLS = {
         "--config experiments/data/cifar100_b50_inc10_npz.yaml --data.path {data}/cifar100.npz "
         "--model.backbone ResNet32 --trainer.precision bf16-mixed --trainer.max_epochs 2",
     ),
-}
-
-MEMORY = "--model.memory_size {memory}"
-METHODS = {
-    "Finetune": Method("finetune"),
-    "Joint": Method("joint", online=False),
-    "LwF": Method("lwf"),
-    "LwF.MC": Method("lwf_mc"),
-    "EWC": Method("ewc", "--model.fisher_samples 2000"),
-    "SI": Method("finetune_si"),
-    "SDC": Method("sdc"),
-    "PASS": Method("pass"),
-    "EFC": Method("efc", online=False),
-    "EFC++": Method("efc_pp", online=False),
-    "FeTrIL": Method("fetril", online=False),
-    "PRD": Method("prd", online=False),
-    "ER": Method("er", MEMORY),
-    "ER + EMA": Method("er_ema", MEMORY),
-    "DER++": Method("derpp", MEMORY),
-    "A-GEM": Method("agem", MEMORY),
-    "GEM": Method("gem", f"{MEMORY} --model.replay_size 100"),
-    "PCR": Method("pcr", MEMORY),
-    "iCaRL": Method("icarl", MEMORY, online=False),
-    "BiC": Method("bic", MEMORY, online=False),
-    "WA": Method("wa", MEMORY, online=False),
-    "FOSTER": Method("foster", MEMORY, online=False),
+    "cifar100_cnn": Protocol(
+        "CIFAR-100, 10 tasks, frozen MobileNetV2 at 96 x 96 pixels",
+        "Weights of ImageNet-1k, class orders drawn by the seed; features from a store (`loop.feature_cache`): the "
+        "time of the first row is that of the pass over all images, where it had to be made.",
+        f"--config experiments/data/cifar100_10x10_npz_imagenet.yaml {CNN} --data.path {{data}}/cifar100.npz "
+        "--data.resize 96 --data.mean [0.5] --data.std [0.5] --data.scenario.class_order random "
+        "--loop.feature_cache {runs}/features",
+        methods=CLOSED,
+    ),
+    "cifar100_vit": Protocol(
+        "CIFAR-100, 10 tasks, a small ViT for 32 x 32 pixels",
+        "2.75 M parameters, pretrained on Tiny-ImageNet, class orders drawn by the seed, 2 epochs per task in "
+        "bf16-mixed where a method trains in each task, 5 in the first task where it trains in that alone, batches "
+        "of 48.",
+        f"{VIT} --data.scenario.class_order random --data.batch_size 48 --trainer.precision bf16-mixed",
+        methods={
+            **{name: CLOSED[name] for name in ("SimpleCIL", "LDA", "G-ACIL")},
+            **ADAPTED,
+        },
+    ),
+    "cifar100_few_shot": Protocol(
+        "CIFAR-100, 60 classes and 8 sessions of 5 classes with 5 images, ResNet-20",
+        "10 epochs of the base session in bf16-mixed (published: 100 to 600), the images of the sessions drawn by the "
+        "seed. Base and novel are mean accuracies per class after the last session.",
+        "--config experiments/data/cifar100_fscil_npz.yaml --data.path {data}/cifar100.npz --model.backbone ResNet20 "
+        "--trainer.max_epochs 10 --trainer.precision bf16-mixed",
+        methods=STEPLESS,
+        columns=FEW_SHOT,
+    ),
+    **{
+        name: Protocol(
+            f"CIFAR-10-C from the first 1,000 test images, severity 5, {title}, ResNet-56",
+            f"15 corruptions, of which frost is a synthetic one, {says}. Online error: of predictions before the "
+            "network learns from the batch, the mean over corruptions.",
+            f"{STREAM} {RESNET56} {options}",
+            methods=ADAPTING,
+            columns=TEST_TIME,
+            detail="online_error",
+        )
+        for name, title, says, options in (
+            ("cifar10c", "continual", "one after another without reset, batches of 200", ""),
+            ("cifar10c_reset", "reset", "each from the source network, batches of 200", "--model.reset domain"),
+            ("cifar10c_sorted", "sorted by class", "without reset, batches of 200", "--data.order sorted"),
+            (
+                "cifar10c_one",
+                "batches of 1",
+                "without reset, 200 images each",
+                "--data.samples 200 --data.batch_size 1",
+            ),
+        )
+    },
 }
 
 
 def command(protocol: str, method: str, data: str) -> str:
     """The command of a run, but for its seed and its folder."""
-    row, shared = METHODS[method], PROTOCOLS[protocol]
+    row, shared = rows_of(protocol)[method], PROTOCOLS[protocol]
     memory = 2000 if protocol.startswith("cifar") else 500
+    epochs = 5 if method in ("FSA", "APER", "RanPAC") else 2
     text = f"--config experiments/methods/{row.config}.yaml {shared.options} {row.options} --trainer.accelerator cpu"
-    return " ".join(text.format(data=data, memory=memory).split())
+    return " ".join(text.format(data=data, memory=memory, epochs=epochs, runs=RUNS).split())
 
 
 def folder(protocol: str, method: str, seed: int, runs: Path) -> Path:
-    return runs / protocol / METHODS[method].config / str(seed)
+    return runs / protocol / re.sub(r"\W+", "_", method.lower()) / str(seed)
+
+
+def rows_of(protocol: str) -> dict[str, Method]:
+    """The methods that a protocol is for."""
+    return PROTOCOLS[protocol].methods or METHODS
 
 
 def chosen(protocol: str, only: Sequence[str] = ()) -> list[str]:
@@ -156,7 +275,7 @@ def chosen(protocol: str, only: Sequence[str] = ()) -> list[str]:
     online = PROTOCOLS[protocol].online
     return [
         name
-        for name, row in METHODS.items()
+        for name, row in rows_of(protocol).items()
         if (row.online or not online) and (not only or row.config in only or name in only)
     ]
 
@@ -209,7 +328,7 @@ def page(runs: Path) -> str:
             continue
         cells: list[list[str]] = []
         heads = ["method", "seeds"]
-        for measure in COLUMNS:
+        for measure in protocol.columns:
             unit, texts = column([estimate(measure.of(run) for run in found) for found in rows.values()], measure.unit)
             heads.append(f"{measure.title} ({unit})")
             cells.append(texts)
@@ -217,10 +336,27 @@ def page(runs: Path) -> str:
         lines.append("|" + "---|" * len(heads))
         for place, (method, found) in enumerate(rows.items()):
             lines.append(" | ".join(["", method, str(len(found)), *(texts[place] for texts in cells), ""]).strip())
+        if protocol.detail:
+            lines += ["", *by_task(protocol.detail, rows)]
         lines += ["", "<details><summary>commands</summary>", "", "```"]
         lines += [f"{command(name, method, 'DIR')}" for method in rows]
         parts.append("\n".join([*lines, "```", "", "</details>"]))
     return "\n\n".join(parts) + "\n"
+
+
+def by_task(matrix: str, rows: dict[str, list[records.Run]]) -> list[str]:
+    """A table of a number per task in percent, the mean over the seeds; tasks without one are left out."""
+    means: dict[str, list[float]] = {}
+    names: list[str] = []
+    for method, found in rows.items():
+        parts = [json.loads((run.folder / "results.json").read_text(encoding="utf-8")) for run in found]
+        values = [[value for value in part["matrix"][matrix] if value is not None] for part in parts]
+        tasks = [task["name"] for task in parts[0]["tasks"]]
+        names = tasks[len(tasks) - len(values[0]) :]
+        means[method] = [100 * sum(column) / len(column) for column in zip(*values, strict=True)]
+    lines = [" | ".join(["", "%", *(name.replace("_", " ") for name in names), ""]).strip()]
+    lines.append("|" + "---|" * (len(names) + 1))
+    return lines + [" | ".join(["", name, *(f"{v:.1f}" for v in row), ""]).strip() for name, row in means.items()]
 
 
 def main() -> None:

@@ -365,10 +365,8 @@ def _check_timm_name(name: str, pretrained: bool) -> None:
         raise ValueError(f"Timm: timm {timm.__version__} has no weights {name!r}; for this model it has {tags}")
 
 
-def _load_weights(
-    module: nn.Module, path: str, *, owner: str, left_out: Sequence[str], renamed: dict[str, str] | None = None
-) -> None:
-    """Copy a file's state dict into ``module``; ``renamed`` maps parts of keys, ``left_out`` names submodules."""
+def _read_weights(path: str, owner: str) -> dict[str, Tensor]:
+    """The state dict of a file."""
     try:
         state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # of any type: what is no pickle fails in many ways
@@ -381,6 +379,40 @@ def _load_weights(
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{owner}: {path} holds no state dict; save a state_dict() with torch.save")
+    return state
+
+
+def read_classifier(path: str, num_features: int) -> tuple[Tensor, Tensor | None]:
+    """Weight ``(classes, features)`` and bias of the classifier in a file of weights, which a backbone leaves out.
+
+    It is called ``linear``, ``fc``, ``classifier`` or ``head`` there, possibly behind a prefix.
+
+    Args:
+        path: The file, as of ``ResNet``.
+        num_features: Of the backbone.
+
+    Raises:
+        ValueError: If the file has none, or one for another number of features.
+    """
+    owner = "source_head"
+    state = _read_weights(path, owner)
+    for key, weight in state.items():
+        parts = key.removeprefix("module.").split(".")
+        if weight.ndim == 2 and parts[-1] == "weight" and set(parts[:-1]) & set(_CLASSIFIERS):
+            if weight.shape[1] != num_features:
+                raise ValueError(
+                    f"{owner}: {path}: {key} takes {weight.shape[1]} features, the backbone gives {num_features}; give "
+                    "the file of this backbone"
+                )
+            return weight, state.get(key.removesuffix("weight") + "bias")
+    raise ValueError(f"{owner}: {path} has no classifier ({', '.join(_CLASSIFIERS)}); it has {_some(list(state))}")
+
+
+def _load_weights(
+    module: nn.Module, path: str, *, owner: str, left_out: Sequence[str], renamed: dict[str, str] | None = None
+) -> None:
+    """Copy a file's state dict into ``module``; ``renamed`` maps parts of keys, ``left_out`` names submodules."""
+    state = _read_weights(path, owner)
     file: dict[str, Tensor] = {}
     for key, value in state.items():
         key = ".".join((renamed or {}).get(part, part) for part in key.removeprefix("module.").split("."))

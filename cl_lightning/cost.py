@@ -167,7 +167,7 @@ class CostMeter:
         task.raw_bytes = raw_bytes(strategy)
         task.parameters = sum(parameter.numel() for parameter in strategy.network.parameters())
         task.trainable = sum(parameter.numel() for parameter in strategy.parameters() if parameter.requires_grad)
-        if distributed.rank() == 0 and strategy.image_shape is not None:
+        if strategy.image_shape is not None:  # on all processes, which may have to predict together
             task.flops_per_image = flops_per_image(strategy, strategy.image_shape)
 
     def state_dict(self) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ class Method:
         all_data: Whether every task is trained on the data of all tasks so far.
         task_ids: Whether predictions need the task.
         pretrained: Whether it needs a pretrained backbone.
+        test_batch: Whether a prediction depends on the other samples of its test batch.
         summary: First sentence of the docstring.
     """
 
@@ -45,6 +46,7 @@ class Method:
     all_data: bool
     task_ids: bool
     pretrained: bool
+    test_batch: bool
     summary: str
 
 
@@ -67,8 +69,9 @@ def _classes(package: ModuleType, base: type) -> list[type]:
 
 @cache
 def strategies() -> tuple[type[ContinualStrategy], ...]:
-    """All strategies in the package."""
-    return tuple(_classes(cl_lightning.strategies, ContinualStrategy))
+    """All strategies in the package; a class without a family is a base of others."""
+    found = _classes(cl_lightning.strategies, ContinualStrategy)
+    return tuple(member for member in found if issubclass(member, ContinualStrategy) and member.family)
 
 
 @cache
@@ -97,6 +100,7 @@ def methods() -> list[Method]:
             all_data=member.needs_all_data,
             task_ids=member.needs_task_ids,
             pretrained=member.needs_pretrained,
+            test_batch=member.uses_test_batch,
             summary=_first_sentence(member),
         )
         for member in strategies()
@@ -112,6 +116,7 @@ def methods() -> list[Method]:
             all_data=False,
             task_ids=False,
             pretrained=False,
+            test_batch=False,
             summary=_first_sentence(member),
         )
         for member in callbacks()
@@ -131,6 +136,7 @@ def _needs(method: Method) -> str:
         "all data": method.all_data,
         "task ids": method.task_ids,
         "pretrained": method.pretrained,
+        "whole test batches": method.test_batch,
     }
     return ", ".join(name for name, mark in marks.items() if mark)
 

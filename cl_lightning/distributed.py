@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,29 @@ def all_sum(tensor: Tensor) -> Tensor:
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return all_sum(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return all_sum(gradients[0].clone(memory_format=torch.contiguous_format))
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """Sum over all processes, for statistics that a loss depends on: all that went in takes gradient.
+
+    The gradients of all processes are summed in the backward pass, which every one of them has to come by, too. With
+    distributed training, which takes the mean over the processes, the result is the gradient of the mean of their
+    losses, as where one process has all rows.
+    """
+    if not is_distributed():
+        return tensor
+    summed: Tensor = _SumOverProcesses.apply(tensor)  # type: ignore[no-untyped-call]
+    return summed
 
 
 def all_names(names: Iterable[str]) -> list[str]:

@@ -3,6 +3,9 @@
 from torch import Tensor
 
 from cl_lightning.batch import Draw
+from cl_lightning.prototypes import GaussianPrototypes
+
+_NOISE = 0x6A55  # salt
 
 
 class FeaturePool:
@@ -32,3 +35,32 @@ class FeaturePool:
         """
         rows = rows.to(self.labels.device)
         return self.features[rows], self.labels[rows]
+
+
+class GaussianFeatures(FeaturePool):
+    """Equally many draws of each class from its normal distribution, anew each time that they are taken.
+
+        f ~ N(s_c mu_c, Sigma_c)
+
+    Args:
+        gaussians: The distributions; classes without samples are left out.
+        count: Draws of each class in an epoch, at least 1.
+        scales: s of all classes, ``(C,)``, on the device; None for 1.
+    """
+
+    def __init__(self, gaussians: GaussianPrototypes, count: int, scales: Tensor | None = None) -> None:
+        known = gaussians.known.nonzero().squeeze(1)
+        super().__init__(gaussians.means[known], known)
+        self.gaussians, self.scales = gaussians, scales
+        self.columns = known.cpu().repeat_interleave(count)  # on the CPU, so that nothing waits for the device
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def take(self, rows: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        columns = self.columns[rows]
+        noise = draw.fork(_NOISE).randn(self.gaussians.num_features, device=self.labels.device)
+        features, labels = self.gaussians.sample(columns, noise), columns.to(self.labels.device)
+        if self.scales is not None:
+            features = features + (self.scales[labels] - 1)[:, None] * self.gaussians.means[labels]
+        return features, labels

@@ -106,14 +106,22 @@ class LinearHead(Head):
     Args:
         num_features: Size of a feature vector, d.
         bias: Whether each class has a bias.
+        init_std: Standard deviation of new rows, whose biases begin at 0; None for torch's default.
     """
 
-    def __init__(self, num_features: int, *, bias: bool = True) -> None:
+    def __init__(self, num_features: int, *, bias: bool = True, init_std: float | None = None) -> None:
         super().__init__(num_features)
-        self.bias = bias
+        if init_std is not None and init_std < 0:
+            raise ValueError(f"{type(self).__name__}: init_std is {init_std}; it must be at least 0, or null")
+        self.bias, self.init_std = bias, init_std
 
     def new_block(self, num_new: int) -> nn.Module:
-        return nn.Linear(self.num_features, num_new, bias=self.bias)
+        block = nn.Linear(self.num_features, num_new, bias=self.bias)
+        if self.init_std is not None:
+            nn.init.normal_(block.weight, std=self.init_std)
+            if self.bias:
+                nn.init.zeros_(block.bias)
+        return block
 
     def forward(self, features: Tensor) -> Tensor:
         if not self.blocks:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 Tensors = Mapping[str, Tensor]
 
 
-class _TensorsByName(nn.Module):
+class TensorsByName(nn.Module):
     """Buffers called ``kind/name``, with the dots of the parameter's name as slashes, since a buffer's has none.
 
     The scalar buffers that a subclass registers are always there; which others there are, and all shapes and types,
@@ -67,7 +67,7 @@ class _Quadratic(torch.autograd.Function):
         return None, None, *torch._foreach_mul(ctx.saved_tensors, 2 * gradient)
 
 
-class Importance(_TensorsByName):
+class Importance(TensorsByName):
     """Anchor and importance per weight, and the penalty for leaving the anchor.
 
         P(theta) = sum_j omega_j (theta_j - anchor_j)^2 + offset
@@ -225,7 +225,7 @@ class Importance(_TensorsByName):
             self._set("omega", name, torch.full((), omega, dtype=value.dtype, device=value.device))
 
 
-class PathIntegral(_TensorsByName):
+class PathIntegral(TensorsByName):
     """Share of each weight in the decrease of the loss along the path of training (SI).
 
         w_j = - sum_steps g_j delta_j,   Omega_j = relu(w_j) / ((theta_j - theta_start_j)^2 + xi)

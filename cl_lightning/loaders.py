@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cl_lightning.batch import Batch, Draw, mix
+from cl_lightning.feature_cache import KEYS, STORED, FeatureStore
 from cl_lightning.features import FeaturePool
 from cl_lightning.memory import Memory
 from cl_lightning.sources import Source
@@ -147,7 +148,7 @@ class StreamLoader:
         raw = torch.as_tensor(source.labels)
         labels = torch.where(raw < len(columns), columns[raw.clamp(max=len(columns) - 1)], -1)
         self.labels = labels if hidden is None else labels.masked_fill(hidden, -1)
-        self.pin_memory = pin_memory
+        self.pin_memory, self.shifted = pin_memory, shift is not None
         self._images = _Images(source, shift)
         self._steps = _Steps()
         self._workers: DataLoader[Tensor] | None = None
@@ -168,6 +169,7 @@ class StreamLoader:
         *,
         place: Callable[[], tuple[int, int]] = lambda: (0, 0),
         memory: Memory | None = None,
+        stored: "Stored | None" = None,
     ) -> "PlannedLoader":
         """The batches of ``plan``.
 
@@ -175,19 +177,22 @@ class StreamLoader:
             plan: Which samples come when.
             place: Tells, when an iteration begins, the epoch and the step to start at.
             memory: Source of the rows whose index lies beyond the data set. It must not change during an epoch.
+            stored: Where features may be found that take the place of images.
         """
-        return PlannedLoader(self, plan, place, memory)
+        return PlannedLoader(self, plan, place, memory, stored)
 
     def fetch(self, rows: Rows) -> Tensor:
         """Raw images of one step, while the workers may be at others."""
         return self._images[rows]
 
-    def images(self, rows: Callable[[], Iterator[Rows]]) -> Iterator[Tensor]:
-        """Raw images of the given steps, in their order."""
+    def images(
+        self, rows: Callable[[], Iterator[Rows]], split: Callable[[Rows], Rows]
+    ) -> Iterator[tuple[Rows, Tensor]]:
+        """The given steps, in their order, with raw images of the part of each that ``split`` gives."""
         if self._workers is None:
-            return (self._images[item] for item in rows())
-        self._steps.rows = rows
-        return iter(self._workers)
+            return ((item, self._images[split(item)]) for item in rows())
+        self._steps.rows = lambda: map(split, rows())
+        return zip(rows(), self._workers, strict=True)
 
     def close(self) -> None:
         """End the workers; they start again when they are needed.
@@ -199,13 +204,35 @@ class StreamLoader:
             self._workers._iterator = None
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Features that may take the place of images.
+
+    Attributes:
+        store: Where they are.
+        keys: Identity of each image of the data set, int64 ``(N,)``.
+    """
+
+    store: FeatureStore
+    keys: Tensor
+
+
 class PlannedLoader:
-    """What Lightning iterates: one epoch of a plan at a time."""
+    """What Lightning iterates: one epoch of a plan at a time.
+
+    Where features are stored, batches hold them instead of images, which are not fetched; where some of a batch are
+    missing, it holds the identities of its images, by which their features can be stored.
+    """
 
     def __init__(
-        self, loader: StreamLoader, plan: Plan, place: Callable[[], tuple[int, int]], memory: Memory | None
+        self,
+        loader: StreamLoader,
+        plan: Plan,
+        place: Callable[[], tuple[int, int]],
+        memory: Memory | None,
+        stored: Stored | None = None,
     ) -> None:
-        self.loader, self.plan, self.place, self.memory = loader, plan, place, memory
+        self.loader, self.plan, self.place, self.memory, self.stored = loader, plan, place, memory, stored
         self.num_data = len(loader.labels)
 
     def __len__(self) -> int:
@@ -220,11 +247,35 @@ class PlannedLoader:
         return self._batch(rows, self.loader.fetch(self._split()(rows)), self._stored())
 
     def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        if self.stored is not None:
+            return self._with_features(self.stored, epoch, first)
+        return self._with_images(epoch, first)
+
+    def _with_features(self, stored: Stored, epoch: int, first: int) -> Iterator[Batch]:
+        table, plan = stored.store.table(), self.plan
+        has = table.has(stored.keys)
+
+        def missing() -> Iterator[Rows]:
+            return (rows for rows in plan.epoch(epoch, first) if not has[rows.indices].all())
+
+        images = self.loader.images(missing, _all)
+        for rows in plan.epoch(epoch, first):
+            keys = stored.keys[rows.indices]
+            if has[rows.indices].all():
+                features, labels = table.take(keys), self.loader.labels[rows.indices]
+                extra = {STORED: features}
+                yield Batch(
+                    features, labels, rows.tasks, rows.indices, features, rows.draw, extra=extra, weight=rows.weight
+                )
+            else:
+                yield self._batch(rows, next(images)[1], None).replace(extra={KEYS: keys})
+
+    def _with_images(self, epoch: int, first: int) -> Iterator[Batch]:
         # Workers hold no memory: they fetch the rows of the data set, and the rows of the memory are put between here.
         plan, split = self.plan, self._split()  # not self: the loader would hold itself, and its workers would not end
-        images = self.loader.images(lambda: map(split, plan.epoch(epoch, first)))
+        images = self.loader.images(lambda: plan.epoch(epoch, first), split)
         stored = self._stored()
-        for rows, raw in zip(self.plan.epoch(epoch, first), images, strict=True):
+        for rows, raw in images:
             yield self._batch(rows, raw, stored)
 
     def _batch(self, rows: Rows, raw: Tensor, stored: tuple[Tensor, Tensor, Tensor] | None) -> Batch:

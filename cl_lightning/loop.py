@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -22,8 +22,10 @@ from cl_lightning import distributed, results, sealed
 from cl_lightning.batch import Batch, mix
 from cl_lightning.cost import CostMeter
 from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.feature_cache import FeatureCache
 from cl_lightning.finite import FiniteLoss, NanLoss
 from cl_lightning.hooks import ContinualCallback, Progress
+from cl_lightning.lean import install as make_lean
 from cl_lightning.live_views import LiveViews
 from cl_lightning.loaders import FeatureLoader, PlannedLoader
 from cl_lightning.measures import AccuracyMatrix
@@ -48,6 +50,9 @@ class LoopOptions:
         keep_tasks: Keep the checkpoints of the last so many finished tasks; None for all of them.
         stop_after_task: End the run after the task of this index; it can be continued later.
         nan_loss: ``stop`` a run whose loss is nan or infinite, ``skip`` steps whose gradients are, or ``ignore`` it.
+        feature_cache: Folder for the features of a backbone that does not change any more, so that each image passes
+            through it once, in all runs with it; ``memory`` to keep them as long as the run lasts; None to keep none.
+        feature_cache_gb: Most that the folder, and what is kept in memory, may grow to, in 10^9 bytes.
     """
 
     first_task_epochs: int | None = None
@@ -58,6 +63,8 @@ class LoopOptions:
     keep_tasks: int | None = 1
     stop_after_task: int | None = None
     nan_loss: NanLoss = "stop"
+    feature_cache: str | None = None
+    feature_cache_gb: float = 8.0
 
     def __post_init__(self) -> None:
         epochs = {"first_task_epochs": self.first_task_epochs, **self.phase_epochs}
@@ -72,6 +79,8 @@ class LoopOptions:
             raise ValueError(f"loop: keep_tasks is {self.keep_tasks}; it must be at least 0, or null")
         if self.nan_loss not in get_args(NanLoss):
             raise ValueError(f"loop: nan_loss is {self.nan_loss!r}; use 'stop', 'skip' or 'ignore'")
+        if not self.feature_cache_gb > 0:
+            raise ValueError(f"loop: feature_cache_gb is {self.feature_cache_gb}; it must be above 0, such as 8")
         if self.stop_after_task is not None and self.stop_after_task < 0:
             raise ValueError(f"loop: stop_after_task is {self.stop_after_task}; give the index of a task, or null")
 
@@ -138,6 +147,10 @@ class TaskLoop:
         self.stream: Stream
         self.started = False  # whether a step was taken, or a task closed
         self._phases: list[Phase] = []
+        self._feature_cache: FeatureCache | None = None
+        if self.options.feature_cache is not None:
+            folder = None if self.options.feature_cache == "memory" else self.options.feature_cache
+            self._feature_cache = FeatureCache(folder, int(self.options.feature_cache_gb * 1e9))
         self._last_save = time.monotonic()
         self._driver = _Driver(self)
         self.stop_request = StopRequest(trainer)
@@ -155,6 +168,7 @@ class TaskLoop:
                 callback.meter = self.meter
         # Values written in no_grad mode can take part in later gradients; those of inference mode cannot.
         trainer.test_loop.inference_mode = trainer.validate_loop.inference_mode = False
+        make_lean(trainer)
 
     # ------------------------------------------------------------------ what a user calls
 
@@ -182,6 +196,7 @@ class TaskLoop:
         if stop is not None and stop >= count:
             raise ValueError(f"loop: stop_after_task is {stop}; the stream has {count} tasks, so at most {count - 1}")
         self._check_phases()
+        self._check_watched()
         with self.stop_request.listening(), self.views, closing(self.datamodule):
             self._write_start(path, saved)
             for task in self.stream.tasks[self.place.task + self.place.done :]:
@@ -241,6 +256,8 @@ class TaskLoop:
         self._evaluate(task)
         self.place = Place(task.index, len(self._phases), origin=self.trainer.current_epoch, done=True)
         self._write_task(task)
+        if self._feature_cache is not None:
+            self._feature_cache.close()
 
     def _run_phase(self, task: Task, index: int, resume: Path | None) -> None:
         phase, trainer = self._phases[index], self.trainer
@@ -355,7 +372,9 @@ class TaskLoop:
     def _prepare(self, saved: Mapping[str, Any] | None) -> None:
         self._prepare_data()
         self.strategy.seed = self.seed
+        self.datamodule.whole_batches = self.strategy.uses_test_batch
         self.strategy.augment = lambda batch: self.datamodule.finish(batch, augment=True)
+        self.strategy.feature_cache = self._feature_cache
         self.stream = self._match(saved) if saved is not None else self.datamodule.make_stream(self.seed)
         self.fingerprints = [self.datamodule.fingerprint(task.index) for task in self.stream.tasks]
         if not self.strategy.is_built:
@@ -374,6 +393,21 @@ class TaskLoop:
                 raise ValueError(
                     f"loop: phase_epochs names a phase {name!r}; {type(self.strategy).__name__} has "
                     f"{', '.join(sorted(known)) or 'none'}"
+                )
+
+    def _check_watched(self) -> None:
+        """Tell of callbacks that watch a validation metric which will not be there."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            watched = getattr(callback, "monitor", None) or ""
+            if not isinstance(callback, (EarlyStopping, ModelCheckpoint)) or not watched.startswith("val"):
+                continue
+            name = type(callback).__name__
+            own = type(self.strategy).__module__.startswith("cl_lightning.")  # others may log what they like
+            if own and watched not in ("val/accuracy", "val/loss"):
+                raise ValueError(f"{name}: monitor is {watched!r}; of validation there are val/accuracy and val/loss")
+            if not any(len(part) for part in self.stream.val):
+                raise ValueError(
+                    f"{name}: monitor is {watched!r}, and there are no validation samples; give --data.val_fraction 0.1"
                 )
 
     def _prepare_data(self) -> None:

@@ -59,12 +59,25 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
     """
     labelled = labels >= 0
     log_p = F.log_softmax(_full(logits), dim=1)
-    loss = -log_p.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+    loss = F.nll_loss(log_p, labels, ignore_index=-1, reduction="sum")
     if label_smoothing:
         hidden = logits == -torch.inf
         uniform = -log_p.masked_fill(hidden, 0.0).sum(dim=1) / (~hidden).sum(dim=1)
-        loss = (1 - label_smoothing) * loss + label_smoothing * uniform
-    return loss.where(labelled, 0.0).sum() / labelled.sum().clamp(min=1)
+        loss = (1 - label_smoothing) * loss + label_smoothing * uniform.where(labelled, 0.0).sum()
+    return loss / labelled.sum().clamp(min=1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(z) of each row, ``-sum_c p_c log p_c``, in nats; in [0, log C].
+
+    Args:
+        logits: ``(B, C)``, finite.
+
+    Returns:
+        ``(B,)``.
+    """
+    log_p = F.log_softmax(_full(logits), dim=1)
+    return -(log_p.exp() * log_p).sum(dim=1)
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ Conventions of all functions here; all tensors are on the CPU, save those that `
 - ``curve`` is ``(N,)``, ``curves`` is ``(N, T)``: accuracies at N successive evaluations during training, on T tasks.
   There, nan is a task not evaluated at that point, and is passed over.
 
-The online error of a test-time stream is one minus the accuracy of a ``StreamAccuracy`` that sees each batch's scores
-before the batch is learnt from.
+The online error of a test-time stream is that of predictions that are made before the batch is learnt from.
 """
 # ruff: noqa: N803, N806 - R is the name of the matrix in every paper
 
@@ -40,7 +39,10 @@ class Row:
         prefix: Cumulative accuracy per prefix of the columns, float64 ``(P,)``; None unless asked for.
         confusion: Samples by true (rows) and predicted column, int64 ``(C, C)``; None unless asked for.
         ece: Expected calibration error per task, float64 ``(T,)``; None unless asked for.
+        online_error: Of the task just learnt, where it is a test-time stream (:func:`online_error`); else None.
     """
+
+    online_error: float | None = None
 
     def __init__(
         self,
@@ -182,16 +184,17 @@ class AccuracyMatrix:
         per_class: Accuracy after task t on the class of each column, float64 ``(T, C)``.
         confusion: Samples by true (rows) and predicted column in the latest evaluation, int64 ``(C, C)``.
         start_ci, start_ti: Accuracies before any training, float64 ``(T,)``.
+        online_error: Error on the stream of each task while it was learnt, float64 ``(T,)``.
         totals: Test samples per task in its latest evaluation, int64 ``(T,)``.
     """
 
-    _FIELDS = ("R_ci", "R_ti", "R_prefix", "R_ece", "start_ci", "start_ti", "totals")
+    _FIELDS = ("R_ci", "R_ti", "R_prefix", "R_ece", "start_ci", "start_ti", "online_error", "totals")
     _OF_CLASSES = ("per_class", "confusion")
 
     def __init__(self, num_tasks: int = 0) -> None:
         self.R_ci, self.R_ti, self.R_prefix, self.R_ece = (_nans(num_tasks, num_tasks) for _ in range(4))
         self.per_class, self.confusion = _nans(num_tasks, 0), torch.zeros(0, 0, dtype=torch.int64)
-        self.start_ci, self.start_ti = _nans(num_tasks), _nans(num_tasks)
+        self.start_ci, self.start_ti, self.online_error = (_nans(num_tasks) for _ in range(3))
         self.totals = torch.zeros(num_tasks, dtype=torch.int64)
 
     @property
@@ -218,6 +221,8 @@ class AccuracyMatrix:
             ece = _nans(0) if row.ece is None else row.ece
             lines = [(self.R_ci[task], row.accuracy), (self.R_ti[task], row.task_aware)]
             lines += [(self.R_prefix[task], prefix), (self.R_ece[task], ece)]
+            if row.online_error is not None:
+                self.online_error[task] = row.online_error
         for line, values in lines:
             line.fill_(_NAN)[: len(values)] = values
         self.totals[: len(row.totals)] = row.totals
@@ -236,7 +241,10 @@ class AccuracyMatrix:
         size = self.learned if t is None else t + 1
         if not 1 <= size <= self.learned:
             raise ValueError(f"AccuracyMatrix: no measures after task {size - 1}; {self.learned} tasks are filled in")
-        values = {"cumulative_forgetting": forgetting_last(self.R_prefix[:size, :size])}
+        values = {
+            "cumulative_forgetting": forgetting_last(self.R_prefix[:size, :size]),
+            "mean_online_error": mean_online_error(self.online_error[:size]),
+        }
         for mark, matrix, start, totals in (
             ("", self.R_ci, self.start_ci, self.totals[:size]),
             ("task_aware/", self.R_ti, self.start_ti, None),
@@ -276,6 +284,24 @@ class AccuracyMatrix:
         if data.get("per_class"):
             result.per_class = torch.tensor(_unlisted(data["per_class"]), dtype=torch.float64)
         return result
+
+
+def online_error(counts: Tensor) -> Tensor:
+    """Share of a stream that was predicted wrongly before it was learnt from; float64 ``(...)``, nan without samples.
+
+    Each batch of a test-time stream is predicted, then learnt from; an image is predicted once (continual test-time
+    adaptation: Wang et al., CVPR 2022, arXiv:2203.13591). ``counts`` ``(..., 2)`` are samples, and right ones of them.
+    """
+    samples, right = counts.cpu().unbind(-1)
+    return 1 - right.double() / samples
+
+
+def mean_online_error(errors: Tensor) -> float:
+    """Mean of the online errors of the domains ``(T,)``, as papers give it, each domain counting alike; in [0, 1].
+
+    Tasks that were no test-time stream, such as the source domain, are nan and left out; nan if all are.
+    """
+    return float(errors.double().nanmean())
 
 
 def average_accuracy(R: Tensor, t: int = -1, totals: Tensor | None = None) -> float:

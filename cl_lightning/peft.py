@@ -81,11 +81,13 @@ class Peft(nn.Module):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The model as it was before, inside a ``with`` block."""
+        before = [site.enabled for site in self._sites()]
         self._enable(False)
         try:
             yield
         finally:
-            self._enable(True)
+            for site, enabled in zip(self._sites(), before, strict=True):
+                site.enabled = enabled
 
     def remove(self) -> None:
         """Leave the model, which then is what it was before."""
@@ -472,20 +474,34 @@ class FiLM(SSF):
 # ---------------------------------------------------------------------- prompts and prefixes
 
 
-class _Prompt(Site):
-    """Tokens that are appended to a sequence ``(B, N, d)``, and taken off again."""
+class PromptSite(Site):
+    """Tokens that are appended to a sequence ``(B, N, d)`` and, where ``last`` is given, taken off after it.
 
-    def __init__(self, first: nn.Module, last: nn.Module, length: int, spread: float) -> None:
+    Attributes:
+        tokens: Of all samples, ``(p, d)``, or of each, ``(B, p, d)``; a subclass or an owner sets them.
+    """
+
+    tokens: Tensor
+
+    def __init__(self, first: nn.Module, last: nn.Module | None) -> None:
         super().__init__()
-        self.tokens = nn.Parameter(spread * torch.randn(length, _width(first)))
         self.hook_input(first, self.append)
-        self.hook_output(last, self.take_off)
+        if last is not None:
+            self.hook_output(last, self.take_off)
 
     def append(self, sequence: Tensor) -> Tensor:
         return torch.cat([sequence, self.tokens.to(sequence.dtype).expand(len(sequence), -1, -1)], dim=1)
 
     def take_off(self, inputs: Tensor, output: Tensor) -> Tensor:
-        return output[:, : -len(self.tokens)]
+        return output[:, : -self.tokens.shape[-2]]
+
+
+class _Prompt(PromptSite):
+    """Tokens that are learnt."""
+
+    def __init__(self, first: nn.Module, last: nn.Module, length: int, spread: float) -> None:
+        super().__init__(first, last)
+        self.tokens = nn.Parameter(spread * torch.randn(length, _width(first)))
 
 
 class VPT(Peft):
@@ -521,32 +537,72 @@ class VPT(Peft):
             self.sites.append(_Prompt(first, last, length, spread))
 
 
-class _Prefix(Site):
+class PrefixSite(Site):
     """Further keys and values of an attention layer.
 
     Rows are appended to its input, get the keys and values in the output of its ``qkv`` layer, and are taken off its
     output: their queries ask for nobody, and the others see them.
+
+    Attributes:
+        keys: Of all samples, ``(p, d)``, or of each, ``(B, p, d)``; a subclass or an owner sets them.
+        values: Likewise.
     """
 
-    def __init__(self, attention: nn.Module, length: int, low: float, high: float) -> None:
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, attention: nn.Module) -> None:
         super().__init__()
+        self.hook_input(attention, self.append)
+        self.hook_output(_part(attention, "qkv"), self.fill)
+        self.hook_output(attention, self.take_off)
+
+    def append(self, sequence: Tensor) -> Tensor:
+        return F.pad(sequence, (0, 0, 0, self.keys.shape[-2]))
+
+    def fill(self, inputs: Tensor, output: Tensor) -> Tensor:
+        rows = torch.cat([torch.zeros_like(self.keys), self.keys, self.values], dim=-1).to(output.dtype)
+        return torch.cat([output[:, : -rows.shape[-2]], rows.expand(len(output), -1, -1)], dim=1)
+
+    def take_off(self, inputs: Tensor, output: Tensor) -> Tensor:
+        return output[:, : -self.keys.shape[-2]]
+
+
+class _Prefix(PrefixSite):
+    """Keys and values that are learnt; ``compensate``: attention to them sums to 1 by itself."""
+
+    def __init__(self, attention: nn.Module, length: int, low: float, high: float, compensate: bool) -> None:
+        super().__init__(attention)
         qkv = cast(nn.Linear, _part(attention, "qkv"))
         self.keys, self.values = (
             nn.Parameter(torch.empty(length, qkv.out_features // 3).uniform_(low, high)) for _ in range(2)
         )
-        self.hook_input(attention, self.append)
-        self.hook_output(qkv, self.fill)
-        self.hook_output(attention, self.take_off)
-
-    def append(self, sequence: Tensor) -> Tensor:
-        return F.pad(sequence, (0, 0, 0, len(self.keys)))
+        self.compensate, self.host = compensate, (attention,)  # in a tuple, so that it is no submodule
+        self._queries: list[Tensor] = []
+        if compensate:
+            self.hook_input(_part(attention, "proj"), self.add)
 
     def fill(self, inputs: Tensor, output: Tensor) -> Tensor:
-        rows = torch.cat([torch.zeros_like(self.keys), self.keys, self.values], dim=1).to(output.dtype)
-        return torch.cat([output[:, : -len(rows)], rows.expand(len(output), -1, -1)], dim=1)
+        filled = super().fill(inputs, output)
+        if not self.compensate:
+            return filled
+        queries, keys, values = filled.chunk(3, dim=-1)
+        self._queries = [queries]
+        own = -len(self.values)  # with values of 0 they take their share of the attention and add nothing
+        return torch.cat([queries, keys, F.pad(values[:, :own], (0, 0, 0, -own))], dim=-1)
 
-    def take_off(self, inputs: Tensor, output: Tensor) -> Tensor:
-        return output[:, : -len(self.keys)]
+    def add(self, mixed: Tensor) -> Tensor:
+        attention = cast(Any, self.host[0])
+
+        def heads(rows: Tensor) -> Tensor:  # (B, heads, n, d / heads)
+            return rows.view(*rows.shape[:2], attention.num_heads, -1).transpose(1, 2)
+
+        # Copies for each sample: what counts operations takes no views of parameters where there are no gradients.
+        queries = self._queries.pop()
+        keys, values = (rows.to(mixed.dtype).repeat(len(queries), 1, 1) for rows in (self.keys, self.values))
+        queries, keys = attention.q_norm(heads(queries.contiguous())), attention.k_norm(heads(keys))
+        of_prefix = F.scaled_dot_product_attention(queries, keys, heads(values))
+        return mixed + of_prefix.transpose(1, 2).flatten(2)
 
 
 class Prefix(Peft):
@@ -555,7 +611,11 @@ class Prefix(Peft):
         K' = [K; p_K],   V' = [V; p_V],   p ~ U(low, high),   queries as they are
 
     in each block (where they stand among the keys does not matter). It changes the output from the beginning. Of an
-    attention that normalises its keys, p_K is normalised too.
+    attention that normalises its keys, p_K is normalised too. With ``compensate`` (LAE: Gao et al., ICCV 2023,
+    arXiv:2303.10070) the attention a to the prefix, lambda in sum, is scaled to sum to 1, so that a small lambda does
+    not slow learning down:
+
+        output = sum_i a_i v_i + 1/lambda sum_p a_p p_V     i: tokens of the image, with 1 - lambda in sum
 
     Args:
         model: Contains the blocks of a ViT of timm.
@@ -563,6 +623,7 @@ class Prefix(Peft):
         low: Least value at the beginning.
         high: Largest value at the beginning.
         blocks: Indices of blocks; None for all.
+        compensate: See above; for attention without a gate or a norm of its output.
     """
 
     def __init__(
@@ -573,15 +634,16 @@ class Prefix(Peft):
         low: float = -1.0,
         high: float = 1.0,
         blocks: Sequence[int] | None = None,
+        compensate: bool = False,
     ) -> None:
         super().__init__()
         if length < 1 or low > high:
             raise ValueError(f"Prefix: length={length}, low={low}, high={high}; at least 1, low at most high")
         for block in blocks_of(model, blocks, "Prefix"):
-            self.sites.append(_Prefix(_part(block, "attn"), length, low, high))
+            self.sites.append(_Prefix(_part(block, "attn"), length, low, high, compensate))
 
 
-# ---------------------------------------------------------------------- a backbone with one of them
+# ---------------------------------------------------------------------- a backbone with one or two of them
 
 
 class AdaptedBackbone(Backbone):
@@ -649,3 +711,59 @@ class AdaptedBackbone(Backbone):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self._both = self.concatenate and bool(state_dict.get(f"{prefix}finished", False))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class PeftPair(Backbone):
+    """A frozen backbone with two sets of the same kind in it: one is trained, one follows it slowly.
+
+    Args:
+        image_shape: Channels, height, width.
+        backbone: Builds the backbone.
+        peft: Builds what is put in, twice.
+
+    Attributes:
+        base: The backbone.
+        online: What is trained; on, except in ``offline_features``.
+        offline: What follows.
+
+    Raises:
+        ValueError: If what is put in is the model itself.
+    """
+
+    def __init__(
+        self, image_shape: ImageShape, *, backbone: Callable[[ImageShape], Backbone], peft: PeftFactory
+    ) -> None:
+        super().__init__(image_shape)
+        self.base = backbone(image_shape)
+        self.online, self.offline = peft(self.base), peft(self.base)
+        if self.online.trains_model:
+            raise ValueError(
+                f"PeftPair: {type(self.online).__name__} trains the model itself, which cannot be there twice; use "
+                "Adapter, LoRA, Prefix or SSF"
+            )
+        self.offline._enable(False)
+        self.num_features = self.base.num_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.base(images)
+        return features
+
+    def offline_features(self, images: Tensor) -> Tensor:
+        """Features ``(B, d)`` with the set that follows."""
+        with self.online.disabled():
+            self.offline._enable(True)
+            try:
+                features: Tensor = self.base(images)
+            finally:
+                self.offline._enable(False)
+        return features
+
+    def catch_up(self) -> None:
+        """Make the one that follows equal to the other."""
+        self.offline.load_state_dict(self.online.state_dict())
+
+    @torch.no_grad()
+    def follow(self, momentum: float) -> None:
+        """``offline <- momentum offline + (1 - momentum) online``, the same on every process."""
+        own: list[Tensor] = list(self.offline.parameters())
+        torch._foreach_lerp_(own, list[Tensor](self.online.parameters()), 1 - momentum)

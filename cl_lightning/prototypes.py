@@ -185,6 +185,49 @@ def kernel_drift(
     return (moved / weight_sum[:, None]).to(prototypes.dtype)
 
 
+@torch.no_grad()
+def calibrated(novel: Tensor, base: Tensor, *, beta: float, tau: float) -> Tensor:
+    """Means of few samples, moved towards those of similar base classes (TEEN: Wang et al., arXiv:2312.05229).
+
+        w_nb = softmax_b(tau <c^_n, c^_b>),   Delta_n = normalise(sum_b w_nb c^_b)
+        c~_n = (1 - beta) c^_n + beta Delta_n
+
+    with c^ = c / ||c||. The result is not normalised again: it is meant for cosines.
+
+    Args:
+        novel: Means to be moved, ``(n, d)``.
+        base: Means to move them to, ``(b, d)``; b at least 1.
+        beta: Share of Delta, in [0, 1].
+        tau: Sharpness of the weights, at least 0; at 0 all base classes count alike, at infinity the nearest alone.
+
+    Returns:
+        c~, ``(n, d)``.
+    """
+    novel, base = F.normalize(novel, dim=1), F.normalize(base, dim=1)
+    weight = (tau * novel @ base.T).softmax(dim=1)  # (n, b), rows sum to 1
+    return (1 - beta) * novel + beta * F.normalize(weight @ base, dim=1)
+
+
+@torch.no_grad()
+def calibrate_new(prototypes: "Prototypes", task_columns: Tensor, *, beta: float, tau: float) -> None:
+    """Apply :func:`calibrated` to the means of the last task's new classes, in place; nothing after the first task.
+
+    The base is the classes of the first task. All other means stay, to the bit, as do all where beta is 0.
+
+    Args:
+        prototypes: Of all classes seen so far.
+        task_columns: Which columns belong to which task, bool ``(T, C)``.
+        beta: As in :func:`calibrated`.
+        tau: As in :func:`calibrated`.
+    """
+    if beta == 0 or len(task_columns) < 2:
+        return
+    new = task_columns[-1] & ~task_columns[:-1].any(dim=0) & prototypes.known
+    base = task_columns[0] & prototypes.known
+    if new.any() and base.any():
+        prototypes.means[new] = calibrated(prototypes.means[new], prototypes.means[base], beta=beta, tau=tau)
+
+
 class Prototypes(nn.Module):
     """Mean, count and, if wanted, covariance of each class, in the order of the logits' columns.
 

@@ -283,13 +283,13 @@ def show(content: Mapping[str, Any], console: Console | None = None) -> None:
         console.print(f"{method}: no task is finished")
         return
     after = [_after_task(content, t) for t in range(finished)]
-    columns, digits, gap = _layout(finished, after, console.width)
+    columns, digits, gap = _layout(finished, [["task", *_columns(content)], *after], console.width)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, gap - 1, 0, 0))
     title = f"{method}: accuracy in % " + ("on each task (columns) " if columns else "") + "after each task (rows)"
     table.add_column("task", no_wrap=True)
     for index in range(columns):
         table.add_column(str(index), justify="right", no_wrap=True)
-    for name in _COLUMNS:
+    for name in _columns(content):
         table.add_column(name, justify="right", no_wrap=True, style="bold" if name == "all" else "")
     for t, (name, *cells) in enumerate(after):
         values = content["matrix"]["R_ci"][t][:columns]
@@ -304,14 +304,19 @@ def show(content: Mapping[str, Any], console: Console | None = None) -> None:
         f"last accuracy {_percent(measures['average_accuracy'])} %, average incremental accuracy "
         f"{_percent(measures['average_incremental_accuracy'])} %",
     ]
-    if finished > 1:
+    if "forgetting" in measures:
         lines[-1] += f", forgetting {_percent(measures.get('forgetting'))} %"
+    if (online := measures.get("mean_online_error")) is not None:
+        lines.append(f"online: error of predictions made before each step; mean over domains {_percent(online, 2)} %")
     if (kept := _kept(content)) is not None:
         lines.append(f"kept from task to task beside the network: {kept}")
     console.print("\n".join(lines), highlight=False)
 
 
-_COLUMNS = ("all", "known", "forgetting", "time")
+def _columns(content: Mapping[str, Any]) -> list[str]:
+    """Headings of the summary of a task; online errors only where there are any."""
+    online = ["online"] if "mean_online_error" in content["measures"] else []
+    return ["all", "known", "forgetting", *online, "time"]
 
 
 def _after_task(content: Mapping[str, Any], t: int) -> list[str]:
@@ -327,6 +332,7 @@ def _after_task(content: Mapping[str, Any], t: int) -> list[str]:
         _percent(measures.get("average_accuracy")),
         _percent(sum(known) / len(known) if known else None),
         _percent(measures.get("forgetting")),
+        *([_percent(content["matrix"]["online_error"][t])] if "online" in _columns(content) else []),
         f"{seconds:.1f} s"
         if seconds < 100
         else f"{seconds / 60:.1f} min"
@@ -336,8 +342,14 @@ def _after_task(content: Mapping[str, Any], t: int) -> list[str]:
 
 
 def _layout(finished: int, rows: list[list[str]], width: int) -> tuple[int, int, int]:
-    """Number of columns for single tasks, their digits behind the point, and the space between columns."""
-    widths = [max(map(len, cells)) for cells in zip(["task", *_COLUMNS], *rows, strict=True)]
+    """Number of columns for single tasks, their digits behind the point, and the space between columns.
+
+    Args:
+        finished: Number of tasks.
+        rows: All other cells, the headings first.
+        width: Of the terminal.
+    """
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     for digits, gap in ((1, 2), (1, 1), (0, 1)):
         if sum(widths) + finished * (5 if digits else 3) + gap * (len(widths) + finished) <= width:
             return finished, digits, gap

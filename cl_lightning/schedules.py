@@ -56,6 +56,16 @@ class CosineOverPhase(PhaseSchedule):
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+class QuarterCosineOverPhase(PhaseSchedule):
+    """The first quarter of a cosine: the learning rate falls late, to 0.016 of it (CODA-Prompt, arXiv:2211.13218).
+
+    factor(e) = cos( 0.99 pi / 2 * e / (E - 1) ),   e = 0 .. E - 1
+    """
+
+    def factor(self, epoch: int) -> float:
+        return math.cos(0.99 * math.pi / 2 * min(epoch / max(self.epochs - 1, 1), 1.0))
+
+
 class StepsOverPhase(PhaseSchedule):
     """The learning rate is multiplied by ``gamma`` at given fractions of the phase.
 

@@ -16,14 +16,17 @@ from cl_lightning.backbones import MLP, Backbone, ImageShape
 from cl_lightning.batch import Batch, mix
 from cl_lightning.closed_form import ClosedFormHead
 from cl_lightning.distributed import all_gather_rows, all_names, all_sum, rank, world_size
+from cl_lightning.feature_cache import KEYS, STORED, FeatureCache, FeatureStore
 from cl_lightning.features import FeaturePool
 from cl_lightning.heads import Head, LinearHead
 from cl_lightning.hooks import AddsLosses, ContinualCallback, Progress
 from cl_lightning.importance import Importance
+from cl_lightning.lean import fuse
 from cl_lightning.losses import cross_entropy, masked_logits
 from cl_lightning.measures import StreamAccuracy
 from cl_lightning.memory import Memory
 from cl_lightning.network import Network, Output
+from cl_lightning.parameter_groups import apply_lr_factors, with_lr_factors
 from cl_lightning.prototypes import Prototypes
 from cl_lightning.schedules import PhaseSchedule
 from cl_lightning.stream import Task
@@ -85,6 +88,8 @@ class ContinualStrategy(LightningModule):
         visible: Logits over which the classification loss is taken: ``all`` classes seen so far, only those of the
             ``current`` task, or for each sample those of its own ``task`` (training with task ids).
         freeze_backbone: Keep the backbone as it is built, in eval mode, and train the head alone.
+        lr_factors: Factors of the learning rate by patterns of names of parameters, such as ``{backbone.*: 0.1}``; None
+            for 1 everywhere.
     """
 
     family: ClassVar[str] = ""
@@ -98,13 +103,23 @@ class ContinualStrategy(LightningModule):
     """Whether the strategy also wants training samples without a label (their ``labels`` are -1)."""
     uses_old_logits: bool = False
     """Whether its losses depend on logits of earlier classes even where ``visible`` is ``current``."""
+    uses_test_batch: bool = False
+    """Whether a prediction depends on the other samples of its test batch (statistics of that batch, say)."""
+    asks_all_processes: bool = False
+    """Whether a step exchanges rows between processes, so that one that has none of its batch is asked too, with an
+    empty one."""
     ranks_agree: bool = True
     """Whether two processes with the same global batch give what one gives, within rounding; a method or an option that
     does not says why where it sets this to False."""
     plain_first_task: bool = True
     """Whether the first task is fine-tuning, bit by bit; an option that changes this sets it on the instance."""
 
+    losses_of_output: ClassVar[bool] = False
+    """Whether the ``losses`` that this class defines look at the output of the network and at labels alone, so that a
+    frozen backbone need not see images whose features are stored."""
+
     # Set by the task loop.
+    feature_cache: FeatureCache | None = None
     task: Task
     phase: Phase
     phase_epochs: int = 1
@@ -123,6 +138,7 @@ class ContinualStrategy(LightningModule):
         first_scheduler: LRSchedulerCallable | None = None,
         visible: Visible = "all",
         freeze_backbone: bool = False,
+        lr_factors: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         if visible not in ("all", "current", "task"):
@@ -134,7 +150,7 @@ class ContinualStrategy(LightningModule):
         self.scheduler = scheduler
         self.first_optimizer, self.first_scheduler = first_optimizer, first_scheduler
         self.visible: Visible = visible
-        self.freeze_backbone = freeze_backbone
+        self.freeze_backbone, self.lr_factors = freeze_backbone, lr_factors
         self.image_shape: ImageShape | None = None
         self.augment: Callable[[Batch], Batch] | None = None
         self.network: Network
@@ -147,6 +163,7 @@ class ContinualStrategy(LightningModule):
         self.samples_in_step: int | None = None
         self._loss_callbacks: list[AddsLosses] = []
         self._accuracy: StreamAccuracy | None = None
+        self._store: FeatureStore | None = None
         self.row: Row | None = None
 
     @classmethod
@@ -213,6 +230,11 @@ class ContinualStrategy(LightningModule):
         frozen = {id(parameter) for block in old for parameter in block.parameters()} if self.task.num_new else set()
         yield from (parameter for parameter in self.network.head.parameters() if id(parameter) not in frozen)
 
+    @property
+    def backbone_is_fixed(self) -> bool:
+        """Whether the backbone will not change any more, so that features may be stored (``loop.feature_cache``)."""
+        return self.freeze_backbone
+
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[nn.Parameter] | list[dict[str, Any]]:
         """What the optimizer is built over: the parameters that the phase trains, or groups of them as torch's
         optimizers take them, with options of their own (``{"params": [...], "weight_decay": 0.0}``)."""
@@ -265,6 +287,8 @@ class ContinualStrategy(LightningModule):
         indices: Tensor | None = None,
         samples: int | None = None,
         augment: int | None = None,
+        batch_size: int | None = None,
+        store: FeatureStore | None = None,
     ) -> Iterator[Batch]:
         """The training data of the current task once, in order, each process its share, on the device.
 
@@ -273,9 +297,12 @@ class ContinualStrategy(LightningModule):
             indices: Go through these samples of the task only, by their places in the data set, in this order.
             samples: Go through so many samples of the task only, drawn by seed and task; None for all.
             augment: Key of the random numbers to augment with; None to augment nothing.
+            batch_size: Samples at a time, over all processes; None for that of evaluations.
+            store: Where features may be found that take the place of images.
         """
         datamodule, trainer = self._datamodule, self.trainer
-        for batch in datamodule.statistics_dataloader(memory=memory, indices=indices, samples=samples):
+        options = {"memory": memory, "indices": indices, "samples": samples, "batch_size": batch_size, "store": store}
+        for batch in datamodule.statistics_dataloader(**options):
             moved = datamodule.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)  # finished below
             if augment is not None:
                 moved = moved.replace(draw=moved.draw.fork(augment))
@@ -311,18 +338,56 @@ class ContinualStrategy(LightningModule):
         self, network: Network | None = None, *, memory: Memory | None = None, augment: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As ``features``, and the place of each sample in the data set, int64 ``(n,)``; -1 for those of a memory."""
+        plain = memory is None and augment is None and network in (None, self.network)
+        store = self.feature_store() if plain else None
         network = self.network if network is None else network
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for batch in self.statistics_batches(memory=memory, augment=augment):
+        for batch in self.statistics_batches(memory=memory, augment=augment, store=store):
             if len(batch) == 0:
                 continue
             with self.trainer.precision_plugin.forward_context():
-                parts.append((network.backbone(batch.images).float(), batch.labels, batch.indices))
+                features = self._features_of(batch, network, store)
+            parts.append((features.float(), batch.labels, batch.indices))
         if not parts:
             nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
             return torch.zeros(0, network.head.num_features, device=self.device), nothing, nothing
         features, labels, indices = (torch.cat(column) for column in zip(*parts, strict=True))
         return features, labels, indices
+
+    def feature_store(self, *, training: bool = False, evaluation: bool = False) -> FeatureStore | None:
+        """Where features of the backbone are kept; None where they are not.
+
+        Args:
+            training: Whether it is for training, where other things may look at images.
+            evaluation: Whether it is for evaluation.
+        """
+        if self.feature_cache is None or not self.backbone_is_fixed:
+            return None
+        mine = type(self)
+        if training and (
+            not next(vars(cls).get("losses_of_output", False) for cls in mine.__mro__ if "losses" in vars(cls))
+            or mine.prepare is not ContinualStrategy.prepare
+            or mine.observe is not ContinualStrategy.observe
+            or self._loss_callbacks
+        ):
+            return None
+        if evaluation and mine.predict is not ContinualStrategy.predict:
+            return None
+        backbone, context = self.network.backbone, self.trainer.precision_plugin.forward_context
+        modes = [(module, module.training) for module in backbone.modules()]
+        backbone.eval()
+
+        def forward(images: Tensor) -> Tensor:
+            with context():
+                features: Tensor = backbone(images)
+            return features
+
+        try:
+            setting = f"{self._datamodule.scaling}, {self.trainer.precision}"
+            return self.feature_cache.store(backbone, forward, self.image_shape or (), setting)
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
     def finish(self, batch: Batch) -> Batch:
         """The batch with images made from its raw ones without augmentation: scaled and normalised.
@@ -417,11 +482,17 @@ class ContinualStrategy(LightningModule):
         self._arrived = batch
         batch = self.prepare(batch)
         self.samples_in_step = len(batch)
-        if len(batch) == 0:  # another process has what there is; this one takes part with gradients of zero
+        if len(batch) == 0 and not self.asks_all_processes:
+            # Another process has what there is; this one takes part with gradients of zero.
             self._num_recorded += 1
             return sum_of_zeros(parameter for parameter in self.parameters() if parameter.requires_grad)
         of_features = self.phase.on_features
-        output = Output(batch.images, self.network.head(batch.images)) if of_features else self.network(batch.images)
+        if of_features or STORED in batch.extra:
+            output = Output(batch.images, self.network.head(batch.images))
+        else:
+            output = self.network(batch.images)
+            if KEYS in batch.extra and (store := self.feature_store(training=True)) is not None:
+                store.add(batch.extra[KEYS], output.features)
         terms = self.losses(batch, output)
         for callback in self._loss_callbacks:
             more = callback.losses(self, batch, output)
@@ -470,7 +541,13 @@ class ContinualStrategy(LightningModule):
         elif build is None:
             first = self.first_scheduler if self.task.is_first else None
             build, build_scheduler = self.optimizer, build_scheduler or first or self.scheduler
-        optimizer = build(self.parameter_groups(parameters))
+        groups = self.parameter_groups(parameters)
+        if self.lr_factors:
+            owner = type(self).__name__
+            groups = with_lr_factors(groups, self.named_parameters(), self.lr_factors, owner=owner)
+        optimizer = build(groups)
+        apply_lr_factors(optimizer)
+        fuse(optimizer)
         if build_scheduler is None:
             return optimizer
         scheduler = build_scheduler(optimizer)
@@ -509,6 +586,12 @@ class ContinualStrategy(LightningModule):
     def on_test_epoch_end(self) -> None:
         self.row = self._end_evaluation()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_current_fx_name":  # some forty times a step, by Lightning: no parameter, buffer or module
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if mode and self.is_built and hasattr(self, "phase"):
@@ -544,6 +627,15 @@ class ContinualStrategy(LightningModule):
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ inside
+
+    def _features_of(self, batch: Batch, network: Network, store: FeatureStore | None) -> Tensor:
+        """Features of a batch: those that came with it, or those of the backbone, which are then stored."""
+        if (stored := batch.extra.get(STORED)) is not None:
+            return stored
+        features: Tensor = network.backbone(batch.images)
+        if store is not None and KEYS in batch.extra:
+            store.add(batch.extra[KEYS], features)
+        return features
 
     @property
     def _datamodule(self) -> Any:
@@ -591,6 +683,7 @@ class ContinualStrategy(LightningModule):
     """What was logged last, for progress bars."""
 
     def _begin_evaluation(self, *, confusion: bool) -> None:
+        self._store = self.feature_store(evaluation=True)
         tasks, columns = self.task_columns.shape
         counts = [int(marks.nonzero().max()) + 1 for marks in self.task_columns.cpu()]
         prefixes = [max(counts[: t + 1]) for t in range(tasks)] if confusion else None
@@ -600,7 +693,10 @@ class ContinualStrategy(LightningModule):
         self._loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
 
     def _evaluate(self, batch: Batch) -> None:
-        scores = self.predict(batch.images).float()
+        if KEYS in batch.extra or STORED in batch.extra:
+            scores = self.network.head.classify(self._features_of(batch, self.network, self._store)).float()
+        else:
+            scores = self.predict(batch.images).float()
         assert self._accuracy is not None
         self._accuracy.update(scores, batch.labels, batch.tasks, self.task_columns)
         self._loss_sum += nn.functional.cross_entropy(scores, batch.labels, reduction="sum")

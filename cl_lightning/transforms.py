@@ -107,16 +107,20 @@ class Normalize(Transform):
         message = "std above 0 and both up to 1 are allowed, as pixels are in [0, 1]; divide by 255 what is of 0 .. 255"
         _require(self, allowed, f"mean {tuple(mean)}, std {tuple(std)}; {message}")
         self.mean, self.std = tuple(mean), tuple(std)
+        self._factors: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def apply(self, images: Tensor, draw: Draw, context: Context | None) -> Tensor:
         means, channels = len(self.mean), images.shape[1]
         _require(
             self, means in (1, channels), f"{means} means, {channels} channels; give one per channel, or one for all"
         )
-        full, dtype = (1.0, images.dtype) if images.is_floating_point() else (255.0, torch.float32)
-        scale = torch.tensor([1 / (full * std) for std in self.std], dtype=dtype)
-        shift = torch.tensor([-mean / std for mean, std in zip(self.mean, self.std, strict=True)], dtype=dtype)
-        scale, shift = (values.to(images.device, non_blocking=True)[:, None, None] for values in (scale, shift))
+        key = (images.dtype, images.device)
+        if key not in self._factors:
+            full, dtype = (1.0, images.dtype) if images.is_floating_point() else (255.0, torch.float32)
+            scale = torch.tensor([1 / (full * std) for std in self.std], dtype=dtype)
+            shift = torch.tensor([-mean / std for mean, std in zip(self.mean, self.std, strict=True)], dtype=dtype)
+            self._factors[key] = scale.to(images.device)[:, None, None], shift.to(images.device)[:, None, None]
+        scale, shift = self._factors[key]
         return (images * scale).add_(shift)
 
 

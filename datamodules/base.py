@@ -14,8 +14,9 @@ from torch import Tensor
 from cl_lightning import distributed
 from cl_lightning.backbones import ImageShape
 from cl_lightning.batch import Batch, mix
+from cl_lightning.feature_cache import STORED, FeatureStore
 from cl_lightning.features import FeaturePool
-from cl_lightning.loaders import FeatureLoader, Plan, PlannedLoader, StreamLoader
+from cl_lightning.loaders import FeatureLoader, Plan, PlannedLoader, Stored, StreamLoader
 from cl_lightning.memory import Memory
 from cl_lightning.sources import FileSource, Source, checked, decoded
 from cl_lightning.stream import Catalogue, ClassIncremental, Part, Scenario, Stream, Task
@@ -94,6 +95,7 @@ class ContinualDataModule(LightningDataModule):
         self.memory: Memory | None = None
         self.cumulative = False
         self.with_unlabelled = False
+        self.whole_batches = False  # whether all processes have to come by every batch of an evaluation
         self.phase_index = 0
         self.select: Callable[[Tensor, Tensor], Tensor | None] | None = None
         self._origin = 0
@@ -116,6 +118,10 @@ class ContinualDataModule(LightningDataModule):
     def default_scenario(self, catalogue: Catalogue) -> Scenario:
         """How the data are dealt out where the configuration does not say it."""
         return default_scenario(catalogue.num_classes)
+
+    def shuffles(self, task: int) -> bool:
+        """Whether the training samples of a task are shuffled anew in each epoch, or in the data's order."""
+        return True
 
     def statistics(self) -> tuple[Sequence[float] | None, Sequence[float] | None]:
         """Mean and standard deviation of the pixels in [0, 1], per channel; None for what is to be measured."""
@@ -289,18 +295,26 @@ class ContinualDataModule(LightningDataModule):
             key=mix(self.seed or 0, index, self.phase_index),
             drop_last=self.drop_last,
             passes=stream.passes,
+            shuffle=self.shuffles(index),
         )
-        return self._loader("train").over(plan, place=self._place, memory=memory)
+        stored = None
+        if memory is None and not self.augmentation.transforms:
+            stored = self._stored("train", training=True)
+        return self._loader("train").over(plan, place=self._place, memory=memory, stored=stored)
 
     def val_dataloader(self) -> PlannedLoader | list[Any]:
         """Validation samples of all tasks seen so far, in one pass; nothing without ``val_fraction``."""
         indices, tasks = self._pool(self.stream.val, range(self.task.index + 1))
-        return self._loader("val").over(self._evaluation_plan(indices, tasks)) if len(indices) else []
+        if not len(indices):
+            return []
+        plan = self._evaluation_plan(indices, tasks)
+        return self._loader("val").over(plan, stored=self._stored("val", evaluation=True))
 
     def test_dataloader(self) -> PlannedLoader:
         """Test samples of all tasks seen so far, in one pass."""
         indices, tasks = self._pool(self.stream.test, range(self.task.index + 1))
-        return self._loader("test").over(self._evaluation_plan(indices, tasks))
+        plan = self._evaluation_plan(indices, tasks)
+        return self._loader("test").over(plan, stored=self._stored("test", evaluation=True))
 
     def evaluation_loader(
         self, part: Literal["val", "test"], tasks: Iterable[int], *, samples: int | None = None, key: int = 0
@@ -326,7 +340,13 @@ class ContinualDataModule(LightningDataModule):
         return self._loader(part).over(self._evaluation_plan(indices, owners))
 
     def statistics_dataloader(
-        self, *, memory: Memory | None = None, indices: Tensor | None = None, samples: int | None = None
+        self,
+        *,
+        memory: Memory | None = None,
+        indices: Tensor | None = None,
+        samples: int | None = None,
+        batch_size: int | None = None,
+        store: FeatureStore | None = None,
     ) -> PlannedLoader:
         """The current task's training samples once, in order; each process takes its share.
 
@@ -334,6 +354,8 @@ class ContinualDataModule(LightningDataModule):
             memory: Serve its samples instead, in the order in which it holds them.
             indices: Serve these samples of the task only, in this order.
             samples: Of those of the task, serve so many, drawn by seed and task; None for all.
+            batch_size: Samples at a time, over all processes; None for ``eval_batch_size``.
+            store: Where features may be found that take the place of images.
         """
         if memory is not None:
             indices = self._rows_of(memory)
@@ -345,8 +367,9 @@ class ContinualDataModule(LightningDataModule):
                 generator = torch.Generator().manual_seed(mix(self.seed or 0, 0x5A3, self.task.index))
                 indices = indices[torch.randperm(len(indices), generator=generator)[:samples].sort().values]
         tasks = torch.full_like(indices, self.task.index)
-        plan = self._plan(indices, tasks, batch_size=self.eval_batch_size, shuffle=False)
-        return self._loader("statistics").over(plan, memory=memory)
+        plan = self._plan(indices, tasks, batch_size=batch_size or self.eval_batch_size, shuffle=False)
+        stored = None if store is None else self._identified("statistics", store)
+        return self._loader("statistics").over(plan, memory=memory, stored=stored)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         # Lightning would wait for the copy of anything that is not a plain tensor.
@@ -378,6 +401,8 @@ class ContinualDataModule(LightningDataModule):
             augment: Whether to augment.
             epoch: Epoch of the phase to augment as in; None for the current one.
         """
+        if STORED in batch.extra:
+            return batch
         images = batch.raw
         if augment and self.augmentation.transforms:
             if epoch is None:
@@ -448,6 +473,22 @@ class ContinualDataModule(LightningDataModule):
         tasks = [torch.full((len(array),), task) for task, array in zip(chosen, arrays, strict=True)]
         return torch.cat(arrays), torch.cat(tasks)
 
+    def _stored(self, kind: str, **purpose: bool) -> Stored | None:
+        """Features that the strategy keeps of the samples of a loader, where it does."""
+        strategy: Any = self.trainer.lightning_module if self.trainer is not None else None
+        store = strategy.feature_store(**purpose) if strategy is not None else None
+        return None if store is None else self._identified(kind, store)
+
+    def _identified(self, kind: str, store: FeatureStore) -> Stored | None:
+        if self._loader(kind).shifted:  # pixels depend on the task
+            return None
+        return Stored(store, store.identities(self.samples(train=kind != "test")))
+
+    @property
+    def scaling(self) -> str:
+        """What is done to images that are not augmented, in words."""
+        return f"size {self.resize}, mean {self.normalize.mean}, std {self.normalize.std}"
+
     def _rows_of(self, memory: Memory) -> Tensor:
         """Places beyond the data set, which mean the rows of a memory."""
         return torch.arange(len(memory)) + len(self.samples(train=True).labels)
@@ -463,7 +504,8 @@ class ContinualDataModule(LightningDataModule):
         return Plan(indices, tasks, rank=distributed.rank(), world=distributed.world_size(), **options)
 
     def _evaluation_plan(self, indices: Tensor, tasks: Tensor) -> Plan:
-        return self._plan(indices, tasks, batch_size=self.eval_batch_size, shuffle=False, skip_empty=True)
+        skip = not self.whole_batches
+        return self._plan(indices, tasks, batch_size=self.eval_batch_size, shuffle=False, skip_empty=skip)
 
     def _hidden(self) -> Tensor | None:
         unlabelled = [part for part in self.stream.unlabelled if len(part)]

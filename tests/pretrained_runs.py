@@ -1,12 +1,15 @@
 """Runs and models for the tests of methods on pretrained backbones."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from callback_runs import run
+from sklearn.datasets import load_digits
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.nn import functional as F
 
 from cl_lightning.backbones import Backbone, ImageShape
 from cl_lightning.loop import TaskLoop
@@ -24,6 +27,35 @@ class TinyViT(Backbone):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
+
+
+class PretrainedViT(TinyViT):
+    """As ``TinyViT``, with features that were learnt on digits that are mirrored, so that no task is known to it."""
+
+    def __init__(self, image_shape: ImageShape) -> None:
+        super().__init__(image_shape)
+        self.model.load_state_dict(_pretrained())
+
+
+@cache
+def _pretrained() -> dict[str, Tensor]:
+    """Learnt in some three seconds."""
+    digits = load_digits()
+    images = (torch.as_tensor(digits.images, dtype=torch.float32)[:, None] / 16 - 0.305) / 0.376
+    labels = torch.as_tensor(digits.target)
+    images, labels = torch.cat([images.transpose(2, 3), images.flip(2)]), torch.cat([labels, labels + 10])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = VisionTransformer(
+            img_size=8, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=20, in_chans=1
+        )
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for rows in (rows for _ in range(8) for rows in torch.randperm(len(images)).split(64)):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[rows]), labels[rows]).backward()
+            optimizer.step()
+    model.reset_classifier(0)
+    return model.state_dict()
 
 
 def tiny_vit(**options: Any) -> VisionTransformer:

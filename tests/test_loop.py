@@ -123,6 +123,20 @@ def test_early_stopping_begins_anew_at_each_task():
     assert made.matrix.learned == 3
 
 
+@pytest.mark.parametrize(
+    ("monitor", "data", "message"),
+    [
+        ("val/acc", {"val_fraction": 0.2}, "there are val/accuracy and val/loss"),
+        ("val/loss", {}, "--data.val_fraction"),
+    ],
+)
+def test_watching_what_will_not_be_there_is_told_before_training(monitor, data, message):
+    made = loop(Finetune(backbone=plain_net), EarlyStopping(monitor), data=data)
+    with pytest.raises(ValueError, match=message):
+        made.fit()
+    assert not made.started
+
+
 class Gaining(ContinualDataModule):
     """Six classes of tiny images, of which the first ``known`` are there."""
 

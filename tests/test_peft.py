@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cl_lightning.backbones import MLP, Timm
-from cl_lightning.peft import SSF, VPT, AdaptedBackbone, Adapter, FiLM, LoRA, Prefix, WholeModel
+from cl_lightning.peft import SSF, VPT, AdaptedBackbone, Adapter, FiLM, LoRA, PeftPair, Prefix, WholeModel
 
 SILENT = {  # at the beginning nothing changes
     "lora": LoRA,
@@ -27,6 +27,7 @@ LOUD = {
     "vpt shallow": partial(VPT, deep=False, spread=0.1),
     "vpt of a block": partial(VPT, blocks=[1]),
     "prefix": Prefix,
+    "prefix, compensated": partial(Prefix, compensate=True),
 }
 ALL = SILENT | LOUD
 MERGED = {"lora", "lora of keys and values", "ssf", "film", "ssf without spread"}
@@ -224,6 +225,24 @@ def test_a_prefix_is_more_keys_and_values(fused):
     torch.testing.assert_close(attention(x), attention.proj(mixed))
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_compensated_prefix_has_a_full_share_of_attention_beside_what_is_left_to_the_image(fused):
+    net = model()
+    attention = net.blocks[1].attn
+    attention.fused_attn = fused
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    q, k, v = (part.unflatten(2, (3, 8)).transpose(1, 2) for part in attention.qkv(x).chunk(3, dim=-1))
+    site = disturbed(partial(Prefix, length=4, compensate=True), net).sites[1]
+    own_k, own_v = (rows.unflatten(1, (3, 8)).transpose(0, 1) for rows in (site.keys, site.values))
+    scores = q @ torch.cat([own_k.expand(2, -1, -1, -1), k], dim=2).transpose(2, 3) * 8**-0.5
+    shares = scores.softmax(dim=3)
+    mass = shares[..., :4].sum(3, keepdim=True)  # lambda
+    shares = torch.cat([shares[..., :4] / mass, shares[..., 4:]], dim=3)
+    torch.testing.assert_close(shares.sum(3, keepdim=True), 1 - mass + 1)
+    mixed = (shares @ torch.cat([own_v.expand(2, -1, -1, -1), v], dim=2)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention(x), F.linear(mixed, attention.proj.weight, attention.proj.bias))
+
+
 def test_prompts_are_tokens_of_the_sequence():
     net = model()
     x = torch.randn(2, 5, 24, dtype=torch.float64)
@@ -296,6 +315,46 @@ def test_without_concatenation_there_is_one_backbone():
     assert backbone.original is None
     backbone.finish()
     assert backbone(torch.randn(2, 1, 8, 8)).shape == (2, backbone.num_features) == (2, 6)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_pair_has_two_sets_that_take_turns(name, images):
+    pair = PeftPair((3, 8, 8), backbone=lambda shape: Wrapped(), peft=ALL[name]).double().eval()
+    with torch.no_grad():
+        for parameter in (*pair.online.parameters(), *pair.offline.parameters()):
+            parameter += 0.3 * torch.randn_like(parameter)
+    online, offline = pair(images), pair.offline_features(images)
+    assert torch.equal(pair(images), online)
+    assert not torch.allclose(online, offline)
+    with pair.online.disabled():
+        assert torch.equal(pair(images), tiny_vit().double()(images))
+    twin = copy.deepcopy(pair)
+    assert torch.equal(twin.offline_features(images), offline)
+    before = [parameter.clone() for parameter in pair.offline.parameters()]
+    pair.follow(0.75)
+    for old, own, other in zip(before, pair.offline.parameters(), pair.online.parameters(), strict=True):
+        torch.testing.assert_close(own, 0.75 * old + 0.25 * other)
+    pair.follow(1.0)
+    assert torch.equal(pair(images), online)
+    pair.catch_up()
+    assert torch.equal(pair.offline_features(images), online)
+    assert torch.equal(twin.offline_features(images), offline)
+
+
+class Wrapped(nn.Module):
+    num_features = 24
+
+    def __init__(self):
+        super().__init__()
+        self.model = tiny_vit()
+
+    def forward(self, images):
+        return self.model(images)
+
+
+def test_the_whole_model_cannot_be_there_twice():
+    with pytest.raises(ValueError, match="WholeModel trains the model itself"):
+        PeftPair((1, 8, 8), backbone=partial(MLP, hidden=(6,)), peft=WholeModel)
 
 
 def test_a_vit_from_a_file_takes_them_all(shared_data):

@@ -439,7 +439,8 @@ def test_runs_are_grouped_by_configuration_without_seed_and_bookkeeping():
 
 def test_settings_that_had_no_effect_and_that_older_runs_lack_do_not_part_runs():
     old = {"model.class_path": "ER", "loop.keep_tasks": "last"}
-    assert comparable({**old, "loop.keep_last": "2", "loop.nan_loss": "stop"}) == comparable(old)
+    new = {"loop.keep_last": "2", "loop.nan_loss": "stop", "loop.feature_cache": "null", "loop.feature_cache_gb": "8.0"}
+    assert comparable({**old, **new}) == comparable(old)
     assert comparable({**old, "loop.nan_loss": "skip"}) != comparable(old)
 
 

@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from cl_lightning.schedules import CosineOverPhase, StepsOverPhase
+from cl_lightning.schedules import CosineOverPhase, QuarterCosineOverPhase, StepsOverPhase
 
 
 def rates(schedule_class, epochs, **options):
@@ -59,3 +61,10 @@ def test_impossible_steps_are_refused(options):
 def test_an_impossible_cosine_is_refused():
     with pytest.raises(ValueError, match="CosineOverPhase"):
         rates(CosineOverPhase, 4, final=2.0)
+
+
+def test_a_quarter_of_a_cosine_falls_late():
+    found, _ = rates(QuarterCosineOverPhase, 5)
+    assert found == pytest.approx([2 * math.cos(99 * math.pi * e / (200 * 4)) for e in range(5)])
+    assert found[-1] == pytest.approx(0.0157 * 2, rel=1e-3)
+    assert rates(QuarterCosineOverPhase, 1)[0] == [2.0]

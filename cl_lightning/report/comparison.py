@@ -14,7 +14,7 @@ _SEEDS = ("seed_everything", "data.init_args.seed")
 _BOOKKEEPING = re.compile(  # cannot change a result
     r"trainer\.(logger|profiler|enable_progress_bar|enable_model_summary|enable_checkpointing|default_root_dir"
     r"|log_every_n_steps|num_sanity_val_steps|enable_autolog_hparams|barebones)(\.|$)"
-    r"|loop\.(save_every_n_steps|save_every_seconds|keep_last|keep_tasks|stop_after_task)$"
+    r"|loop\.(save_every_n_steps|save_every_seconds|keep_last|keep_tasks|stop_after_task|feature_cache|feature_cache_gb)$"
     r"|data\.init_args\.(root|workers|in_memory)$"
 )
 _UNUSED = {("loop.nan_loss", "stop")}  # a run that goes on has not met it, nor one of a version without it
@@ -60,6 +60,9 @@ KNOWN = Measure(
     True,
     lambda run: run.last.get("task_aware/average_accuracy"),
 )
+ONLINE = Measure(
+    "mean_online_error", "online error", "percent", False, lambda run: run.last.get("mean_online_error")
+)  # of test-time streams
 SECONDS = Measure("seconds", "time", "seconds", False, lambda run: run.total_seconds)
 BYTES = Measure("bytes_kept", "kept", "bytes", False, lambda run: run.total_bytes)
 MEASURES = (LAST, INCREMENTAL, FORGETTING, TRANSFER, SECONDS, BYTES)

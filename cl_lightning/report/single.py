@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from cl_lightning.report import cards, plots
-from cl_lightning.report.comparison import INCREMENTAL, KNOWN, LAST, MEASURES, Group
+from cl_lightning.report.comparison import INCREMENTAL, KNOWN, LAST, MEASURES, ONLINE, Group
 from cl_lightning.report.parts import (
     COST_NOTE,
     COUNTS,
@@ -46,7 +46,7 @@ def sections(group: Group) -> list[Section]:
 
 def _headline(group: Group) -> Section:
     tiles = []
-    for measure in (LAST, INCREMENTAL, KNOWN, *MEASURES[2:]):
+    for measure in (LAST, INCREMENTAL, KNOWN, *MEASURES[2:], ONLINE):
         value = group.estimate(measure)
         if value is not None:
             divisor, unit = scale_of([value.mean], measure.unit)

@@ -13,7 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from cl_lightning.report.comparison import KNOWN, MEASURES, Comparison, Group, Measure, Unit
+from cl_lightning.report.comparison import KNOWN, MEASURES, ONLINE, Comparison, Group, Measure, Unit
 from cl_lightning.report.runs import Run
 from cl_lightning.report.statistics import Estimate
 
@@ -79,9 +79,15 @@ def column(values: Sequence[Estimate | None], unit: Unit, *, signed: bool = Fals
 # ---------------------------------------------------------------------- what the tables hold
 
 
+def _with_online(comparison: Comparison, measures: Sequence[Measure]) -> tuple[Measure, ...]:
+    """The measures, and the online error where some run has one."""
+    streamed = any(group.estimate(ONLINE) is not None for group in comparison.groups)
+    return (*measures, ONLINE) if streamed else tuple(measures)
+
+
 def outcome(comparison: Comparison, measures: Sequence[Measure] = MEASURES) -> Sheet:
     """One row per group: how many runs, and each measure."""
-    groups = comparison.groups
+    groups, measures = comparison.groups, _with_online(comparison, measures)
     heads, columns = ["runs"], [[str(len(group.runs)) for group in groups]]
     for measure in measures:
         name, cells = column([group.estimate(measure) for group in groups], measure.unit)
@@ -102,6 +108,7 @@ def differences(comparison: Comparison, measures: Sequence[Measure] = MEASURES) 
     others = [group for group in comparison.groups if group is not base]
     if base is None or all(comparison.difference(group, measures[0]) is None for group in others):
         return None
+    measures = _with_online(comparison, measures)
     heads, columns = ["pairs"], [[pairs(comparison, group) for group in others]]
     for measure in measures:
         name, cells = column([comparison.difference(group, measure) for group in others], measure.unit, signed=True)
@@ -222,7 +229,7 @@ def comma_separated(comparison: Comparison) -> str:
     difference from the baseline with its half-width (``..._difference``, ``..._difference_ci95``). A text that a
     spreadsheet would take for a formula begins with an apostrophe.
     """
-    measures = (*MEASURES, KNOWN)
+    measures = _with_online(comparison, (*MEASURES, KNOWN))
     head = ["method", "strategy", "runs", "tasks", "finished", "seeds", "baseline", "pairs"]
     for measure in measures:
         head += [measure.name, f"{measure.name}_ci95", f"{measure.name}_difference", f"{measure.name}_difference_ci95"]

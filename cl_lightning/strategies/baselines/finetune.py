@@ -23,6 +23,7 @@ class Finetune(ContinualStrategy):
 
     family: ClassVar[str] = "baseline"
     paper: ClassVar[str] = "lower bound"
+    losses_of_output: ClassVar[bool] = True
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
         return {"ce": self.classification_loss(output, batch)}

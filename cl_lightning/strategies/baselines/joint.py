@@ -27,6 +27,7 @@ class Joint(ContinualStrategy):
     family: ClassVar[str] = "baseline"
     paper: ClassVar[str] = "upper bound"
     needs_all_data: ClassVar[bool] = True
+    losses_of_output: ClassVar[bool] = True
 
     def __init__(self, *, from_scratch: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -153,6 +153,10 @@ class FeTrIL(ContinualStrategy):
             name = type(self.network.head).__name__
             raise ValueError(f"FeTrIL: an SVM is no {name}; use LinearHead, or classifier fc")
 
+    @property
+    def backbone_is_fixed(self) -> bool:
+        return self.freeze_backbone or not self.task.is_first
+
     def phases(self, task: Task) -> list[Phase]:
         backbone = [Phase()] if task.is_first and not self.freeze_backbone else []
         return [*backbone, self.head_phase] if self.classifier == "fc" else backbone

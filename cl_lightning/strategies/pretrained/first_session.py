@@ -141,6 +141,10 @@ class FirstSessionAdaptation(ContinualStrategy):
             head = FirstSessionHead(session, self.network.head, dropout=self.session_dropout)
             self.network = Network(self._adapted, head)
 
+    @property
+    def backbone_is_fixed(self) -> bool:
+        return not self.adapt or not self._session_head.in_session
+
     def phases(self, task: Task) -> list[Phase]:
         return [Phase("adapt", self.session_epochs)] if self.adapt and task.is_first else []
 

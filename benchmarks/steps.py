@@ -1,0 +1,188 @@
+"""Time of a training step beside a plain PyTorch loop that indexes tensors: the limit of what a framework can reach.
+
+    python -m benchmarks.steps                          all rows, with noise for images
+    python -m benchmarks.steps --rows mlp_128 mlp_10    some
+
+Both sides have the same network, optimizer, batches and steps, on one thread. They take turns; each turn gives
+the median of the times from one step to the next, a row the median of its turns and of their ratios. Results go to
+``docs/benchmarks/steps.json``.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cl_lightning.backbones import MLP, ResNet32
+from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.loop import LoopOptions, TaskLoop
+from cl_lightning.sources import TensorSource
+from cl_lightning.strategies.baselines.finetune import Finetune
+from cl_lightning.strategies.rehearsal.er import ER
+from cl_lightning.stream import ClassIncremental, Online
+
+TARGET = Path(__file__).parents[1] / "docs" / "benchmarks" / "steps.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is compared.
+
+    Attributes:
+        shape: Of the images.
+        batch_size: Of the task.
+        steps: Of a turn.
+        goal: Largest ratio that is aimed at.
+        memory: Size of a reservoir from which as many samples are drawn per step; 0 for fine-tuning.
+    """
+
+    shape: tuple[int, int, int]
+    batch_size: int
+    steps: int
+    goal: float
+    memory: int = 0
+
+
+ROWS = {
+    "mlp_128": Row((1, 28, 28), 128, 300, 1.10),
+    "mlp_64": Row((1, 28, 28), 64, 400, 1.15),
+    "mlp_10": Row((1, 28, 28), 10, 1000, 1.25),
+    "resnet32_128": Row((3, 32, 32), 128, 12, 1.03),
+    "er_10": Row((1, 28, 28), 10, 1000, 1.50, memory=500),
+}
+
+
+class Noise(ContinualDataModule):
+    """Noise, of two classes."""
+
+    mean, std = (0.5,), (0.25,)
+
+    def __init__(self, shape: tuple[int, int, int], count: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.shape, self.count = shape, count
+
+    def source(self, *, train: bool) -> TensorSource:
+        count = self.count if train else 20
+        images = np.random.default_rng(train).integers(0, 256, (count, *self.shape), dtype=np.uint8)
+        return TensorSource(images, np.arange(count) % 2)
+
+
+class Ticks(Callback):
+    """When steps begin."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.times.append(time.perf_counter())
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+
+
+def ours(row: Row) -> list[float]:
+    """Times of the steps of a run of one task, in seconds."""
+    scenario: Any = ClassIncremental(tasks=1)
+    if row.memory:
+        scenario = Online(scenario)
+    data = Noise(row.shape, row.batch_size * row.steps, scenario=scenario, batch_size=row.batch_size)
+    backbone = MLP if row.shape[0] == 1 else ResNet32
+    options: dict[str, Any] = {"backbone": backbone, "optimizer": sgd}
+    strategy = ER(memory_size=row.memory, mix="step", **options) if row.memory else Finetune(**options)
+    ticks = Ticks()
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[ticks],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    TaskLoop(trainer, strategy, data, options=LoopOptions()).fit()
+    return [after - before for before, after in zip(ticks.times, ticks.times[1:], strict=False)]
+
+
+def plain(row: Row) -> list[float]:
+    """The same by hand."""
+    draw = np.random.default_rng(1)
+    count = row.batch_size * row.steps
+    images = torch.from_numpy(draw.integers(0, 256, (count, *row.shape), dtype=np.uint8))
+    labels = torch.arange(count) % 2
+    backbone = (MLP if row.shape[0] == 1 else ResNet32)(row.shape)
+    network = nn.Sequential(backbone, nn.Linear(backbone.num_features, 2)).train()
+    optimizer, times = sgd(network.parameters()), []
+    stored = torch.zeros(max(row.memory, 1), *row.shape, dtype=torch.uint8)
+    answers, seen = torch.zeros(max(row.memory, 1), dtype=torch.int64), 0
+
+    def prepared(raw: Tensor) -> Tensor:
+        return raw.float().div_(255).sub_(0.5).div_(0.25)
+
+    order = torch.randperm(count)
+    for rows in order.split(row.batch_size):  # type: ignore[no-untyped-call]
+        times.append(time.perf_counter())
+        raw, wanted = images[rows], labels[rows]
+        inputs, targets = raw, wanted
+        if row.memory and seen:
+            drawn = torch.randint(min(seen, row.memory), (row.batch_size,))
+            inputs, targets = torch.cat([raw, stored[drawn]]), torch.cat([wanted, answers[drawn]])
+        optimizer.zero_grad()
+        F.cross_entropy(network(prepared(inputs)), targets).backward()
+        optimizer.step()
+        if row.memory:  # algorithm R
+            places = torch.arange(seen, seen + len(raw))
+            places = torch.where(places < row.memory, places, (torch.rand(len(raw)) * (places + 1)).long())
+            kept = places < row.memory
+            stored[places[kept]], answers[places[kept]] = raw[kept], wanted[kept]
+            seen += len(raw)
+    return [after - before for before, after in itertools.pairwise(times)]
+
+
+def compare(row: Row, turns: int) -> dict[str, float]:
+    """Medians over turns: milliseconds of a step on either side, and their ratio."""
+    sides: tuple[Callable[[], list[float]], ...] = (functools.partial(plain, row), functools.partial(ours, row))
+    found: list[list[float]] = []
+    for turn in range(turns + 1):
+        seconds = [statistics.median(side()) for side in sides]
+        if turn > 0:  # the first one warms up
+            found.append([1e3 * seconds[0], 1e3 * seconds[1], seconds[1] / seconds[0]])
+    medians = [statistics.median(column) for column in zip(*found, strict=True)]
+    return dict(zip(("plain_ms", "ours_ms", "ratio"), medians, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--turns", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    results = json.loads(TARGET.read_text()) if TARGET.is_file() else {}
+    for name in options.rows:
+        row = ROWS[name]
+        results[name] = {**compare(row, options.turns), "goal": row.goal, "turns": options.turns}
+        part = results[name]
+        print(f"{name:<14}{part['plain_ms']:>9.3f} ms{part['ours_ms']:>9.3f} ms  {part['ratio']:.3f} (goal {row.goal})")
+    TARGET.parent.mkdir(parents=True, exist_ok=True)
+    TARGET.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""Prompts that are chosen or made for each image, put into a frozen transformer of timm from outside.
+
+    q(x) = f(x)                   the query: features of the model as it is, without gradient
+    z(x) = f(x; prompts(q(x)))    features with the prompts that belong to the query
+
+so that an image passes through the model twice. What makes prompts of a query is a `Prompts`, a ``Peft`` whose places
+get other rows at each pass. ``PromptedBackbone`` is the pair of both.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cl_lightning.backbones import Backbone, ImageShape
+from cl_lightning.peft import Peft, PrefixSite, PromptSite, blocks_of
+
+
+class Prompts(Peft):
+    """Makes prompts of queries; a subclass has the parameters, and places without any of their own.
+
+    Outside ``answering`` there are no prompts, and the model is as it was.
+    """
+
+    @abstractmethod
+    def answer(self, query: Tensor) -> None:
+        """Give the places what belongs to queries ``(B, d)``."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Take it away again."""
+
+    @contextmanager
+    def answering(self, query: Tensor) -> Iterator[None]:
+        """The model with the prompts of queries ``(B, d)``, inside a ``with`` block."""
+        self.answer(query)
+        self._enable(True)
+        try:
+            yield
+        finally:
+            self._enable(False)
+            self.forget()
+
+
+class PromptedBackbone(Backbone):
+    """A frozen backbone, and prompts that depend on what it makes of an image.
+
+    Args:
+        image_shape: Channels, height, width.
+        backbone: Builds the backbone.
+        prompts: Builds what is put in.
+
+    Attributes:
+        base: The backbone.
+        prompts: What is in it.
+    """
+
+    def __init__(
+        self,
+        image_shape: ImageShape,
+        *,
+        backbone: Callable[[ImageShape], Backbone],
+        prompts: Callable[[nn.Module], Prompts],
+    ) -> None:
+        super().__init__(image_shape)
+        self.base = backbone(image_shape)
+        self.prompts = prompts(self.base)
+        self.num_features = self.base.num_features
+        self._ahead: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def query(self, images: Tensor) -> Tensor:
+        """Features ``(B, d)`` of the backbone as it is, at least float32."""
+        query: Tensor = self.base(images)
+        return query.to(torch.promote_types(query.dtype, torch.float32))
+
+    def look_ahead(self, images: Tensor) -> Tensor:
+        """As ``query``, for a step that needs it before its forward pass, which takes it over for the same images."""
+        query = self.query(images)
+        self._ahead = (images, query)
+        return query
+
+    def forward(self, images: Tensor) -> Tensor:
+        ahead, self._ahead = self._ahead, None
+        query = ahead[1] if ahead is not None and ahead[0] is images else self.query(images)
+        with self.prompts.answering(query):
+            features: Tensor = self.base(images)
+        return features
+
+
+# ---------------------------------------------------------------------- a pool, of which each query takes some
+
+
+def most_frequent(counts: Tensor, size: int) -> Tensor:
+    """Indices ``(size,)`` of the largest counts ``(M,)``, the smaller index first where two are equal."""
+    return counts.argsort(descending=True, stable=True)[:size]
+
+
+class _PoolSite(PromptSite):
+    """Tokens beside those of the image; their mean at the end takes the place of all tokens (``readout``)."""
+
+    def __init__(self, first: nn.Module, last: nn.Module, norm: nn.Module | None) -> None:
+        super().__init__(first, last if norm is None else None)
+        if norm is not None:
+            self.hook_output(norm, self.mean)
+
+    def mean(self, inputs: Tensor, output: Tensor) -> Tensor:
+        length = self.tokens.shape[-2]
+        # In the place of each, so that it is what the model reads out, be that the class token or a mean.
+        return output[:, -length:].mean(dim=1, keepdim=True).expand(-1, output.shape[1] - length, -1)
+
+
+class PromptPool(Prompts):
+    """Prompts with keys, of which each query takes the nearest (L2P: Wang et al., CVPR 2022, arXiv:2112.08654).
+
+        S(q) = the N keys k_m with the largest cos(q, k_m);   tokens [P_m : m in S] beside those of the image
+
+    They are added once the positions of the image's tokens are in, so that their place does not matter.
+
+    Args:
+        model: Contains the blocks of a ViT of timm.
+        size: M, number of prompts.
+        length: L, tokens of a prompt.
+        selected: N, in 1 .. M.
+        readout: Features are the mean of the ``prompt`` tokens after the last norm, or what the model reads out, the
+            class ``token``.
+        low: Least value of prompts and keys at the beginning.
+        high: Largest value of them at the beginning.
+
+    Attributes:
+        prompts: P, ``(M, L, d)``.
+        keys: k, ``(M, d)``.
+        choice: Ids ``(N,)`` that all samples of the next pass take, whatever their queries; None for each its own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        size: int = 10,
+        length: int = 10,
+        selected: int = 4,
+        readout: Literal["prompt", "token"] = "prompt",
+        low: float = 0.0,
+        high: float = 0.01,
+    ) -> None:
+        super().__init__()
+        if min(size, length) < 1 or not 1 <= selected <= size:
+            raise ValueError(
+                f"PromptPool: size={size}, length={length}, selected={selected}; at least 1, at least 1, in 1 .. size"
+            )
+        if readout not in ("prompt", "token") or low > high:
+            raise ValueError(f"PromptPool: readout={readout!r}, low={low}, high={high}; prompt or token, low <= high")
+        blocks = blocks_of(model, None, "PromptPool")
+        width = cast(nn.LayerNorm, blocks[0].norm1).normalized_shape[-1]
+        self.prompts = nn.Parameter(torch.empty(size, length, width).uniform_(low, high))
+        self.keys = nn.Parameter(torch.empty(size, width).uniform_(low, high))
+        self.selected = selected
+        self.choice: Tensor | None = None
+        self._matched: Tensor | None = None
+        norm = _last_norm(model, blocks[-1]) if readout == "prompt" else None
+        self.sites.append(_PoolSite(blocks[0], blocks[-1], norm))
+        self._enable(False)
+
+    def similarity(self, query: Tensor) -> Tensor:
+        """Cosines ``(B, M)`` of queries ``(B, d)`` and keys."""
+        with torch.autocast(query.device.type, enabled=False):
+            return F.normalize(query, dim=1) @ F.normalize(self.keys, dim=1).T
+
+    def select(self, query: Tensor) -> Tensor:
+        """Ids ``(B, N)`` of the nearest keys."""
+        return self.similarity(query).topk(self.selected, dim=1).indices
+
+    def votes(self, query: Tensor) -> Tensor:
+        """How many of the queries select each prompt, int64 ``(M,)``."""
+        return self.select(query).flatten().bincount(minlength=len(self.keys))
+
+    def take_matched(self) -> Tensor:
+        """``1/B sum_i sum_{m in S_i} cos(q_i, k_m)`` of the last pass that was trained, a scalar."""
+        assert self._matched is not None
+        matched, self._matched = self._matched, None
+        return matched
+
+    def answer(self, query: Tensor) -> None:
+        similarity = self.similarity(query)
+        if self.choice is not None:
+            ids, near = self.choice, similarity[:, self.choice]
+        else:
+            near, ids = similarity.topk(self.selected, dim=1)
+        self._matched = near.sum(dim=1).mean() if self.training and torch.is_grad_enabled() else None
+        cast(PromptSite, self.sites[0]).tokens = self.prompts[ids].flatten(-3, -2)  # (N L, d) or (B, N L, d)
+
+    def forget(self) -> None:
+        cast(PromptSite, self.sites[0]).tokens = torch.empty(0)
+        self.choice = None
+
+
+def _last_norm(model: nn.Module, last: nn.Module) -> nn.Module:
+    for module in model.modules():
+        blocks, norm = getattr(module, "blocks", None), getattr(module, "norm", None)
+        if isinstance(blocks, nn.Module) and isinstance(norm, nn.Module) and any(b is last for b in blocks.children()):
+            return norm
+    raise ValueError(
+        f"PromptPool: {type(model).__name__} has no norm after its blocks, as a ViT of timm has; use readout token"
+    )
+
+
+# ---------------------------------------------------------------------- components, that a query weighs
+
+
+@torch.no_grad()
+def orthonormal_rows(old: Tensor, count: int) -> Tensor:
+    """Random rows of norm 1, orthogonal to one another and to the old ones, drawn from torch's global generator.
+
+    Where the space has no room for more, rows are random ones of norm 1.
+
+    Args:
+        old: ``(n, d)``, any rows.
+        count: Number of new ones.
+
+    Returns:
+        ``(count, d)``, float32.
+    """
+    d = old.shape[1]
+    rows = torch.randn(count, d, dtype=torch.float64)
+    room = max(d - len(old), 0)
+    basis = old.double().cpu().T if room else rows.new_zeros(d, 0)
+    for number in range(min(count, room)):
+        known = torch.linalg.qr(torch.cat([basis, rows[:number].T], dim=1)).Q
+        for _ in range(2):  # twice, for the digits that the first one loses
+            rows[number] -= known @ (known.T @ rows[number])
+        rows[number] /= rows[number].norm()
+    return F.normalize(rows, dim=1).float()
+
+
+def orthogonality(rows: Tensor) -> Tensor:
+    """How far rows ``(f, d)`` are from orthonormal ones: ``R R^T - I``, squared, the mean over its entries."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return (rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)).square().mean()
+
+
+def component_weights(query: Tensor, attention: Tensor, keys: Tensor) -> Tensor:
+    """``alpha_m = cos(q * A_m, K_m)`` of queries ``(B, d)``, attention vectors and keys ``(f, d)``: ``(B, f)``."""
+    with torch.autocast(query.device.type, enabled=False):
+        length = (query.square() @ attention.square().T).sqrt().clamp(min=1e-12)
+        return query @ (attention * F.normalize(keys, dim=1)).T / length
+
+
+class DecomposedPrompts(Prompts):
+    """Prefixes that are weighed sums of components (CODA-Prompt: Smith et al., CVPR 2023, arXiv:2211.13218).
+
+        p(q) = sum_m alpha_m P_m,   alpha_m = cos(q * A_m, K_m)       in each of the chosen blocks
+        K' = [K; first half of p],   V' = [V; second half of p]
+
+    Components come in groups, one per task, so that old ones can be held; the state that is loaded says how many.
+
+    Args:
+        model: Contains the blocks of a ViT of timm.
+        length: L, even: half of it keys, half of it values.
+        blocks: Indices of the blocks that get prefixes.
+
+    Attributes:
+        prompts: P, for each group ``(blocks, n, L, d)``.
+        keys: K, for each group ``(blocks, n, d)``.
+        attention: A, for each group ``(blocks, n, d)``.
+    """
+
+    def __init__(self, model: nn.Module, *, length: int = 8, blocks: Sequence[int] = (0, 1, 2, 3, 4)) -> None:
+        super().__init__()
+        if length < 2 or length % 2:
+            raise ValueError(f"DecomposedPrompts: length is {length}; it must be even, half of it keys, half values")
+        chosen = blocks_of(model, blocks, "DecomposedPrompts")
+        self.length, self.width = length, cast(nn.LayerNorm, chosen[0].norm1).normalized_shape[-1]
+        self.prompts, self.keys, self.attention = (nn.ParameterList() for _ in range(3))
+        self.sites.extend(PrefixSite(cast(nn.Module, block.attn)) for block in chosen)
+        self._enable(False)
+
+    def grow(self, count: int) -> None:
+        """Add a group of ``count`` components, orthogonal to the earlier ones (Gram-Schmidt), of norm 1."""
+        for group, shape in self._groups():
+            size = int(torch.Size(shape).numel())
+            layers = [
+                orthonormal_rows(torch.cat([torch.zeros(0, size), *(p[i].flatten(1).cpu() for p in group)]), count)
+                for i in range(len(self.sites))
+            ]
+            like = next(iter(group), torch.empty(0))
+            group.append(nn.Parameter(torch.stack(layers).view(len(layers), count, *shape).to(like.device)))
+
+    def newest(self) -> Iterator[nn.Parameter]:
+        """Parameters of the newest group."""
+        return (group[-1] for group, _ in self._groups())
+
+    def penalty(self) -> Tensor:
+        """``orthogonality`` of K, A and P, summed over the blocks."""
+        terms = [orthogonality(rows[i].flatten(1)) for rows in self._all() for i in range(len(self.sites))]
+        return torch.stack(terms).sum()
+
+    def answer(self, query: Tensor) -> None:
+        half = self.length // 2
+        for site, prompts, keys, attention in zip(self.sites, *self._all(), strict=True):
+            weights = component_weights(query, attention, keys)
+            with torch.autocast(query.device.type, enabled=False):
+                prefix = torch.einsum("bm,mld->bld", weights, prompts)  # (B, L, d)
+            place = cast(PrefixSite, site)
+            place.keys, place.values = prefix[:, :half], prefix[:, half:]
+
+    def forget(self) -> None:
+        for site in self.sites:
+            place = cast(PrefixSite, site)
+            place.keys = place.values = torch.empty(0)
+
+    def _groups(self) -> Iterator[tuple[nn.ParameterList, tuple[int, ...]]]:
+        yield self.prompts, (self.length, self.width)
+        yield self.keys, (self.width,)
+        yield self.attention, (self.width,)
+
+    def _all(self) -> list[Tensor]:
+        """P, K and A of all groups, ``(blocks, f, ...)``."""
+        return [torch.cat(list(group), dim=1) for group, _ in self._groups()]
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("prompts", "keys", "attention"):
+            group: list[nn.Parameter] = list(getattr(self, name))
+            like, shapes = next(iter(group), torch.empty(0)), [parameter.shape for parameter in group]
+            saved: list[torch.Size] = []
+            while (value := state_dict.get(f"{prefix}{name}.{len(saved)}")) is not None:
+                saved.append(value.shape)
+            if saved != shapes:
+                new = (nn.Parameter(torch.empty(shape, device=like.device)) for shape in saved)
+                setattr(self, name, nn.ParameterList(new))
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]

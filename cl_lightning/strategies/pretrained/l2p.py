@@ -1,0 +1,117 @@
+"""Learning to Prompt, L2P (Wang et al., CVPR 2022, arXiv:2112.08654).
+
+A frozen transformer f sees an image as it is, for a query q, and again beside prompts of a pool whose keys are nearest:
+
+    q(x) = f(x),   S = the N of the M keys k_m with the largest cos(q, k_m),   z(x) = mean of the output at prompts S
+    L = CE(W z(x), y over the classes of the task) - lambda 1/B sum_i sum_{m in S_i} cos(q_i, k_m)
+
+Trained are the prompts (first term), the keys (second term; which ones are chosen has no gradient) and the rows of the
+head of the task. The optimizer begins anew with each task. lambda -> key_weight, M -> pool_size, N -> selected.
+
+``vote="training"``: in a training step all samples take the N prompts that are chosen most often in the whole batch, on
+all processes; predictions are made of each image's own. With ``never`` each image takes its own in training too; with
+``always`` a batch of images to predict votes as well, as published numbers have it: then predictions depend on the
+batch, which tells what is in it where test data are sorted by class.
+As in the authors' JAX code prompts come in after the positions, and are M = 10 of L = 10 tokens, N = 4, lambda = 1. The
+ports to PyTorch have prompts before the patches under resized positions (not done here), L = 5, N = 5, lambda = 0.1 and
+values from U(-1, 1). That prompts and keys begin as U(0, 0.01) in JAX could not be verified. ``readout="token"`` reads
+out the class token.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from cl_lightning.backbones import Timm
+from cl_lightning.batch import Batch
+from cl_lightning.distributed import all_sum
+from cl_lightning.network import Output
+from cl_lightning.prompts import PromptedBackbone, PromptPool, most_frequent
+from cl_lightning.strategy import ContinualStrategy
+
+Vote = Literal["training", "always", "never"]
+
+
+class L2P(ContinualStrategy):
+    """Prompts from a pool, chosen by what a frozen transformer makes of an image.
+
+    Args:
+        pool_size: M, number of prompts.
+        length: L, tokens of a prompt.
+        selected: N, prompts that an image takes, in 1 .. M.
+        key_weight: lambda, at least 0.
+        vote: When the samples of a batch take the same prompts.
+        readout: Features are the mean over the ``prompt`` tokens, or the class ``token``.
+        low: Least value of prompts and keys at the beginning.
+        high: Largest value of them at the beginning.
+        kwargs: Of the base. The backbone must be a transformer of timm.
+    """
+
+    family: ClassVar[str] = "pretrained"
+    paper: ClassVar[str] = "Wang et al., CVPR 2022, arXiv:2112.08654"
+    needs_pretrained: ClassVar[bool] = True
+    plain_first_task = False
+
+    def __init__(
+        self,
+        *,
+        pool_size: int = 10,
+        length: int = 10,
+        selected: int = 4,
+        key_weight: float = 1.0,
+        vote: Vote = "training",
+        readout: Literal["prompt", "token"] = "prompt",
+        low: float = 0.0,
+        high: float = 0.01,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(visible="current", freeze_backbone=False, **kwargs)
+        if key_weight < 0 or vote not in ("training", "always", "never"):
+            raise ValueError(
+                f"L2P: key_weight={key_weight}, vote={vote!r}; at least 0, one of training, always and never"
+            )
+        self.key_weight, self.vote = key_weight, vote
+        self.ranks_agree = vote != "always"  # each process votes on its own part of a batch to predict
+        prompts = functools.partial(
+            PromptPool, size=pool_size, length=length, selected=selected, readout=readout, low=low, high=high
+        )
+        self.build_backbone = functools.partial(PromptedBackbone, backbone=self.build_backbone, prompts=prompts)
+
+    @classmethod
+    def conformance_options(cls) -> dict[str, Any]:
+        size = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
+        backbone = functools.partial(Timm, name="vit_tiny_patch16_224", kwargs=size)
+        return {"backbone": backbone, "pool_size": 5, "length": 2, "selected": 2}
+
+    def frozen(self) -> Iterable[nn.Module]:
+        return [self._backbone.base]
+
+    def prepare(self, batch: Batch) -> Batch:
+        if self.vote != "never":
+            votes = torch.zeros(len(self._pool.keys), dtype=torch.int64, device=self.device)
+            if len(batch):
+                votes += self._pool.votes(self._backbone.look_ahead(batch.images))
+            choice = most_frequent(all_sum(votes), self._pool.selected)
+            self._pool.choice = choice if len(batch) else None  # without samples there is no pass that takes it
+        return batch
+
+    def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
+        ce = self.classification_loss(output, batch)
+        return {"ce": ce, "keys": -self.key_weight * self._pool.take_matched()}
+
+    def predict(self, images: Tensor) -> Tensor:
+        if self.vote == "always":
+            votes = self._pool.votes(self._backbone.look_ahead(images))
+            self._pool.choice = most_frequent(votes, self._pool.selected)
+        return super().predict(images)
+
+    @property
+    def _backbone(self) -> PromptedBackbone:
+        return cast(PromptedBackbone, self.network.backbone)
+
+    @property
+    def _pool(self) -> PromptPool:
+        return cast(PromptPool, self._backbone.prompts)
