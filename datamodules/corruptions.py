@@ -1,0 +1,340 @@
+"""Streams of corrupted test images, for test-time adaptation."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cl_lightning.backbones import ImageShape
+from cl_lightning.batch import mix
+from cl_lightning.corruptions import CORRUPTIONS, SEVERITIES, check, corrupt
+from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.sources import Source
+from cl_lightning.stream import Catalogue, DomainIncremental, IntArray, Scenario
+from cl_lightning.transforms import Transform
+
+SOURCE = "source"
+Order = Literal["given", "shuffled", "sorted", "dirichlet"]
+Variant = tuple[str, int]  # a corruption and its severity
+_MOST_BYTES = 2**30  # of corrupted images that are kept
+_ORDER = 0xC0DE  # salt of the order of a domain
+
+
+def arranged(labels: IntArray, order: Order, chance: np.random.Generator, *, delta: float = 0.1) -> IntArray:
+    """In which order the samples of a domain come.
+
+    Args:
+        labels: Their classes, ``(n,)``.
+        order: ``given``; ``shuffled``; ``sorted`` by class; or ``dirichlet``: the samples of each class are dealt out
+            over as many slots as there are classes, in shares drawn from Dirichlet(delta), and slot follows slot, each
+            shuffled (as in NOTE, Gong et al., NeurIPS 2022, arXiv:2208.05117; the number of slots is our choice).
+        chance: Of the drawing.
+        delta: Positive; small for a class that comes in few slots, large for slots that are alike.
+
+    Returns:
+        Places of the samples, ``(n,)``.
+    """
+    if order == "given":
+        return np.arange(len(labels))
+    if order == "shuffled":
+        return chance.permutation(len(labels))
+    if order == "sorted":
+        return np.argsort(labels, kind="stable").astype(np.int64)
+    classes = np.unique(labels)
+    slots: list[list[IntArray]] = [[] for _ in classes]
+    for label in classes:
+        members = chance.permutation(np.flatnonzero(labels == label))
+        shares = chance.dirichlet(np.full(len(classes), delta))
+        cuts = np.round(shares.cumsum()[:-1] * len(members)).astype(np.int64)
+        for slot, part in zip(slots, np.split(members, cuts), strict=True):
+            slot.append(part)
+    return np.concatenate([chance.permutation(np.concatenate(slot)) for slot in slots])
+
+
+class CorruptedSource:
+    """Clean images, followed by corrupted ones, which are made when they are first asked for.
+
+    Args:
+        clean: What comes first, images and labels.
+        count: So many of it, its first ones.
+        images: What is corrupted.
+        variants: Corruptions and severities that there are.
+        variant: Which of them, for each of the further samples, ``(m,)``.
+        places: Which image, for each of them, ``(m,)``.
+        domains: Domain of each sample, the clean ones included.
+        domain_names: Their names.
+        seed: Of the corruptions.
+        folder: Of files that hold them already; None to make all.
+    """
+
+    in_memory = True
+
+    def __init__(
+        self,
+        clean: Source,
+        images: Source,
+        *,
+        count: int,
+        variants: Sequence[Variant],
+        variant: IntArray,
+        places: IntArray,
+        domains: IntArray,
+        domain_names: Sequence[str],
+        seed: int,
+        folder: Path | None = None,
+    ) -> None:
+        self.clean, self.images, self.count, self.variants = clean, images, count, list(variants)
+        self.variant, self.places = torch.from_numpy(variant), torch.from_numpy(places)
+        self.labels = np.concatenate([clean.labels[:count], images.labels[places]])
+        self.class_names = images.class_names
+        self.domains: np.ndarray | None = domains
+        self.domain_names = tuple(domain_names)
+        self.seed, self.folder = seed, folder
+        self._blocks: dict[int, Tensor] = {}  # by variant; the one that was asked for last stands last
+        self._everything: Tensor | None = None
+
+    @property
+    def image_shape(self) -> ImageShape:
+        return self.images.image_shape
+
+    def take(self, indices: Tensor) -> Tensor:
+        count = self.count
+        result = torch.empty(len(indices), *self.image_shape, dtype=torch.uint8)
+        first = indices < count
+        if first.any():
+            result[first] = self.clean.take(indices[first])
+        variants = torch.where(first, -1, self.variant[(indices - count).clamp(min=0)] if len(self.variant) else -1)
+        for number in sorted(set(variants[~first].tolist())):
+            rows = variants == number
+            result[rows] = self._block(number)[self.places[indices[rows] - count]]
+        return result
+
+    def digest(self, indices: np.ndarray) -> bytes:
+        """Of the clean images and of what is done to them; nothing has to be corrupted for that."""
+        count, digest = self.count, hashlib.blake2b(digest_size=16)
+        digest.update(self.clean.digest(indices[indices < count]))
+        further = indices[indices >= count] - count
+        digest.update(self.images.digest(self.places.numpy()[further]))
+        digest.update(self.variant.numpy()[further].astype("<i8").tobytes())
+        for name, severity in self.variants:
+            file = None if self.folder is None else self.folder / f"{name}.npy"
+            made = f"seed {self.seed}" if file is None or not file.is_file() else f"{file.stat().st_size} bytes"
+            digest.update(f"{name} {severity} {made};".encode())
+        return digest.digest()
+
+    def _block(self, number: int) -> Tensor:
+        """All images in one variant, uint8 ``(n, C, H, W)``."""
+        block = self._blocks.pop(number, None)
+        if block is None:
+            block = self._make(*self.variants[number])
+            while self._blocks and sum(kept.nbytes for kept in self._blocks.values()) + block.nbytes > _MOST_BYTES:
+                del self._blocks[next(iter(self._blocks))]
+        self._blocks[number] = block
+        return block
+
+    def _make(self, name: str, severity: int) -> Tensor:
+        count = len(self.images.labels)
+        if self.folder is not None and (path := self.folder / f"{name}.npy").is_file():
+            return _from_file(path, severity, count, self.image_shape)
+        if self._everything is None:
+            self._everything = self.images.take(torch.arange(count))
+        return corrupt(self._everything, name, severity, seed=self.seed)
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"CorruptionStream: {path} is no readable .npy file ({reason})") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"CorruptionStream: {path} holds several arrays; give .npy files of one")
+    return array
+
+
+def _from_file(path: Path, severity: int, count: int, shape: ImageShape) -> Tensor:
+    array = _load(path)
+    channels, height, width = shape
+    expected = (len(SEVERITIES) * count, height, width, channels)
+    if array.dtype != np.uint8 or array.shape != expected:
+        raise ValueError(
+            f"CorruptionStream: {path} is {array.dtype} {array.shape}; it must be uint8 {expected}: all {count} test "
+            "images at severity 1, then 2, ..."
+        )
+    rows = np.array(array[(severity - 1) * count : severity * count])
+    return torch.from_numpy(rows).permute(0, 3, 1, 2).contiguous()
+
+
+class CorruptionStream(ContinualDataModule):
+    """The source domain, then the test images of a data set under one corruption after another.
+
+    Task 0, ``source``, has the clean images: training images for a network that is trained on them, or that statistics
+    are taken of, and the clean test images as its test samples. Each further task is a domain, whose "training samples"
+    are corrupted *test* images in the order in which they are to come: a method for test-time adaptation sees them once
+    and without labels. Corruptions are made here, see ``cl_lightning.corruptions`` (frost is synthetic), the first time
+    they are needed, or read from files as those of CIFAR-10-C.
+
+    Args:
+        base: Where the images come from; its scenario and batch sizes are not used.
+        corruptions: Names in order; None for all 15 in the usual one.
+        severity: 1 to 5.
+        setting: ``continual``: a domain for each corruption, at the severity; ``gradual``: each of them goes through
+            the severities 1, 2, ..., severity, ..., 2, 1; ``mixed``: one domain of all of them, shuffled together.
+        order: Of the images in each domain (and severity): ``given``, that of the test set; ``shuffled``; ``sorted`` by
+            class; ``dirichlet``, correlated in time, see :func:`arranged`.
+        delta: Of ``dirichlet``.
+        samples: Take the first so many test images, clean and corrupted; None for all.
+        source_part: Images of the source task: ``train``, or ``test`` where there are no others and nothing is trained
+            on them: then the statistics that a method takes of the source are those of clean test images.
+        evaluated: Test samples after each task: ``source``, the clean ones, which tells what is left on the source
+            domain; ``all``, also those of each domain that was seen, which takes longer than the adaptation.
+        folder: Folder of files ``NAME.npy`` and ``labels.npy``, as CIFAR-10-C has them, of the test images of the base
+            in their order; a corruption that has no file is made. None to make all.
+        batch_size: Images per step; 200 in the papers for CIFAR-10-C.
+        eval_batch_size: Images at a time where nothing is learnt; None for ``batch_size``, since statistics of a test
+            batch depend on its size. It should divide the number of test images: else some batches have images of two
+            domains with ``evaluated="all"``.
+        kwargs: Of the base of all data modules; mean, std and transforms are those of ``base`` unless given.
+
+    Raises:
+        ValueError: If an option is outside its range, or a file is not as it must be.
+    """
+
+    def __init__(
+        self,
+        base: ContinualDataModule,
+        *,
+        corruptions: list[str] | None = None,
+        severity: int = 5,
+        setting: Literal["continual", "gradual", "mixed"] = "continual",
+        order: Order = "given",
+        delta: float = 0.1,
+        samples: int | None = None,
+        source_part: Literal["train", "test"] = "train",
+        evaluated: Literal["source", "all"] = "source",
+        folder: str | None = None,
+        batch_size: int = 200,
+        eval_batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.base = base
+        at_a_time = batch_size if eval_batch_size is None else eval_batch_size
+        super().__init__(batch_size=batch_size, eval_batch_size=at_a_time, **kwargs)
+        for option, value, allowed in (
+            ("setting", setting, ("continual", "gradual", "mixed")),
+            ("order", order, ("given", "shuffled", "sorted", "dirichlet")),
+            ("source_part", source_part, ("train", "test")),
+            ("evaluated", evaluated, ("source", "all")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"CorruptionStream: {option} is {value!r}; use one of {', '.join(allowed)}")
+        names = list(CORRUPTIONS) if corruptions is None else corruptions
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"CorruptionStream: corruptions {names}; give at least one, each once")
+        for name in names:
+            try:
+                check(name, severity)
+            except ValueError as error:
+                raise ValueError(f"CorruptionStream: {error}") from None
+        if not delta > 0 or (samples is not None and samples < 1):
+            raise ValueError(f"CorruptionStream: delta={delta}, samples={samples}; above 0, at least 1 or null")
+        if self.val_fraction:
+            raise ValueError(
+                f"CorruptionStream: val_fraction is {self.val_fraction}; a test stream holds nothing out: 0"
+            )
+        self.corruptions, self.severity, self.setting = names, severity, setting
+        self.order, self.delta, self.num_samples = order, delta, samples
+        self.source_part, self.evaluated = source_part, evaluated
+        self.folder = None if folder is None else Path(folder).expanduser()
+        self._streamed: tuple[list[Variant], IntArray, IntArray, IntArray] | None = None
+
+    def prepare_data(self) -> None:
+        self.base.prepare_data()
+
+    def statistics(self) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+        mean, std = super().statistics()
+        base_mean, base_std = self.base.statistics()
+        return mean or base_mean, std or base_std
+
+    def default_transforms(self) -> list[Transform]:
+        return list(self.base.augmentation.transforms)
+
+    def default_scenario(self, catalogue: Catalogue) -> Scenario:
+        return DomainIncremental()
+
+    def shuffles(self, task: int) -> bool:
+        return self.stream.tasks[task].name == SOURCE
+
+    def source(self, *, train: bool) -> CorruptedSource:
+        images = self.base.samples(train=False)
+        clean = self.base.samples(train=True) if train and self.source_part == "train" else images
+        self._check_files(images)
+        count = len(clean.labels) if train else len(images.labels[: self.num_samples])
+        variants, variant, places, domains = self._stream_of(images)
+        if not train:
+            last = np.array([severity == self.severity for _, severity in variants])[variant]
+            keep = last if self.evaluated == "all" else np.zeros_like(last)
+            variant, places, domains = variant[keep], places[keep], domains[keep]
+        names = ["mixed"] if self.setting == "mixed" else self.corruptions
+        return CorruptedSource(
+            clean,
+            images,
+            count=count,
+            variants=variants,
+            variant=variant,
+            places=places,
+            domains=np.concatenate([np.zeros(count, np.int64), domains + 1]),
+            domain_names=[SOURCE, *names],
+            seed=self.seed or 0,
+            folder=self.folder,
+        )
+
+    def _stream_of(self, images: Source) -> tuple[list[Variant], IntArray, IntArray, IntArray]:
+        """Variants; variant, image and domain of each sample of the stream, in the order in which they come."""
+        if self._streamed is not None:
+            return self._streamed
+        labels = images.labels[: self.num_samples]
+        up = list(range(1, self.severity + 1)) if self.setting == "gradual" else [self.severity]
+        variants = [(name, severity) for name in self.corruptions for severity in up]
+        stretches = [
+            (domain, variants.index((name, severity)))
+            for domain, name in enumerate(self.corruptions)
+            for severity in [*up, *up[-2::-1]]
+        ]
+        every = np.arange(len(labels))
+        if self.setting == "mixed":
+            variant = np.repeat([number for _, number in stretches], len(labels))
+            places, domains = np.tile(every, len(stretches)), np.zeros(len(variant), np.int64)
+            order: Order = "shuffled" if self.order == "given" else self.order
+            chosen = arranged(labels[places], order, self._chance(0), delta=self.delta)
+            self._streamed = variants, variant[chosen], places[chosen], domains
+        else:
+            parts = [arranged(labels, self.order, self._chance(i), delta=self.delta) for i in range(len(stretches))]
+            numbers = np.array([number for _, number in stretches])
+            domains = np.array([domain for domain, _ in stretches])
+            self._streamed = (
+                variants,
+                np.repeat(numbers, len(labels)),
+                np.concatenate(parts),
+                np.repeat(domains, len(labels)),
+            )
+        return self._streamed
+
+    def _chance(self, stretch: int) -> np.random.Generator:
+        return np.random.default_rng(mix(self.seed or 0, _ORDER, stretch))
+
+    def _check_files(self, images: Source) -> None:
+        if self.folder is None:
+            return
+        if not self.folder.is_dir():
+            raise ValueError(f"CorruptionStream: no folder {self.folder}; give that of the .npy files")
+        labels = _load(self.folder / "labels.npy")
+        if not np.array_equal(labels, np.tile(images.labels, len(SEVERITIES))):
+            raise ValueError(
+                f"CorruptionStream: {self.folder / 'labels.npy'} does not have the labels of the test images, five "
+                "times over; give files of these images, in their order"
+            )

@@ -1,0 +1,54 @@
+import pytest
+import torch
+from adaptation_runs import adapt, batches, scores, source_network, stream, watching
+from torch import nn
+
+from cl_lightning.discovery import methods
+from cl_lightning.strategies.test_time.bn_adapt import BNAdapt
+from cl_lightning.strategies.test_time.source import Source
+
+
+def test_a_share_of_0_is_the_source_and_of_1_the_batch():
+    source, batch = watching(Source), watching(BNAdapt)
+    none, all_of_it = (watching(BNAdapt, statistics="mix", alpha=alpha) for alpha in (0.0, 1.0))
+    for strategy in (source, batch, none, all_of_it):
+        adapt(strategy)
+    torch.testing.assert_close(scores(none), scores(source), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores(all_of_it), scores(batch), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("statistics", ["batch", "mix", "moving"])
+def test_no_parameter_changes(statistics):
+    made = adapt(watching(BNAdapt, statistics=statistics))
+    after, before = dict(made.strategy.network.named_parameters()), dict(source_network("source").named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name in after)
+
+
+def test_moving_statistics_move_and_then_predict():
+    strategy = watching(BNAdapt, statistics="moving", momentum=0.3)
+    made = adapt(strategy)
+    plain, expected = source_network("source"), []
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.3
+    with torch.no_grad():
+        for images, _ in batches(made.datamodule):
+            plain.train()(images)
+            expected.append(plain.eval()(images).logits)
+    torch.testing.assert_close(scores(strategy), torch.cat(expected), rtol=1e-4, atol=1e-4)
+    assert not strategy.uses_test_batch  # the statistics that predict are there before the image
+
+
+def test_small_batches_need_the_statistics_of_the_source():
+    options = {"samples": 60, "batch_size": 2, "corruptions": ["gaussian_noise"], "severity": 1}
+    errors = [
+        adapt(watching(BNAdapt, **chosen), stream(**options)).matrix.measures()["mean_online_error"]
+        for chosen in ({}, {"statistics": "mix", "prior": 16.0})
+    ]
+    assert errors[1] < errors[0]
+
+
+def test_methods_tell_whose_predictions_depend_on_the_test_batch():
+    told = {method.name: method.test_batch for method in methods() if method.family == "test-time"}
+    assert told == {"BNAdapt": True, "CoTTA": True, "EATA": True, "LAME": True, "Source": False, "Tent": True}
+    assert not any(method.test_batch for method in methods() if method.family != "test-time")
