@@ -75,7 +75,7 @@ def predict_folder(
     plan = Plan(
         torch.arange(len(source)),
         torch.zeros(len(source), dtype=torch.int64),
-        batch_size=datamodule.eval_batch_size,
+        batch_size=datamodule.eval_batch_size_for(strategy.image_shape or shape),
         shuffle=False,
     )
     loader = StreamLoader(source, torch.zeros(1, dtype=torch.int64), workers=datamodule.workers).over(plan)

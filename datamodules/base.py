@@ -1,6 +1,7 @@
 """The base of all sources of data: deals a data set out over tasks, and serves the current one to Lightning."""
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
@@ -22,6 +23,8 @@ from cl_lightning.sources import FileSource, Source, checked, decoded
 from cl_lightning.stream import Catalogue, ClassIncremental, Part, Scenario, Stream, Task
 from cl_lightning.transforms import Compose, Context, Normalize, Transform, permute_pixels, rotate_images
 
+_EVAL_VALUES = 512 * 3 * 32 * 32
+
 
 class ContinualDataModule(LightningDataModule):
     """Serves a stream of tasks; a subclass says where the samples come from.
@@ -35,7 +38,7 @@ class ContinualDataModule(LightningDataModule):
         scenario: How the data are dealt out over tasks; None for five tasks of equally many classes (fewer if the
             number of classes asks for it).
         batch_size: Samples per training step, of all devices together; each device takes its share.
-        eval_batch_size: The same where no gradient is taken.
+        eval_batch_size: The same where no gradient is taken; None for 512 of small images and fewer of larger ones.
         val_fraction: Share of each class's training samples kept for validation, in [0, 1).
         transforms: Augmentation of training batches, in order, on the device; None for that of the data set.
         mean: Of the pixels in [0, 1], per channel, subtracted; None for that of the data set. Where none is known it is
@@ -61,7 +64,7 @@ class ContinualDataModule(LightningDataModule):
         *,
         scenario: Scenario | None = None,
         batch_size: int = 128,
-        eval_batch_size: int = 512,
+        eval_batch_size: int | None = None,
         val_fraction: float = 0.0,
         transforms: list[Transform] | None = None,
         mean: list[float] | None = None,
@@ -73,14 +76,16 @@ class ContinualDataModule(LightningDataModule):
         in_memory: bool | None = None,
     ) -> None:
         super().__init__()
-        least = {"batch_size": (batch_size, 1), "eval_batch_size": (eval_batch_size, 1), "workers": (workers, 0)}
-        for name, (value, low) in {**least, **({} if resize is None else {"resize": (resize, 1)})}.items():
-            if value < low:
+        least = {"batch_size": 1, "eval_batch_size": 1, "workers": 0, "resize": 1}
+        given = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "workers": workers, "resize": resize}
+        for name, low in least.items():
+            if (value := given[name]) is not None and value < low:
                 raise ValueError(f"{type(self).__name__}: {name} is {value}; it must be at least {low}")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"{type(self).__name__}: val_fraction is {val_fraction}; it must lie in [0, 1)")
         self.scenario = scenario
-        self.batch_size, self.eval_batch_size, self.val_fraction = batch_size, eval_batch_size, val_fraction
+        self.batch_size, self.val_fraction, self._eval_batch_size = batch_size, val_fraction, eval_batch_size
+        self.channels_last = False
         self.resize = resize
         self._given = (mean, std)
         self._measured: tuple[list[float], list[float]] | None = None
@@ -146,6 +151,18 @@ class ContinualDataModule(LightningDataModule):
         """Shape that the network sees."""
         channels, height, width = self.samples(train=True).image_shape
         return (channels, height, width) if self.resize is None else (channels, self.resize, self.resize)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Samples of a batch, of all devices together, where no gradient is taken."""
+        return self.eval_batch_size_for(self.image_shape)
+
+    def eval_batch_size_for(self, image_shape: ImageShape) -> int:
+        """The same for another shape of image, for which no data have to be there."""
+        if self._eval_batch_size is not None:
+            return self._eval_batch_size
+        # Activations of a batch that leave the cache, and are mapped anew for each layer, cost a CPU most of its time.
+        return min(512, max(32, _EVAL_VALUES // math.prod(image_shape)))
 
     @property
     def normalize(self) -> Normalize:
@@ -414,7 +431,10 @@ class ContinualDataModule(LightningDataModule):
             images = images if images.is_floating_point() else images.float().div_(255)
             side = (self.resize, self.resize)
             images = F.interpolate(images, side, mode="bilinear", antialias=True)
-        return batch.replace(images=self.normalize(images, batch.draw))
+        images = self.normalize(images, batch.draw)
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return batch.replace(images=images)
 
     def close(self) -> None:
         """End the worker processes; they start again when they are needed."""

@@ -1045,3 +1045,14 @@ def test_the_digits_of_scikit_learn_need_no_file():
     everything = torch.cat([data.samples(train=part).images for part in (True,)]).double() / 255
     assert float(everything.mean()) == pytest.approx(data.normalize.mean[0], abs=0.01)
     assert float(everything.std()) == pytest.approx(data.normalize.std[0], abs=0.01)
+
+
+def test_batches_of_larger_images_are_smaller_where_no_gradient_is_taken() -> None:
+    data = Toy()
+    assert [data.eval_batch_size_for(shape) for shape in ((1, 8, 8), (3, 32, 32), (3, 96, 96), (3, 224, 224))] == [
+        512,
+        512,
+        56,
+        32,
+    ]
+    assert Toy(eval_batch_size=70).eval_batch_size_for((3, 96, 96)) == 70

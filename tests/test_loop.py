@@ -7,6 +7,7 @@ from callback_runs import assert_same_run, loop, plain_net, run, sgd
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
+from cl_lightning.backbones import CifarResNet
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.loop import LoopOptions, TaskLoop
 from cl_lightning.sources import TensorSource
@@ -135,6 +136,24 @@ def test_watching_what_will_not_be_there_is_told_before_training(monitor, data, 
     with pytest.raises(ValueError, match=message):
         made.fit()
     assert not made.started
+
+
+def test_channels_may_come_last(tmp_path):
+    def learnt(last, **where):
+        torch.manual_seed(0)
+        made = loop(Finetune(backbone=partial(CifarResNet, depth=8, width=4)), options={"channels_last": last}, **where)
+        made.fit()
+        return made
+
+    plain, other = learnt(False), learnt(True, folder=tmp_path)
+    weight = other.strategy.network.backbone.layer2[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    torch.testing.assert_close(plain.matrix.R_ci, other.matrix.R_ci, atol=0.1, rtol=0, equal_nan=True)
+    again = loop(
+        Finetune(backbone=partial(CifarResNet, depth=8, width=4)), folder=tmp_path, options={"channels_last": True}
+    )
+    assert torch.equal(again.test("last").R_ci[-1], other.matrix.R_ci[-1])
 
 
 class Gaining(ContinualDataModule):
