@@ -350,12 +350,13 @@ def prototype_gap(trainer: Trainer, strategy: "ContinualStrategy", task: Task) -
     known_tasks = range(task.index + 1)
     samples = max(_GAP_IMAGES // len(known_tasks), 1)
     sums = torch.zeros(len(known_tasks), 2, dtype=torch.float64, device=strategy.device)
-    for batch in data.evaluation_loader("test", known_tasks, samples=samples, key=0x6A9):
+    store = strategy.feature_store()
+    for batch in data.evaluation_loader("test", known_tasks, samples=samples, key=0x6A9, store=store):
         moved = data.finish(batch.to(strategy.device), augment=False)
         known = counts[moved.labels.clamp(max=len(counts) - 1)] > 0
         known &= moved.labels < len(counts)
         with trainer.precision_plugin.forward_context():
-            features = strategy.network.backbone(moved.images).float()
+            features = strategy.features_of(moved, strategy.network, store).float()
         own = means[moved.labels.clamp(max=len(means) - 1)].to(features.dtype)
         gaps = 1 - F.cosine_similarity(features, own)
         rows = torch.stack([known.double(), gaps.double().where(known, 0.0)], 1)

@@ -346,7 +346,7 @@ class ContinualStrategy(LightningModule):
             if len(batch) == 0:
                 continue
             with self.trainer.precision_plugin.forward_context():
-                features = self._features_of(batch, network, store)
+                features = self.features_of(batch, network, store)
             parts.append((features.float(), batch.labels, batch.indices))
         if not parts:
             nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
@@ -388,6 +388,21 @@ class ContinualStrategy(LightningModule):
         finally:
             for module, mode in modes:
                 module.training = mode
+
+    def features_of(self, batch: Batch, network: Network, store: FeatureStore | None) -> Tensor:
+        """Features of a finished batch: those that came with it, or those of the backbone, which are then stored.
+
+        Args:
+            batch: Of a loader that was given the store, or of any other.
+            network: Whose backbone it is.
+            store: See ``feature_store``; None to store nothing.
+        """
+        if (stored := batch.extra.get(STORED)) is not None:
+            return stored
+        features: Tensor = network.backbone(batch.images)
+        if store is not None and KEYS in batch.extra:
+            store.add(batch.extra[KEYS], features)
+        return features
 
     def finish(self, batch: Batch) -> Batch:
         """The batch with images made from its raw ones without augmentation: scaled and normalised.
@@ -628,15 +643,6 @@ class ContinualStrategy(LightningModule):
 
     # ------------------------------------------------------------------ inside
 
-    def _features_of(self, batch: Batch, network: Network, store: FeatureStore | None) -> Tensor:
-        """Features of a batch: those that came with it, or those of the backbone, which are then stored."""
-        if (stored := batch.extra.get(STORED)) is not None:
-            return stored
-        features: Tensor = network.backbone(batch.images)
-        if store is not None and KEYS in batch.extra:
-            store.add(batch.extra[KEYS], features)
-        return features
-
     @property
     def _datamodule(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
@@ -694,7 +700,7 @@ class ContinualStrategy(LightningModule):
 
     def _evaluate(self, batch: Batch) -> None:
         if KEYS in batch.extra or STORED in batch.extra:
-            scores = self.network.head.classify(self._features_of(batch, self.network, self._store)).float()
+            scores = self.network.head.classify(self.features_of(batch, self.network, self._store)).float()
         else:
             scores = self.predict(batch.images).float()
         assert self._accuracy is not None

@@ -334,7 +334,13 @@ class ContinualDataModule(LightningDataModule):
         return self._loader("test").over(plan, stored=self._stored("test", evaluation=True))
 
     def evaluation_loader(
-        self, part: Literal["val", "test"], tasks: Iterable[int], *, samples: int | None = None, key: int = 0
+        self,
+        part: Literal["val", "test"],
+        tasks: Iterable[int],
+        *,
+        samples: int | None = None,
+        key: int = 0,
+        store: FeatureStore | None = None,
     ) -> PlannedLoader:
         """Held-out samples of the given tasks, to be looked at while training goes on.
 
@@ -343,6 +349,7 @@ class ContinualDataModule(LightningDataModule):
             tasks: Indices of the tasks.
             samples: At most so many of each task, drawn without replacement; None for all.
             key: Decides, with the index of the task and nothing else, which ones are drawn.
+            store: Where features may be found that take the place of images.
         """
         parts = self.stream.val if part == "val" else self.stream.test
         chosen: dict[int, Tensor] = {}
@@ -354,7 +361,8 @@ class ContinualDataModule(LightningDataModule):
             chosen[task] = pool
         indices = torch.cat([torch.zeros(0, dtype=torch.int64), *chosen.values()])
         owners = torch.cat([torch.full((len(pool),), task) for task, pool in chosen.items()] or [indices])
-        return self._loader(part).over(self._evaluation_plan(indices, owners))
+        stored = None if store is None else self._identified(part, store)
+        return self._loader(part).over(self._evaluation_plan(indices, owners), stored=stored)
 
     def statistics_dataloader(
         self,
