@@ -154,5 +154,10 @@ def fuse(optimizer: torch.optim.Optimizer) -> None:
         told = any(group.get(key) for key in ("fused", "foreach", "capturable", "differentiable"))
         told |= group.get("fused") is False or group.get("foreach") is False
         plain = all(p.is_floating_point() and p.device.type in _DEVICES for p in group["params"])
-        if not told and plain and not isinstance(group["lr"], Tensor):
-            group["fused"] = True
+        if told or not plain or isinstance(group["lr"], Tensor) or group.get("dampening"):
+            continue
+        group["fused"] = True
+        if group.get("momentum"):
+            # A fused SGD cannot begin with some parameters and take others in later. From 0 its first step is the same.
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

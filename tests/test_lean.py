@@ -43,6 +43,31 @@ def test_a_fused_optimizer_takes_the_same_steps(build):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_parameters_may_get_their_first_gradient_later_than_others(momentum):
+    def trained(fused):
+        torch.manual_seed(0)
+        first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+        optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1, momentum=momentum)
+        if fused:
+            fuse(optimizer)
+        for step in range(4):
+            optimizer.zero_grad()
+            hidden = first(torch.randn(3, 4))
+            (second(hidden) if step in (1, 3) else hidden).square().mean().backward()
+            optimizer.step()
+        return [*first.parameters(), *second.parameters()]
+
+    for expected, found in zip(trained(False), trained(True), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_dampened_momentum_is_left_alone():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9, dampening=0.5)
+    fuse(optimizer)
+    assert not optimizer.param_groups[0]["fused"]
+
+
 @pytest.mark.parametrize("told", [{"fused": False}, {"foreach": True}, {"foreach": False}])
 def test_what_was_asked_for_stays(told):
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1, **told)
