@@ -5,7 +5,7 @@
 
 Both sides have the same network, optimizer, batches and steps, on one thread. They take turns; each turn gives
 the median of the times from one step to the next, a row the median of its turns and of their ratios. Results go to
-``docs/benchmarks/steps.json``.
+``docs/benchmarks/steps.json``, and a table of them into ``docs/benchmarks.md``.
 """
 
 import argparse
@@ -35,7 +35,21 @@ from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.rehearsal.er import ER
 from cl_lightning.stream import ClassIncremental, Online
 
-TARGET = Path(__file__).parents[1] / "docs" / "benchmarks" / "steps.json"
+DOCS = Path(__file__).parents[1] / "docs"
+TARGET = DOCS / "benchmarks" / "steps.json"
+PAGE = """# Benchmarks
+
+## A training step beside a plain PyTorch loop
+
+Time from one step to the next, CPU, one thread; noise for images, so that only time is compared. The plain loop indexes
+tensors, scales, and steps; the other side is a whole run, with its checks, measures and account of costs. Medians
+of interleaved turns; on a machine that does other things too, ratios of one row move by about 0.05 to 0.1 between runs.
+Written by `python -m benchmarks.steps`.
+
+| row | network | batch | plain (ms) | here (ms) | ratio | goal |
+|---|---|---|---|---|---|---|
+{rows}
+"""
 
 
 @dataclass(frozen=True)
@@ -165,6 +179,18 @@ def compare(row: Row, turns: int) -> dict[str, float]:
     return dict(zip(("plain_ms", "ours_ms", "ratio"), medians, strict=True))
 
 
+def page(results: dict[str, dict[str, float]]) -> str:
+    """docs/benchmarks.md, of all rows that were measured."""
+    lines = []
+    for name, part in results.items():
+        row = ROWS[name]
+        what = "online ER, as many from a memory" if row.memory else "Finetune"
+        network = "MLP 784-400-400" if row.shape[0] == 1 else "ResNet-32"
+        times = f"{part['plain_ms']:.2f} | {part['ours_ms']:.2f} | {part['ratio']:.2f} | {part['goal']:.2f}"
+        lines.append(f"| {what} | {network} | {row.batch_size} | {times} |")
+    return PAGE.format(rows="\n".join(lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
@@ -182,6 +208,7 @@ def main() -> None:
         print(f"{name:<14}{part['plain_ms']:>9.3f} ms{part['ours_ms']:>9.3f} ms  {part['ratio']:.3f} (goal {row.goal})")
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     TARGET.write_text(json.dumps(results, indent=1) + "\n")
+    (DOCS / "benchmarks.md").write_text(page(results))
 
 
 if __name__ == "__main__":
