@@ -60,8 +60,12 @@ class StreamProgress(ProgressBar):
         if self._enabled and self._live is None and self.console.is_interactive:
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
             self._live.start()
+        strategy: Any = pl_module
+        strategy.on_pass = self._on_pass
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        strategy: Any = pl_module
+        strategy.on_pass = None
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -138,6 +142,10 @@ class StreamProgress(ProgressBar):
         begin, ahead = self._start
         done, seconds = ahead - self._ahead, self.clock() - begin
         return seconds * self._ahead / done if done > 0 else None
+
+    def _on_pass(self, done: int, total: int) -> None:
+        if self._is_due():
+            self._draw("statistics", done, total)
 
     def _is_due(self) -> bool:
         return self._live is not None and self.clock() - self._drawn >= 1 / self.refresh_rate

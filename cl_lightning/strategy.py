@@ -118,6 +118,9 @@ class ContinualStrategy(LightningModule):
     """Whether the ``losses`` that this class defines look at the output of the network and at labels alone, so that a
     frozen backbone need not see images whose features are stored."""
 
+    on_pass: Callable[[int, int], None] | None = None
+    """Told, during passes outside of training, how many batches are done, of how many; for progress bars."""
+
     # Set by the task loop.
     feature_cache: FeatureCache | None = None
     task: Task
@@ -302,7 +305,10 @@ class ContinualStrategy(LightningModule):
         """
         datamodule, trainer = self._datamodule, self.trainer
         options = {"memory": memory, "indices": indices, "samples": samples, "batch_size": batch_size, "store": store}
-        for batch in datamodule.statistics_dataloader(**options):
+        loader = datamodule.statistics_dataloader(**options)
+        for number, batch in enumerate(loader):
+            if self.on_pass is not None:
+                self.on_pass(number, len(loader))
             moved = datamodule.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)  # finished below
             if augment is not None:
                 moved = moved.replace(draw=moved.draw.fork(augment))

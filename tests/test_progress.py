@@ -17,6 +17,8 @@ from cl_lightning.datamodules.digits import Digits
 from cl_lightning.hooks import Progress
 from cl_lightning.loop import LoopOptions, TaskLoop
 from cl_lightning.strategies.exemplar_free.lwf import LwF
+from cl_lightning.strategies.pretrained.simplecil import SimpleCIL
+from cl_lightning.strategy import ContinualStrategy
 
 
 def bar_on(width: int, *, terminal: bool, ticks: float = 0.0) -> tuple[StreamProgress, io.StringIO]:
@@ -31,7 +33,9 @@ def bar_on(width: int, *, terminal: bool, ticks: float = 0.0) -> tuple[StreamPro
     return bar, written
 
 
-def learn(bar: StreamProgress, strategy: LwF | None = None, **options: Any) -> TaskLoop:
+def learn(
+    bar: StreamProgress, strategy: ContinualStrategy | None = None, data: Digits | None = None, **options: Any
+) -> TaskLoop:
     trainer = Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -40,7 +44,7 @@ def learn(bar: StreamProgress, strategy: LwF | None = None, **options: Any) -> T
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    loop = TaskLoop(trainer, strategy or LwF(), Digits(), options=LoopOptions(stop_after_task=2, **options))
+    loop = TaskLoop(trainer, strategy or LwF(), data or Digits(), options=LoopOptions(stop_after_task=2, **options))
     loop.fit()
     return loop
 
@@ -61,6 +65,12 @@ def test_a_terminal_shows_task_epoch_step_loss_terms_accuracy_and_time_left():
     assert any(re.fullmatch(later, line) for line in lines)
     assert any(re.match(r"task 2/3 · statistics", line) for line in lines)
     assert any(re.match(r"task 2/3 · evaluation ━+ 1/1", line) for line in lines)
+
+
+def test_a_pass_over_the_data_after_training_has_a_bar():
+    bar, written = bar_on(120, terminal=True, ticks=1.0)
+    learn(bar, SimpleCIL(), data=Digits(eval_batch_size=64))
+    assert any(re.match(r"task 2/3 · statistics ━+ 3/5", line) for line in plain(written.getvalue()))
 
 
 def test_one_line_stays_for_each_finished_task():
