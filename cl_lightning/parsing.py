@@ -237,6 +237,8 @@ def _readable(type_: str) -> str:
         return match.group(1).rpartition(".")[2]
     if match := re.fullmatch(r"typing\.Literal\[(.*)\]", type_):
         return match.group(1).replace(", ", " or ")
+    if match := re.fullmatch(r"instantiatable class, but .*?(\w+)(?:'>)? is abstract.*", type_):
+        return f"the name of a kind of {match.group(1)} (before its options)"
     return re.sub(r"(?:\w+\.)+(\w+)", r"\1", type_)
 
 

@@ -344,6 +344,10 @@ def test_what_a_command_needs_may_stand_in_a_config(run, finished):
         ("--data.batch_size -3", "Digits: batch_size is -3; it must be at least 1"),
         ("--trainer.max_epochs 1.5", "trainer.max_epochs: '1.5' is not allowed; give int or null"),
         ("--model.visible some", "model.visible: 'some' is not allowed; give 'all' or 'current' or 'task'"),
+        (
+            "--data.scenario.class_order [0,1]",
+            "data.scenario: '[0, 1]' is not allowed; give the name of a kind of Scenario",
+        ),
         ("--trainer.precision 99", "trainer.precision: '99' is not allowed; give 64 or 32 or 16 or"),
         ("--config nosuch.yaml", "config: File does not exist"),
         ("--trainer.max_epochs 0", "trainer.max_epochs is 0; it is the number of epochs per task, at least 1"),
