@@ -135,9 +135,14 @@ def install(trainer: Trainer) -> None:
     if type(loop.automatic_optimization) is _AutomaticOptimization:
         loop.automatic_optimization = LeanOptimization(trainer)
 
+        ask, names = loop._build_kwargs, dict[type, tuple[str, ...]]()
+
         def arguments(kwargs: OrderedDict[str, Any], batch: Any, batch_idx: int) -> OrderedDict[str, Any]:
             # Lightning looks at the signature of training_step anew in each step.
-            return OrderedDict(batch=batch, batch_idx=batch_idx)
+            kind, values = type(own.lightning_module), {"batch": batch, "batch_idx": batch_idx}
+            if kind not in names:
+                names[kind] = tuple(ask(OrderedDict(), batch, batch_idx))
+            return OrderedDict((name, values[name]) for name in names[kind])
 
         loop._build_kwargs = arguments
 

@@ -169,6 +169,13 @@ def test_a_lean_step_is_that_of_lightning_to_the_bit(strategy, options):
     assert counts[0].state_dict() == counts[1].state_dict()
 
 
+class Short(Finetune):
+    """Leaves out the argument that Lightning lets one leave out."""
+
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
+
+
 class Asking(torch.optim.SGD):
     """Needs the closure, as an optimizer of second steps does."""
 
@@ -182,7 +189,7 @@ class OwnBackward(Finetune):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "optimizer"), [(Finetune, functools.partial(Asking, lr=0.1)), (OwnBackward, None)]
+    ("strategy", "optimizer"), [(Finetune, functools.partial(Asking, lr=0.1)), (OwnBackward, None), (Short, None)]
 )
 def test_what_needs_the_step_of_lightning_gets_it(strategy, optimizer):
     weights, *_ = run(strategy, lean=True, optimizer=optimizer)
