@@ -146,6 +146,10 @@ def curves(
         axes.set_ylabel(y_label)
         if y_range is not None:
             axes.set_ylim(*y_range)
+        bottom, top = axes.get_ylim()
+        if axes.dataLim.y1 <= 100 < top:  # there is room for marks above 100 %, which itself is the most there is
+            axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 100])
+            axes.set_ylim(bottom, top)
         if whole_x:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         return _svg(figure, name, title)
