@@ -298,7 +298,7 @@ def run(protocol: str, methods: Iterable[str], seeds: Sequence[int], data: str, 
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     check=False,
-                    env={**os.environ, "PYTHONPATH": path},
+                    env={**os.environ, "PYTHONPATH": path, "CL_LIGHTNING_DATA": data},
                 ).returncode
             print(f"{protocol} {method} seed {seed}: exit code {code}, {time.monotonic() - begun:.0f} s", flush=True)
             if code == 130:
