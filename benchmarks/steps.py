@@ -11,14 +11,12 @@ the median of the times from one step to the next, a row the median of its turns
 import argparse
 import functools
 import itertools
-import json
 import logging
 import statistics
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +25,8 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import page
+from benchmarks.page import table
 from cl_lightning.backbones import MLP, ResNet32
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.loop import LoopOptions, TaskLoop
@@ -35,19 +35,14 @@ from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.rehearsal.er import ER
 from cl_lightning.stream import ClassIncremental, Online
 
-DOCS = Path(__file__).parents[1] / "docs"
-TARGET = DOCS / "benchmarks" / "steps.json"
-PAGE = """# Benchmarks
-
-## A training step beside a plain PyTorch loop
+NAME = "steps"
+SECTION = """## A training step beside a plain PyTorch loop
 
 Time from one step to the next, CPU, one thread; noise for images, so that only time is compared. The plain loop indexes
 tensors, scales, and steps; the other side is a whole run, with its checks, measures and account of costs. Medians
 of interleaved turns; on a machine that does other things too, ratios of one row move by about 0.05 to 0.1 between runs.
 Written by `python -m benchmarks.steps`.
 
-| row | network | batch | plain (ms) | here (ms) | ratio | goal |
-|---|---|---|---|---|---|---|
 {rows}
 """
 
@@ -179,16 +174,17 @@ def compare(row: Row, turns: int) -> dict[str, float]:
     return dict(zip(("plain_ms", "ours_ms", "ratio"), medians, strict=True))
 
 
-def page(results: dict[str, dict[str, float]]) -> str:
-    """docs/benchmarks.md, of all rows that were measured."""
-    lines = []
+def section(results: dict[str, dict[str, float]]) -> str:
+    """Of the page, with all rows that were measured."""
+    rows = []
     for name, part in results.items():
         row = ROWS[name]
         what = "online ER, as many from a memory" if row.memory else "Finetune"
         network = "MLP 784-400-400" if row.shape[0] == 1 else "ResNet-32"
-        times = f"{part['plain_ms']:.2f} | {part['ours_ms']:.2f} | {part['ratio']:.2f} | {part['goal']:.2f}"
-        lines.append(f"| {what} | {network} | {row.batch_size} | {times} |")
-    return PAGE.format(rows="\n".join(lines))
+        numbers = (f"{part[key]:.2f}" for key in ("plain_ms", "ours_ms", "ratio", "goal"))
+        rows.append([what, network, str(row.batch_size), *numbers])
+    heads = ["row", "network", "batch", "plain (ms)", "here (ms)", "ratio", "goal"]
+    return SECTION.format(rows=table(heads, rows))
 
 
 def main() -> None:
@@ -200,15 +196,13 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    results = json.loads(TARGET.read_text()) if TARGET.is_file() else {}
+    results = page.stored(NAME)
     for name in options.rows:
         row = ROWS[name]
         results[name] = {**compare(row, options.turns), "goal": row.goal, "turns": options.turns}
         part = results[name]
         print(f"{name:<14}{part['plain_ms']:>9.3f} ms{part['ours_ms']:>9.3f} ms  {part['ratio']:.3f} (goal {row.goal})")
-    TARGET.parent.mkdir(parents=True, exist_ok=True)
-    TARGET.write_text(json.dumps(results, indent=1) + "\n")
-    (DOCS / "benchmarks.md").write_text(page(results))
+    page.write(NAME, results)
 
 
 if __name__ == "__main__":

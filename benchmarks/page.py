@@ -1,0 +1,42 @@
+"""docs/benchmarks.md, of what the benchmarks have measured: each keeps its numbers in docs/benchmarks/NAME.json.
+
+python -m benchmarks.page    writes the page anew, without measuring
+"""
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / "docs"
+# In the order of the page. Each is a module with NAME and section(results), text that begins with a heading.
+BENCHMARKS = ("steps",)
+
+
+def stored(name: str) -> dict[str, Any]:
+    """What a benchmark has measured before; empty where it has not."""
+    path = DOCS / "benchmarks" / f"{name}.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def write(name: str | None = None, results: dict[str, Any] | None = None) -> None:
+    """Keep what a benchmark has measured, if any is given, and write the page."""
+    if name is not None:
+        (DOCS / "benchmarks").mkdir(exist_ok=True)
+        (DOCS / "benchmarks" / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    parts = ["# Benchmarks"]
+    for each in BENCHMARKS:
+        if found := stored(each):
+            parts.append(importlib.import_module(f"benchmarks.{each}").section(found).strip())
+    (DOCS / "benchmarks.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Of Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+if __name__ == "__main__":
+    write()
