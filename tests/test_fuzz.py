@@ -48,6 +48,7 @@ from cl_lightning.stream import (
     Scenario,
     SingleTask,
     Stream,
+    Subset,
 )
 from cl_lightning.stream.scenarios import read_lists
 
@@ -98,6 +99,8 @@ def scenarios(draw: st.DrawFn, classes: int) -> Scenario:
     if draw(st.booleans()):
         scenario = LongTailed(scenario, 3.0, draw(st.sampled_from(["ordered", "shuffled"])))
     if draw(st.booleans()):
+        scenario = Subset(scenario, per_class=draw(st.integers(1, 4)), test_per_class=draw(st.sampled_from([None, 1])))
+    if draw(st.booleans()):
         scenario = LabelFraction(scenario, fraction=0.5)
     return Online(scenario, batch_size=3) if draw(st.booleans()) else scenario
 
@@ -105,7 +108,7 @@ def scenarios(draw: st.DrawFn, classes: int) -> Scenario:
 def keeps_all(scenario: Any) -> bool:
     """Whether every sample has a task."""
     while hasattr(scenario, "base") and not isinstance(scenario, FewShot):
-        if isinstance(scenario, LongTailed):
+        if isinstance(scenario, LongTailed | Subset):
             return False
         scenario = scenario.base
     return not isinstance(scenario, FewShot)
@@ -126,7 +129,7 @@ def test_no_sample_comes_in_two_tasks_and_the_order_is_a_permutation(
     assert len(dealt) == len(set(dealt))
     assert not keeps_all(scenario) or len(dealt) == len(catalogue.train_labels)
     tested = np.concatenate(stream.test).tolist()
-    assert sorted(set(tested)) == list(range(len(catalogue.test_labels)))
+    assert "test_per_class=1" in repr(scenario) or sorted(set(tested)) == list(range(len(catalogue.test_labels)))
     assert sorted(stream.order) == list(range(catalogue.num_classes))
     stream.check(catalogue)
     stream.save(folder / "stream.json")

@@ -33,6 +33,7 @@ from cl_lightning.stream import (
     Shift,
     SingleTask,
     Stream,
+    Subset,
 )
 from cl_lightning.stream.draws import mix, places, split
 
@@ -211,6 +212,10 @@ def test_options_that_do_not_fit_the_data_are_told(options: Any, classes: int, m
         lambda: LabelFraction(SingleTask(), fraction=0.0),
         lambda: LabelFraction(SingleTask(), per_class=0),
         lambda: Online(SingleTask(), batch_size=0),
+        lambda: Subset(SingleTask(), fraction=0.1, per_class=1),
+        lambda: Subset(SingleTask(), fraction=1.5),
+        lambda: Subset(SingleTask(), per_class=0),
+        lambda: Subset(SingleTask(), test_per_class=0),
     ],
 )
 def test_impossible_options_are_told_by_the_constructor(make: Any) -> None:
@@ -635,6 +640,31 @@ def test_long_tail_keeps_a_sample_of_each_class_and_columns_follow() -> None:
     np.testing.assert_array_equal(shared.train[0], shared.train[2])
 
 
+def test_a_subset_has_so_many_samples_of_each_class() -> None:
+    catalogue = data(10, 20, test=6)
+    base = ClassIncremental(tasks=5, class_order=1993)
+    stream = Subset(base, per_class=4, test_per_class=2)(catalogue, seed=0, val_fraction=0.25)
+    stream.check(catalogue)
+    assert stream.order == base(catalogue, seed=0).order
+    assert np.bincount(catalogue.train_labels[all_of(stream.train)]).tolist() == [4] * 10
+    assert np.bincount(catalogue.train_labels[all_of(stream.val)]).tolist() == [1] * 10  # 5 of 20, and 4 of 15 stay
+    assert np.bincount(catalogue.test_labels[all_of(stream.test)]).tolist() == [2] * 10
+    other = Subset(base, per_class=4)(catalogue, seed=1, val_fraction=0.25)
+    assert all_of(other.train) != all_of(stream.train)
+    assert len(all_of(other.test)) == 60
+    halves = Subset(base, fraction=0.5)(catalogue, seed=0)
+    assert np.bincount(catalogue.train_labels[all_of(halves.train)]).tolist() == [10] * 10
+
+
+def test_a_subset_of_small_classes_keeps_them() -> None:
+    catalogue = folders({"a": 1, "b": 9})
+    stream = Subset(SingleTask(), per_class=3)(catalogue, seed=0)
+    assert np.bincount(catalogue.train_labels[stream.train[0]]).tolist() == [1, 3]
+    assert (
+        Subset(Blurry())(data(), seed=0, val_fraction=0.1).hashes == Blurry()(data(), seed=0, val_fraction=0.1).hashes
+    )
+
+
 def test_label_fraction_hides_all_but_its_share_in_each_class_of_each_task() -> None:
     catalogue = data(10, 20)
     stream = LabelFraction(ClassIncremental(tasks=5), fraction=0.25)(catalogue, seed=0, val_fraction=0.2)
@@ -692,6 +722,7 @@ def test_a_new_scenario_is_one_method() -> None:
         LongTailed(Blurry(tasks=2, disjoint=0, blurry=30), 30),
         LabelFraction(LongTailed(ClassIncremental(increment=2), 4, "shuffled"), 0.5),
         Online(ClassIncremental(increment=2)),
+        Subset(ClassIncremental(increment=2), fraction=0.5, test_per_class=1),
     ],
 )
 def test_an_extension_keeps_the_earlier_tasks_though_labels_shift(scenario: Scenario) -> None:

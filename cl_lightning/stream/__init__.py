@@ -12,7 +12,7 @@ from cl_lightning.stream.core import Catalogue, Part, Shift, Stream, Task
 from cl_lightning.stream.dealing import Deal, Dealer, Scenario
 from cl_lightning.stream.domains import DomainIncremental, PermutedDomains, RotatedDomains
 from cl_lightning.stream.draws import IntArray
-from cl_lightning.stream.modifiers import LabelFraction, LongTailed, Modifier, Online
+from cl_lightning.stream.modifiers import LabelFraction, LongTailed, Modifier, Online, Subset, Thinning
 from cl_lightning.stream.scenarios import Blurry, ClassIncremental, FewShot, FromManifest, SingleTask
 
 __all__ = [
@@ -36,5 +36,7 @@ __all__ = [
     "Shift",
     "SingleTask",
     "Stream",
+    "Subset",
     "Task",
+    "Thinning",
 ]

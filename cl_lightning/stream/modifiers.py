@@ -87,8 +87,107 @@ class LabelFraction(Modifier):
         return replace(stream, unlabelled=tuple(indices[rows] for rows in hidden))
 
 
+class Thinning(Modifier):
+    """Takes training samples out, class by class; validation samples are thinned alike, down to none."""
+
+    @abstractmethod
+    def shares(self, stream: Stream, catalogue: Catalogue) -> tuple[npt.NDArray[np.float64], KeyArray]:
+        """Which share of its samples each class keeps, rounded down but at least one sample, and the seeds by which
+        they are chosen, both ``(num_classes,)``."""
+
+    def tests(self, stream: Stream, catalogue: Catalogue) -> tuple[IntArray, ...]:
+        """Test samples of each task: all of them."""
+        return stream.test
+
+    def change(self, stream: Stream, catalogue: Catalogue) -> Stream:
+        name = type(self).__name__
+        if any(hidden.size for hidden in stream.unlabelled):
+            self.fail(f"labels are already hidden, and this might take the rest; put LabelFraction around {name}")
+        share, seeds = self.shares(stream, catalogue)
+        train = self._thin(stream.train, catalogue, share, seeds, least=1)
+        val = self._thin(stream.val, catalogue, share, seeds, least=0)
+        labels = catalogue.train_labels
+        # A class that comes in several tasks may have left one of them.
+        val = [held[np.isin(labels[held], labels[rest])] for held, rest in zip(val, train, strict=True)]
+        for task, indices in zip(stream.tasks, train, strict=True):
+            if not indices.size:
+                self.fail(f"task {task.index} ({task.name}) has no training samples left; take fewer of them out")
+        # A class may have left a task, and then arrives later.
+        names = [task.name for task in stream.tasks]
+        tasks, order = arrivals(catalogue, train, np.array(stream.order), names, stream.shifts)
+        return replace(
+            stream,
+            tasks=tasks,
+            order=order,
+            class_names=tuple(catalogue.class_names[label] for label in order),
+            train=tuple(train),
+            val=tuple(val),
+            test=homes(catalogue, tasks, self.tests(stream, catalogue)),
+            unlabelled=(),
+        )
+
+    def _thin(
+        self,
+        arrays: tuple[IntArray, ...],
+        catalogue: Catalogue,
+        share: npt.NDArray[np.float64],
+        seeds: KeyArray,
+        *,
+        least: int,
+    ) -> list[IntArray]:
+        indices = np.unique(np.concatenate(arrays))  # a sample that several tasks have is kept by all or none
+        labels = catalogue.train_labels[indices]
+        place, size = places(labels, catalogue.keys(indices, seeds[labels], draws.THINNING))
+        kept = np.zeros(len(catalogue.train_labels), bool)
+        kept[indices] = place < np.maximum(np.floor(size * share[labels] + 1e-9), least)
+        return [array[kept[array]] for array in arrays]
+
+
 @dataclass(frozen=True)
-class LongTailed(Modifier):
+class Subset(Thinning):
+    """Keeps some samples of each class: little data, or a stream that is tried out quickly.
+
+    A class of an extension is thinned alike; of a class that gains samples then, more are kept.
+
+    Args:
+        base: What is thinned.
+        fraction: Share of the training samples of a class that stay, above 0 and at most 1, rounded down; one at least.
+        per_class: Number of training samples of a class that stay, instead of ``fraction``; a class of fewer keeps all.
+        test_per_class: Number of test samples of a class that stay in each task, the first ones; None for all.
+    """
+
+    base: Scenario
+    fraction: float | None = None
+    per_class: int | None = None
+    test_per_class: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.fraction is not None and self.per_class is not None:
+            self.fail("give fraction or per_class, not both")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            self.fail(f"fraction must be above 0 and at most 1, got {self.fraction}")
+        for name in ("per_class", "test_per_class"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                self.fail(f"{name} must be at least 1, got {count}")
+
+    def shares(self, stream: Stream, catalogue: Catalogue) -> tuple[npt.NDArray[np.float64], KeyArray]:
+        share = np.full(catalogue.num_classes, 1.0 if self.fraction is None else self.fraction)
+        if self.per_class is not None:
+            present = catalogue.train_labels[np.unique(np.concatenate(stream.train))]
+            share = np.minimum(1.0, self.per_class / np.bincount(present, minlength=len(share)).clip(1))
+        seeds = np.zeros(len(share), np.uint64)
+        for part, tasks in zip(stream.parts, stream.part_tasks, strict=True):
+            seeds[[label for task in tasks for label in task.new_classes]] = seed_array([part.seed])
+        return share, seeds
+
+    def tests(self, stream: Stream, catalogue: Catalogue) -> tuple[IntArray, ...]:
+        if self.test_per_class is None:
+            return stream.test
+        return tuple(each[places(catalogue.test_labels[each])[0] < self.test_per_class] for each in stream.test)
+
+
+@dataclass(frozen=True)
+class LongTailed(Thinning):
     """Thins the training data so that class sizes fall off: long-tailed class-incremental learning.
 
     The i-th of C classes keeps a share imbalance^(-i / (C - 1)) of its samples, rounded down, at least one (profile:
@@ -111,11 +210,7 @@ class LongTailed(Modifier):
         if self.arrangement not in ("ordered", "shuffled"):
             self.fail(f"arrangement {self.arrangement!r}; use ordered or shuffled")
 
-    def change(self, stream: Stream, catalogue: Catalogue) -> Stream:
-        if any(hidden.size for hidden in stream.unlabelled):
-            self.fail(
-                "labels are already hidden, and the tail might take the rest; put LabelFraction around LongTailed"
-            )
+    def shares(self, stream: Stream, catalogue: Catalogue) -> tuple[npt.NDArray[np.float64], KeyArray]:
         share = np.ones(catalogue.num_classes)
         seeds = np.zeros(catalogue.num_classes, np.uint64)
         for part, tasks in zip(stream.parts, stream.part_tasks, strict=True):
@@ -124,40 +219,4 @@ class LongTailed(Modifier):
                 classes = classes[np.argsort(mix(part.seed, draws.TAIL, catalogue.name_keys[classes]), kind="stable")]
             share[classes] = self.imbalance ** (-np.arange(len(classes)) / max(len(classes) - 1, 1))
             seeds[classes] = seed_array([part.seed])
-        train = self._thin(stream.train, catalogue, share, seeds, least=1)
-        val = self._thin(stream.val, catalogue, share, seeds, least=0)
-        labels = catalogue.train_labels
-        # A class that comes in several tasks may have left one of them.
-        val = [held[np.isin(labels[held], labels[rest])] for held, rest in zip(val, train, strict=True)]
-        for task, indices in zip(stream.tasks, train, strict=True):
-            if not indices.size:
-                self.fail(f"task {task.index} ({task.name}) has no training samples left; use less imbalance")
-        # A class may have left a task, and then arrives later.
-        names = [task.name for task in stream.tasks]
-        tasks, order = arrivals(catalogue, train, np.array(stream.order), names, stream.shifts)
-        return replace(
-            stream,
-            tasks=tasks,
-            order=order,
-            class_names=tuple(catalogue.class_names[label] for label in order),
-            train=tuple(train),
-            val=tuple(val),
-            test=homes(catalogue, tasks, stream.test),
-            unlabelled=(),
-        )
-
-    def _thin(
-        self,
-        arrays: tuple[IntArray, ...],
-        catalogue: Catalogue,
-        share: npt.NDArray[np.float64],
-        seeds: KeyArray,
-        *,
-        least: int,
-    ) -> list[IntArray]:
-        indices = np.unique(np.concatenate(arrays))  # a sample that several tasks have is kept by all or none
-        labels = catalogue.train_labels[indices]
-        place, size = places(labels, catalogue.keys(indices, seeds[labels], draws.THINNING))
-        kept = np.zeros(len(catalogue.train_labels), bool)
-        kept[indices] = place < np.maximum(np.floor(size * share[labels] + 1e-9), least)
-        return [array[kept[array]] for array in arrays]
+        return share, seeds
