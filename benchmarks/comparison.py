@@ -106,11 +106,25 @@ RESNET56 = (
     "--model.source_head {data}/models/cifar10_resnet56.pt"
 )
 STREAM = "--config experiments/data/cifar10c_npz.yaml --data.base.path {data}/cifar10_test.npz --data.samples 1000"
-OFFLINE = f"{FASHION} --data.scenario ClassIncremental --data.scenario.tasks 5 --data.batch_size 128"
-ONLINE = (
-    f"{FASHION} --data.scenario Online --data.scenario.scenario ClassIncremental --data.scenario.scenario.tasks 5 "
-    "--data.batch_size 10"
-)
+FIVE = "--data.scenario ClassIncremental --data.scenario.tasks 5"
+ORDERS = "--data.scenario ClassIncremental --data.scenario.tasks 10 --data.scenario.class_order random"
+OFFLINE = f"{FASHION} {FIVE} --data.batch_size 128"
+
+
+def subset(scenario: str, per_class: int, test_per_class: int) -> str:
+    """Options for some samples of each class, of a scenario's options."""
+    inner = scenario.replace("--data.scenario", "--data.scenario.base")
+    return (
+        f"--data.scenario Subset {inner} --data.scenario.per_class {per_class} "
+        f"--data.scenario.test_per_class {test_per_class}"
+    )
+
+
+def online(scenario: str) -> str:
+    """Options for one pass in batches of 10, of a scenario's options."""
+    return f"--data.batch_size 10 --data.scenario Online {scenario.replace('--data.scenario', '--data.scenario.base')}"
+
+
 MLP = "--model.backbone MLP"
 SLIM = "--model.backbone SlimResNet18 --trainer.precision bf16-mixed"
 
@@ -177,26 +191,36 @@ PROTOCOLS = {
     "fashion_mlp_online": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, MLP, online",
         "MLP 784-400-400, one pass in batches of 10, no augmentation (but PCR's), a memory of 500 where there is one.",
-        f"{ONLINE} {MLP} --trainer.max_epochs 1",
+        f"{FASHION} {online(FIVE)} {MLP} --trainer.max_epochs 1",
         online=True,
     ),
     "fashion_slim": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, slim ResNet-18, offline",
-        "Slim ResNet-18, 1 epoch per task in bf16-mixed, batches of 128, a memory of 500 where there is one.",
-        f"{OFFLINE} {SLIM} --trainer.max_epochs 1",
+        "1,000 training images of each class and 200 test images, slim ResNet-18, 3 epochs per task in bf16-mixed, "
+        "batches of 128, a memory of 500 where there is one.",
+        f"{FASHION} {subset(FIVE, 1000, 200)} --data.batch_size 128 {SLIM} --trainer.max_epochs 3",
     ),
     "fashion_slim_online": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, slim ResNet-18, online",
-        "Slim ResNet-18, one pass in batches of 10 in bf16-mixed, a memory of 500 where there is one.",
-        f"{ONLINE} {SLIM} --trainer.max_epochs 1",
+        "1,000 training images of each class and 200 test images, slim ResNet-18, one pass in batches of 10 in "
+        "bf16-mixed, a memory of 500 where there is one.",
+        f"{FASHION} {online(subset(FIVE, 1000, 200))} {SLIM} --trainer.max_epochs 1",
         online=True,
     ),
     "cifar100_b50": Protocol(
         "CIFAR-100, 50 classes and 5 tasks of 10, ResNet-32",
-        "ResNet-32, 2 epochs per task in bf16-mixed, batches of 128, crops and mirror images, the class order of "
-        "numpy's seed 1993, a memory of 2000 where there is one. Published runs take 70 to 200 epochs.",
+        "100 training images of each class and 50 test images, ResNet-32, 5 epochs per task in bf16-mixed, batches of "
+        "128, crops and mirror images, the class order of numpy's seed 1993, a memory of 2000 where there is one. "
+        "Published runs take all 500 images of a class and 70 to 200 epochs: these rows show that all methods run on "
+        "the protocol, and not what they reach.",
         "--config experiments/data/cifar100_b50_inc10_npz.yaml --data.path {data}/cifar100.npz "
-        "--model.backbone ResNet32 --trainer.precision bf16-mixed --trainer.max_epochs 2",
+        + subset(
+            "--data.scenario ClassIncremental --data.scenario.first 50 --data.scenario.increment 10 "
+            "--data.scenario.class_order 1993",
+            100,
+            50,
+        )
+        + " --model.backbone ResNet32 --trainer.precision bf16-mixed --trainer.max_epochs 5",
     ),
     "cifar100_cnn": Protocol(
         "CIFAR-100, 10 tasks, frozen MobileNetV2 at 96 x 96 pixels",
@@ -209,10 +233,10 @@ PROTOCOLS = {
     ),
     "cifar100_vit": Protocol(
         "CIFAR-100, 10 tasks, a small ViT for 32 x 32 pixels",
-        "2.75 M parameters, pretrained on Tiny-ImageNet, class orders drawn by the seed, 2 epochs per task in "
-        "bf16-mixed where a method trains in each task, 5 in the first task where it trains in that alone, batches "
-        "of 48.",
-        f"{VIT} --data.scenario.class_order random --data.batch_size 48 --trainer.precision bf16-mixed",
+        "100 training images of each class and 20 test images; 2.75 M parameters, pretrained on Tiny-ImageNet, class "
+        "orders drawn by the seed, 3 epochs per task in bf16-mixed where a method trains in each task, 5 in the first "
+        "task where it trains in that alone, batches of 32.",
+        f"{VIT} {subset(ORDERS, 100, 20)} --data.batch_size 32 --trainer.precision bf16-mixed",
         methods={
             **{name: CLOSED[name] for name in ("SimpleCIL", "LDA", "G-ACIL")},
             **ADAPTED,
@@ -232,7 +256,7 @@ PROTOCOLS = {
             f"CIFAR-10-C from the first 1,000 test images, severity 5, {title}, ResNet-56",
             f"15 corruptions, of which frost is a synthetic one, {says}. Online error: of predictions before the "
             "network learns from the batch, the mean over corruptions.",
-            f"{STREAM} {RESNET56} {options}",
+            f"{STREAM} {RESNET56} --trainer.precision bf16-mixed {options}",
             methods=ADAPTING,
             columns=TEST_TIME,
             detail="online_error",
@@ -256,7 +280,7 @@ def command(protocol: str, method: str, data: str) -> str:
     """The command of a run, but for its seed and its folder."""
     row, shared = rows_of(protocol)[method], PROTOCOLS[protocol]
     memory = 2000 if protocol.startswith("cifar") else 500
-    epochs = 5 if method in ("FSA", "APER", "RanPAC") else 2
+    epochs = 5 if method in ("FSA", "APER", "RanPAC") else 3
     text = f"--config experiments/methods/{row.config}.yaml {shared.options} {row.options} --trainer.accelerator cpu"
     return " ".join(text.format(data=data, memory=memory, epochs=epochs, runs=RUNS).split())
 
