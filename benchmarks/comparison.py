@@ -121,8 +121,11 @@ def subset(scenario: str, per_class: int, test_per_class: int) -> str:
 
 
 def online(scenario: str) -> str:
-    """Options for one pass in batches of 10, of a scenario's options."""
-    return f"--data.batch_size 10 --data.scenario Online {scenario.replace('--data.scenario', '--data.scenario.base')}"
+    """Options for one pass in batches of 10, of a scenario's options, with the learning rate of online papers."""
+    return (
+        f"--data.batch_size 10 --data.scenario Online {scenario.replace('--data.scenario', '--data.scenario.base')} "
+        "--model.optimizer torch.optim.SGD --model.optimizer.lr 0.1"
+    )
 
 
 MLP = "--model.backbone MLP"
@@ -137,7 +140,7 @@ METHODS = {
     "EWC": Method("ewc", "--model.fisher_samples 2000"),
     "SI": Method("finetune_si"),
     "SDC": Method("sdc"),
-    "PASS": Method("pass"),
+    "PASS": Method("pass", online=False),
     "EFC": Method("efc", online=False),
     "EFC++": Method("efc_pp", online=False),
     "FeTrIL": Method("fetril", online=False),
@@ -190,7 +193,7 @@ PROTOCOLS = {
     ),
     "fashion_mlp_online": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, MLP, online",
-        "MLP 784-400-400, one pass in batches of 10, no augmentation (but PCR's), a memory of 500 where there is one.",
+        "MLP 784-400-400, one pass in batches of 10 by SGD with learning rate 0.1, no augmentation (but PCR's), a memory of 500 where there is one.",
         f"{FASHION} {online(FIVE)} {MLP} --trainer.max_epochs 1",
         online=True,
     ),
@@ -202,8 +205,8 @@ PROTOCOLS = {
     ),
     "fashion_slim_online": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, slim ResNet-18, online",
-        "1,000 training images of each class and 200 test images, slim ResNet-18, one pass in batches of 10 in "
-        "bf16-mixed, a memory of 500 where there is one.",
+        "1,000 training images of each class and 200 test images, slim ResNet-18, one pass in batches of 10 by SGD "
+        "with learning rate 0.1 in bf16-mixed, a memory of 500 where there is one.",
         f"{FASHION} {online(subset(FIVE, 1000, 200))} {SLIM} --trainer.max_epochs 1",
         online=True,
     ),
