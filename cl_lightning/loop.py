@@ -1,6 +1,8 @@
 """The task loop: one Trainer learns a stream, task after task, and can be stopped and resumed anywhere in it."""
 
 import json
+import os
+import shutil
 import time
 import warnings
 from collections.abc import Mapping
@@ -29,10 +31,12 @@ from cl_lightning.lean import install as make_lean
 from cl_lightning.live_views import LiveViews
 from cl_lightning.loaders import FeatureLoader, PlannedLoader
 from cl_lightning.measures import AccuracyMatrix
+from cl_lightning.network import Network
 from cl_lightning.stopping import Interrupted, StopRequest
 from cl_lightning.strategy import ContinualStrategy, Phase
 from cl_lightning.stream import Stream, Task
 
+_CXX = (os.environ.get("CXX", "g++"), "clang++")
 _PRECISIONS = ("32-true", "32", "bf16-mixed", "16-mixed")
 
 
@@ -52,6 +56,8 @@ class LoopOptions:
         nan_loss: ``stop`` a run whose loss is nan or infinite, ``skip`` steps whose gradients are, or ``ignore`` it.
         channels_last: Lay images and the weights of convolutions out with the channels last, which is faster for most
             convolutional networks, on CPU and GPU; results are the same up to rounding.
+        compile: Backend of ``torch.compile`` for the backbones, such as ``inductor``; None to compile nothing. Heads
+            are not compiled, so that nothing is compiled anew when they grow. On a CPU it seldom pays.
         feature_cache: Folder for the features of a backbone that does not change any more, so that each image passes
             through it once, in all runs with it; ``memory`` to keep them as long as the run lasts; None to keep none.
         feature_cache_gb: Most that the folder, and what is kept in memory, may grow to, in 10^9 bytes.
@@ -66,6 +72,7 @@ class LoopOptions:
     stop_after_task: int | None = None
     nan_loss: NanLoss = "stop"
     channels_last: bool = False
+    compile: str | None = None
     feature_cache: str | None = None
     feature_cache_gb: float = 8.0
 
@@ -82,10 +89,18 @@ class LoopOptions:
             raise ValueError(f"loop: keep_tasks is {self.keep_tasks}; it must be at least 0, or null")
         if self.nan_loss not in get_args(NanLoss):
             raise ValueError(f"loop: nan_loss is {self.nan_loss!r}; use 'stop', 'skip' or 'ignore'")
+        if self.compile is not None and self.compile not in (known := _compilers()):
+            raise ValueError(f"loop: compile is {self.compile!r}; torch here has {', '.join(known)}, or null for none")
         if not self.feature_cache_gb > 0:
             raise ValueError(f"loop: feature_cache_gb is {self.feature_cache_gb}; it must be above 0, such as 8")
         if self.stop_after_task is not None and self.stop_after_task < 0:
             raise ValueError(f"loop: stop_after_task is {self.stop_after_task}; give the index of a task, or null")
+
+
+def _compilers() -> list[str]:
+    import torch._dynamo  # slow to import, and for those only who compile
+
+    return list(torch._dynamo.list_backends(exclude_tags=()))
 
 
 @dataclass(frozen=True)
@@ -287,15 +302,25 @@ class TaskLoop:
             features=self.strategy.feature_pool if phase.on_features else None,
             batch_size=phase.batch_size,
         )
+        self._compile()
         trainer.fit_loop.max_epochs = origin + epochs
         path = str(resume) if resume is not None else None
         trainer.fit(self.strategy, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
 
     def _evaluate(self, task: Task) -> None:
         self.strategy.task = task
+        self._compile()
         self.trainer.test(self.strategy, datamodule=self.datamodule, verbose=False)
         assert self.strategy.row is not None
         self.matrix.fill(task.index, self.strategy.row)
+
+    def _compile(self) -> None:
+        """Compile the backbones that are new, in place: names of parameters stay, and copies are not compiled ones."""
+        if self.options.compile is None:
+            return
+        for module in self.strategy.modules():
+            if isinstance(module, Network) and module.backbone._compiled_call_impl is None:
+                module.backbone.compile(backend=self.options.compile)
 
     def _epochs(self, task: Task, phase: Phase) -> int:
         if self.stream.one_pass:
@@ -357,6 +382,9 @@ class TaskLoop:
                 f"trainer.precision is {trainer.precision!r}; images are normalised in single precision, so use one of "
                 f"{', '.join(_PRECISIONS)}"
             )
+        cpu = trainer.strategy.root_device.type == "cpu"
+        if self.options.compile == "inductor" and cpu and not any(map(shutil.which, _CXX)):
+            raise ValueError("loop: compile is 'inductor', which needs a C++ compiler on the CPU, such as g++; set CXX")
         kind = trainer.strategy
         spawned = isinstance(kind, DDPStrategy) and kind._start_method != "popen"
         if spawned or not isinstance(kind, (DDPStrategy, SingleDeviceStrategy)):

@@ -156,6 +156,25 @@ def test_channels_may_come_last(tmp_path):
     assert torch.equal(again.test("last").R_ci[-1], other.matrix.R_ci[-1])
 
 
+def test_a_compiled_backbone_outlives_growth_teachers_and_checkpoints(tmp_path):
+    plain = run(LwF(backbone=plain_net), folder=tmp_path / "plain")
+    made = loop(LwF(backbone=plain_net), folder=tmp_path / "made", options={"compile": "aot_eager"})
+    made.fit()
+    assert made.strategy.network.backbone._compiled_call_impl is not None
+    torch.testing.assert_close(made.matrix.R_ci, plain.matrix.R_ci, atol=0.1, rtol=0, equal_nan=True)
+    compiled, weights = made.strategy.state_dict(), plain.strategy.state_dict()
+    assert list(compiled) == list(weights)
+    for name, value in weights.items():
+        torch.testing.assert_close(compiled[name], value, atol=1e-4, rtol=1e-3)
+    again = loop(LwF(backbone=plain_net), folder=tmp_path / "made")  # what was compiled loads into what is not
+    assert torch.equal(again.test("last").R_ci[-1], made.matrix.R_ci[-1])
+
+
+def test_a_compiler_that_torch_does_not_have_is_told():
+    with pytest.raises(ValueError, match=r"compile is 'gcc'; torch here has .*inductor"):
+        LoopOptions(compile="gcc")
+
+
 class Gaining(ContinualDataModule):
     """Six classes of tiny images, of which the first ``known`` are there."""
 
