@@ -358,7 +358,12 @@ class Memory(nn.Module):
         entry = new.topk(slots.shape[0]).indices  # and so on: the winners are those of the joint order
         wins = new[entry] > old[slots]
         if wins.device.type == "cpu":  # on a GPU the number of winners would have to be waited for
-            slots, entry, wins = slots[wins], entry[wins], wins[wins]
+            picked = wins.nonzero().squeeze(1)
+            if len(picked):  # in a long stream few come in
+                slots, entry = slots[picked], entry[picked]
+                for name, value in rows.items():
+                    self._store[name][slots] = value[entry]
+            return
         for name, value in rows.items():
             stored = self._store[name]
             mask = wins.view(-1, *(1 for _ in value.shape[1:]))
