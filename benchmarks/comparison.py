@@ -100,6 +100,10 @@ CNN = (
     '--model.backbone Timm --model.backbone.name mobilenetv2_100 --model.backbone.kwargs \'{{"pad_type":"same"}}\' '
     "--model.backbone.weights {data}/models/mobilenetv2_100_imagenet_fp16.pt"
 )
+CNN_STREAM = (
+    f"--config experiments/data/cifar100_10x10_npz_imagenet.yaml {CNN} --data.path {{data}}/cifar100.npz "
+    "--data.resize 96 --data.mean [0.5] --data.std [0.5]"
+)
 VIT = "--config experiments/data/cifar100_10x10_npz_imagenet.yaml --data.path {data}/cifar100.npz"
 RESNET56 = (
     "--model.backbone ResNet56 --model.backbone.weights {data}/models/cifar10_resnet56.pt "
@@ -107,8 +111,12 @@ RESNET56 = (
 )
 STREAM = "--config experiments/data/cifar10c_npz.yaml --data.base.path {data}/cifar10_test.npz --data.samples 1000"
 FIVE = "--data.scenario ClassIncremental --data.scenario.tasks 5"
-ORDERS = "--data.scenario ClassIncremental --data.scenario.tasks 10 --data.scenario.class_order random"
 OFFLINE = f"{FASHION} {FIVE} --data.batch_size 128"
+
+
+def orders(tasks: int) -> str:
+    """Options for equal tasks in an order that the seed draws."""
+    return f"--data.scenario ClassIncremental --data.scenario.tasks {tasks} --data.scenario.class_order random"
 
 
 def subset(scenario: str, per_class: int, test_per_class: int) -> str:
@@ -226,21 +234,33 @@ PROTOCOLS = {
         )
         + " --model.backbone ResNet32 --trainer.precision bf16-mixed --trainer.max_epochs 5",
     ),
-    "cifar100_cnn": Protocol(
-        "CIFAR-100, 10 tasks, frozen MobileNetV2 at 96 x 96 pixels",
-        "Weights of ImageNet-1k, class orders drawn by the seed; features from a store (`loop.feature_cache`): the "
-        "time of the first row is that of the pass over all images, where it had to be made.",
-        f"--config experiments/data/cifar100_10x10_npz_imagenet.yaml {CNN} --data.path {{data}}/cifar100.npz "
-        "--data.resize 96 --data.mean [0.5] --data.std [0.5] --data.scenario.class_order random "
-        "--loop.feature_cache {runs}/features",
-        methods=CLOSED,
+    **{
+        f"cifar100_cnn{suffix}": Protocol(
+            f"CIFAR-100, {tasks} tasks, frozen MobileNetV2 at 96 x 96 pixels",
+            "Weights of ImageNet-1k, class orders drawn by the seed; features from a store (`loop.feature_cache`): the "
+            "time of a first row is that of the pass over all images, where it had to be made.",
+            f"{CNN_STREAM} {orders(tasks)} --loop.feature_cache {{runs}}/features",
+            methods=CLOSED,
+        )
+        for suffix, tasks in (("", 10), ("_5", 5), ("_20", 20))
+    },
+    "cifar100_cnn_trained": Protocol(
+        "CIFAR-100, 10 tasks, trained MobileNetV2 at 96 x 96 pixels",
+        "As above with 100 training images of each class and 20 test images, batches of 32 in bf16-mixed: 5 epochs in "
+        "the first task (FSA), 2 epochs in each (SLCA).",
+        f"{CNN_STREAM} {subset(orders(10), 100, 20)} --data.batch_size 32 --trainer.precision bf16-mixed",
+        methods={
+            **{name: CLOSED[name] for name in ("SimpleCIL", "LDA")},
+            "FSA": Method("fsa_vit32", "--model.session_epochs 5"),
+            "SLCA": ADAPTED["SLCA"],
+        },
     ),
     "cifar100_vit": Protocol(
         "CIFAR-100, 10 tasks, a small ViT for 32 x 32 pixels",
-        "100 training images of each class and 20 test images; 2.75 M parameters, pretrained on Tiny-ImageNet, class "
-        "orders drawn by the seed, 3 epochs per task in bf16-mixed where a method trains in each task, 5 in the first "
+        "200 training images of each class and 50 test images; 2.75 M parameters, pretrained on Tiny-ImageNet, class "
+        "orders drawn by the seed, 3 epochs per task in bf16-mixed where a method trains in each task, 20 in the first "
         "task where it trains in that alone, batches of 32.",
-        f"{VIT} {subset(ORDERS, 100, 20)} --data.batch_size 32 --trainer.precision bf16-mixed",
+        f"{VIT} {subset(orders(10), 200, 50)} --data.batch_size 32 --trainer.precision bf16-mixed",
         methods={
             **{name: CLOSED[name] for name in ("SimpleCIL", "LDA", "G-ACIL")},
             **ADAPTED,
@@ -284,7 +304,7 @@ def command(protocol: str, method: str, data: str) -> str:
     """The command of a run, but for its seed and its folder."""
     row, shared = rows_of(protocol)[method], PROTOCOLS[protocol]
     memory = 2000 if protocol.startswith("cifar") else 500
-    epochs = 5 if method in ("FSA", "APER", "RanPAC") else 3
+    epochs = 2 if protocol == "cifar100_cnn_trained" else 3
     text = f"--config experiments/methods/{row.config}.yaml {shared.options} {row.options} --trainer.accelerator cpu"
     return " ".join(text.format(data=data, memory=memory, epochs=epochs, runs=RUNS).split())
 
