@@ -300,13 +300,24 @@ PROTOCOLS = {
 }
 
 
-def command(protocol: str, method: str, data: str) -> str:
-    """The command of a run, but for its seed and its folder."""
-    row, shared = rows_of(protocol)[method], PROTOCOLS[protocol]
+def parts(protocol: str, method: str, data: str) -> tuple[str, str, str]:
+    """The method's config, the options that all rows share, and those of this one."""
+    row = rows_of(protocol)[method]
     memory = 2000 if protocol.startswith("cifar") else 500
     epochs = 2 if protocol == "cifar100_cnn_trained" else 3
-    text = f"--config experiments/methods/{row.config}.yaml {shared.options} {row.options} --trainer.accelerator cpu"
-    return " ".join(text.format(data=data, memory=memory, epochs=epochs, runs=RUNS).split())
+    texts = (
+        f"--config experiments/methods/{row.config}.yaml",
+        f"{PROTOCOLS[protocol].options} --trainer.accelerator cpu",
+        row.options,
+    )
+    filled = (text.format(data=data, memory=memory, epochs=epochs, runs=RUNS) for text in texts)
+    config, shared, own = (" ".join(text.split()) for text in filled)
+    return config, shared, own
+
+
+def command(protocol: str, method: str, data: str) -> str:
+    """The command of a run, but for its seed and its folder."""
+    return " ".join(part for part in parts(protocol, method, data) if part)
 
 
 def folder(protocol: str, method: str, seed: int, runs: Path) -> Path:
@@ -360,11 +371,12 @@ def finished(target: Path) -> bool:
 
 def page(runs: Path) -> str:
     """docs/results.md, from what was run."""
-    parts = [
+    sections = [
         "# Results\n\nAll methods on the same protocols: mean and half-width of the 95 % interval over the seeds, on "
-        "the CPU. Time is of the whole run, with evaluation, and depends on what else the machine did. Written by\n"
-        "`python -m benchmarks.comparison table`; each command goes behind `python -m cl_lightning fit`, with "
-        "`--seed_everything`."
+        "the\nCPU. Time is that of the quickest run, with evaluation; it depends on what else the machine did. A run is\n"
+        "`python -m cl_lightning fit METHOD SHARED OWN --seed_everything SEED`, with the options told under each\ntable; "
+        "`python -m benchmarks.comparison run PROTOCOL --data DIR` runs all, and `table` in place of `run` writes this\n"
+        "page."
     ]
     for name, protocol in PROTOCOLS.items():
         rows = {
@@ -377,7 +389,10 @@ def page(runs: Path) -> str:
         cells: list[list[str]] = []
         heads = ["method", "seeds"]
         for measure in protocol.columns:
-            unit, texts = column([estimate(measure.of(run) for run in found) for found in rows.values()], measure.unit)
+            values = [[measure.of(run) for run in found] for found in rows.values()]
+            if measure is measures.SECONDS:
+                values = [[min(value for value in part if value is not None)] for part in values]
+            unit, texts = column([estimate(part) for part in values], measure.unit)
             heads.append(f"{measure.title} ({unit})")
             cells.append(texts)
         lines = [f"## {protocol.title}", "", protocol.says, "", " | ".join(["", *heads, ""]).strip()]
@@ -386,10 +401,12 @@ def page(runs: Path) -> str:
             lines.append(" | ".join(["", method, str(len(found)), *(texts[place] for texts in cells), ""]).strip())
         if protocol.detail:
             lines += ["", *by_task(protocol.detail, rows)]
-        lines += ["", "<details><summary>commands</summary>", "", "```"]
-        lines += [f"{command(name, method, 'DIR')}" for method in rows]
-        parts.append("\n".join([*lines, "```", "", "</details>"]))
-    return "\n\n".join(parts) + "\n"
+        options = {method: parts(name, method, "DIR") for method in rows}
+        shared = next(iter(options.values()))[1]
+        lines += ["", "<details><summary>options</summary>", "", "```", f"SHARED: {shared}", ""]
+        lines += [f"{method}: {config} {own}".rstrip() for method, (config, _, own) in options.items()]
+        sections.append("\n".join([*lines, "```", "", "</details>"]))
+    return "\n\n".join(sections) + "\n"
 
 
 def by_task(matrix: str, rows: dict[str, list[records.Run]]) -> list[str]:
