@@ -39,6 +39,12 @@ COLUMNS = (
     measures.SECONDS,
     measures.BYTES,
 )
+INTRODUCTION = """# Results
+
+All methods on the same protocols: mean and half-width of the 95 % interval over the seeds, on the CPU. Time is that of
+the quickest run, with evaluation; it depends on what else the machine did. A run is
+`python -m cl_lightning fit METHOD SHARED OWN --seed_everything SEED`, with the options told under each table;
+`python -m benchmarks.comparison run PROTOCOL --data DIR` runs all, and `table` in place of `run` writes this page."""
 FEW_SHOT = (
     measures.LAST,
     measures.INCREMENTAL,
@@ -371,13 +377,7 @@ def finished(target: Path) -> bool:
 
 def page(runs: Path) -> str:
     """docs/results.md, from what was run."""
-    sections = [
-        "# Results\n\nAll methods on the same protocols: mean and half-width of the 95 % interval over the seeds, on "
-        "the\nCPU. Time is that of the quickest run, with evaluation; it depends on what else the machine did. A run is\n"
-        "`python -m cl_lightning fit METHOD SHARED OWN --seed_everything SEED`, with the options told under each\ntable; "
-        "`python -m benchmarks.comparison run PROTOCOL --data DIR` runs all, and `table` in place of `run` writes this\n"
-        "page."
-    ]
+    sections = [INTRODUCTION]
     for name, protocol in PROTOCOLS.items():
         rows = {
             method: [records.read(path) for seed in SEEDS if finished(path := folder(name, method, seed, runs))]
