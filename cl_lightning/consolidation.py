@@ -113,8 +113,7 @@ class Consolidation(nn.Module):
         if self.path is None:
             return
         factor = self.weight * _FACTOR[self.estimator]
-        pulls = self.importance.gradient(self._held)
-        self.path.before_step(self._held, {name: factor * pull for name, pull in pulls.items()})
+        self.path.before_step(self._held, self.importance.gradient(self._held, factor))
 
     def after_step(self) -> None:
         """Call when the weights have moved."""

@@ -124,13 +124,14 @@ class Importance(TensorsByName):
         return value + self.offset.to(value.dtype)
 
     @torch.no_grad()
-    def gradient(self, parameters: Tensors) -> dict[str, Tensor]:
-        """dP/dtheta by name, ``2 omega (theta - anchor)``, without a backward pass."""
+    def gradient(self, parameters: Tensors, factor: float = 1.0) -> dict[str, Tensor]:
+        """``factor`` times dP/dtheta by name, ``2 omega (theta - anchor)``, without a backward pass."""
         if not self:
             return {}
         weights, anchors, omegas = self._matched(parameters)
-        gaps = torch._foreach_sub(list(weights.values()), anchors)
-        pulls = torch._foreach_mul(torch._foreach_mul(gaps, omegas), 2.0)
+        pulls = torch._foreach_sub(list(weights.values()), anchors)
+        torch._foreach_mul_(pulls, omegas)
+        torch._foreach_mul_(pulls, 2.0 * factor)
         return dict(zip(weights, pulls, strict=True))
 
     def _matched(self, parameters: Tensors) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:

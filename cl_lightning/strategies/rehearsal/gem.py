@@ -108,8 +108,8 @@ def agem_projection(gradient: Tensor, reference: Tensor) -> Tensor:
         gradient: g, ``(P,)``.
         reference: g_ref, ``(P,)``.
     """
-    product, square = ((vector * reference).sum(dtype=torch.float64) for vector in (gradient, reference))
-    return torch.where(product < 0, gradient - (product / square).to(gradient.dtype) * reference, gradient)
+    product, square = torch.dot(gradient, reference), torch.dot(reference, reference)
+    return torch.where(product < 0, gradient - (product / square) * reference, gradient)
 
 
 class _EpisodicMemory(ContinualStrategy):
