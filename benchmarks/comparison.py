@@ -214,20 +214,20 @@ PROTOCOLS = {
     ),
     "fashion_slim": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, slim ResNet-18, offline",
-        "1,000 training images of each class and 200 test images, slim ResNet-18, 3 epochs per task in bf16-mixed, "
+        "500 training images of each class and 200 test images, slim ResNet-18, 3 epochs per task in bf16-mixed, "
         "batches of 128, a memory of 500 where there is one.",
-        f"{FASHION} {subset(FIVE, 1000, 200)} --data.batch_size 128 {SLIM} --trainer.max_epochs 3",
+        f"{FASHION} {subset(FIVE, 500, 200)} --data.batch_size 128 {SLIM} --trainer.max_epochs 3",
     ),
     "fashion_slim_online": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, slim ResNet-18, online",
-        "1,000 training images of each class and 200 test images, slim ResNet-18, one pass in batches of 10 by SGD "
+        "500 training images of each class and 200 test images, slim ResNet-18, one pass in batches of 10 by SGD "
         "with learning rate 0.1 in bf16-mixed, a memory of 500 where there is one.",
-        f"{FASHION} {online(subset(FIVE, 1000, 200))} {SLIM} --trainer.max_epochs 1",
+        f"{FASHION} {online(subset(FIVE, 500, 200))} {SLIM} --trainer.max_epochs 1",
         online=True,
     ),
     "cifar100_b50": Protocol(
         "CIFAR-100, 50 classes and 5 tasks of 10, ResNet-32",
-        "100 training images of each class and 50 test images, ResNet-32, 5 epochs per task in bf16-mixed, batches of "
+        "50 training images of each class and 50 test images, ResNet-32, 3 epochs per task in bf16-mixed, batches of "
         "128, crops and mirror images, the class order of numpy's seed 1993, a memory of 2000 where there is one. "
         "Published runs take all 500 images of a class and 70 to 200 epochs: these rows show that all methods run on "
         "the protocol, and not what they reach.",
@@ -235,10 +235,10 @@ PROTOCOLS = {
         + subset(
             "--data.scenario ClassIncremental --data.scenario.first 50 --data.scenario.increment 10 "
             "--data.scenario.class_order 1993",
-            100,
+            50,
             50,
         )
-        + " --model.backbone ResNet32 --trainer.precision bf16-mixed --trainer.max_epochs 5",
+        + " --model.backbone ResNet32 --trainer.precision bf16-mixed --trainer.max_epochs 3",
     ),
     **{
         f"cifar100_cnn{suffix}": Protocol(
@@ -274,10 +274,10 @@ PROTOCOLS = {
     ),
     "cifar100_few_shot": Protocol(
         "CIFAR-100, 60 classes and 8 sessions of 5 classes with 5 images, ResNet-20",
-        "10 epochs of the base session in bf16-mixed (published: 100 to 600), the images of the sessions drawn by the "
+        "4 epochs of the base session in bf16-mixed (published: 100 to 600), the images of the sessions drawn by the "
         "seed. Base and novel are mean accuracies per class after the last session.",
         "--config experiments/data/cifar100_fscil_npz.yaml --data.path {data}/cifar100.npz --model.backbone ResNet20 "
-        "--trainer.max_epochs 10 --trainer.precision bf16-mixed",
+        "--trainer.max_epochs 4 --trainer.precision bf16-mixed",
         methods=STEPLESS,
         columns=FEW_SHOT,
     ),

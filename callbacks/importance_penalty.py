@@ -98,7 +98,8 @@ class ImportancePenalty(ContinualCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.consolidation.to(pl_module.device)
-        self.consolidation.begin_phase(pl_module.network)  # type: ignore[arg-type]
+        skips = getattr(trainer.precision_plugin, "scaler", None) is not None
+        self.consolidation.begin_phase(pl_module.network, skips=skips)  # type: ignore[arg-type]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self.consolidation.before_step()

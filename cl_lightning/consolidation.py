@@ -100,9 +100,11 @@ class Consolidation(nn.Module):
             backbone = {name: p for name, p in parameters.items() if name.startswith("backbone.")}
             self.importance.anchor_at(backbone)  # the head's rows are new
 
-    def begin_phase(self, network: Network) -> None:
-        """Call before each fit: notes which parameters there are."""
+    def begin_phase(self, network: Network, *, skips: bool = True) -> None:
+        """Call before each fit: notes which parameters there are, and whether a gradient scaler may skip steps."""
         self._held = self.parameters_of(network)
+        if self.path is not None:
+            self.path.skips = skips
 
     def penalty(self) -> Tensor:
         """The term to add to the loss, a scalar; 0 before anything was consolidated."""

@@ -239,12 +239,16 @@ class PathIntegral(TensorsByName):
     Usage: :meth:`begin` at the start of a task, :meth:`before_step` when gradients are reduced and unscaled but not
     yet clipped (``on_before_optimizer_step``), :meth:`after_step` once the weights have moved, :meth:`importance` at
     the end.
+
+    Attributes:
+        skips: Whether a gradient scaler may skip steps, which then leave infinite gradients and no move.
     """
 
     steps: Tensor
 
     def __init__(self) -> None:
         super().__init__()
+        self.skips = True
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._pending: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -292,9 +296,10 @@ class PathIntegral(TensorsByName):
         work = self.work
         names = [name for name in gradients if name in work]
         moves = torch._foreach_sub([after[name].detach() for name in names], [before[name] for name in names])
-        # A step that loss scaling skipped leaves infinite gradients and no move: it must not become NaN.
-        done = [(gradients[name] * move).where(move != 0, 0.0) for name, move in zip(names, moves, strict=True)]
-        torch._foreach_sub_([work[name] for name in names], done)
+        slopes = [gradients[name] for name in names]
+        if self.skips:  # infinity times 0 must not become NaN
+            slopes = [slope.where(move != 0, 0.0) for slope, move in zip(slopes, moves, strict=True)]
+        torch._foreach_addcmul_([work[name] for name in names], slopes, moves, value=-1)
         self.steps += 1
 
     @torch.no_grad()
