@@ -112,7 +112,10 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
         names = arguments_of(top.owner)
         taker = top.owner.rpartition(".")[2]
         line = f"{where}: " if where else ""
-        line += f"{taker} takes no {top.subject!r}" + _nearest(top.subject.partition(".")[0], names, "it takes")
+        if top.subject in names:  # an option of a base class, whose value the class gives itself
+            line += f"{taker} sets {top.subject!r} itself; leave it out"
+        else:
+            line += f"{taker} takes no {top.subject!r}" + _nearest(top.subject.partition(".")[0], names, "it takes")
     elif top.kind == "class":
         line = f"{where}: there is no class {top.subject!r}" + _nearest(
             top.subject, class_names(top.types), "there are"
