@@ -11,7 +11,7 @@ from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
 # In the order of the page. Each is a module with NAME and section(results), text that begins with a heading.
-BENCHMARKS = ("steps", "avalanche")
+BENCHMARKS = ("steps", "avalanche", "data_path", "feature_store", "scaling")
 
 
 def stored(name: str) -> dict[str, Any]:
