@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -174,7 +174,10 @@ class CostMeter:
         """Plain values, up to this moment."""
         self.enter(self._kind)
         self.note_peaks()
-        return [asdict(task) for task in self.tasks]
+        return [
+            {**vars(task), "epochs": dict(task.epochs), "bytes_kept": [dict(part) for part in task.bytes_kept]}
+            for task in self.tasks
+        ]
 
     def load_state_dict(self, state: list[Mapping[str, Any]]) -> None:
         self.tasks = [TaskCost.from_dict(task) for task in state]

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +53,7 @@ class MetricsFile(Logger):
         self.written = 0
         self.path = Path(path)
         self.columns = ["step"]
+        self.expected: list[str] = []  # columns that will come
         self.rows: list[dict[str, str]] = []  # not written yet
         if getattr(rank_zero_only, "rank", 0) == 0:
             self._begin(keep, up_to)
@@ -91,6 +93,8 @@ class MetricsFile(Logger):
             return
         seen = set(self.columns)
         new = [name for row in self.rows for name in row if name not in seen and not seen.add(name)]  # type: ignore[func-returns-value]
+        if new:  # and with it those that are to come, so that the file is written anew once, not after each task
+            new += [name for name in self.expected if name not in seen]
         rows, self.rows = self.rows, []
         self.written += len(rows)
         if new or not self.path.exists():
@@ -251,7 +255,15 @@ class LiveViews(ContinualCallback):
             values |= bias(row.confusion, task)
         values |= self._prototypes | loop.meter.metrics()
         values["task"] = float(task.index)
+        later = [
+            re.sub(r"task_\d+$", f"task_{other.index:02d}", name)
+            for name in values
+            if name.endswith("task_00")
+            for other in loop.stream.tasks
+        ]
         for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):
+                logger.expected = later
             logger.log_metrics(values, step=trainer.global_step)
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
                 self._log_wandb(logger)

@@ -160,6 +160,7 @@ class TaskLoop:
         self.epochs = self._check_trainer()
         self.place = Place()
         self.matrix = AccuracyMatrix()
+        self.measured: list[dict[str, float]] = []  # of each finished task, kept by ``results.collect``
         self.meter = CostMeter()
         self.fingerprints: list[str] = []
         self.stream: Stream

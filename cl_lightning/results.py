@@ -61,7 +61,10 @@ def collect(loop: "TaskLoop") -> dict[str, Any]:
     """Results of the tasks that are finished, as ``docs/results_schema.md`` describes them; on one process."""
     stream, matrix, strategy, data = loop.stream, loop.matrix, loop.strategy, loop.datamodule
     finished, entries = matrix.learned, matrix.to_dict()
-    per_task = [measures(matrix, stream, t) for t in range(finished)]
+    # Those of earlier tasks do not change any more, and would cost more with each task.
+    del loop.measured[max(finished - 1, 0) :]
+    loop.measured += [measures(matrix, stream, t) for t in range(len(loop.measured), finished)]
+    per_task = list(loop.measured)
     small = len(matrix.confusion) <= _LARGEST_CONFUSION
     content = {
         "schema": SCHEMA,
@@ -218,6 +221,9 @@ def _indented(value: Any, start: str = "\n") -> str:
     """JSON with lists of plain values on one line: a matrix looks like one, and is written by the fast encoder."""
     inner = f"{start} "
     if isinstance(value, dict) and value:
+        if all(isinstance(key, str) for key in value) and {dict, list, tuple}.isdisjoint(map(type, value.values())):
+            text = json.dumps(value, allow_nan=False, separators=(f",{inner}", ": "))  # by the fast encoder
+            return f"{{{inner}{text[1:-1]}{start}}}"
         items = (f"{json.dumps(str(key))}: {_indented(item, inner)}" for key, item in value.items())
         return f"{{{inner}{f',{inner}'.join(items)}{start}}}"
     if isinstance(value, list | tuple) and not {dict, list, tuple}.isdisjoint(map(type, value)):
