@@ -2,6 +2,7 @@
 
     python -m benchmarks.steps                          all rows, with noise for images
     python -m benchmarks.steps --rows mlp_128 mlp_10    some
+    python -m benchmarks.steps --rows er_10 --profile   where the time goes
 
 Both sides have the same network, optimizer, batches and steps, on one thread. They take turns; each turn gives
 the median of the times from one step to the next, a row the median of its turns and of their ratios. Results go to
@@ -9,9 +10,11 @@ the median of the times from one step to the next, a row the median of its turns
 """
 
 import argparse
+import cProfile
 import functools
 import itertools
 import logging
+import pstats
 import statistics
 import time
 import warnings
@@ -45,6 +48,14 @@ Written by `python -m benchmarks.steps`.
 
 {rows}
 """
+
+
+PROFILE = """Where the time of a step here goes, percent of a profiled run (`--profile`, which makes Python look slower
+than it is beside kernels):
+
+{rows}
+"""
+KERNELS = "torch, kernels"
 
 
 @dataclass(frozen=True)
@@ -174,7 +185,22 @@ def compare(row: Row, turns: int) -> dict[str, float]:
     return dict(zip(("plain_ms", "ours_ms", "ratio"), medians, strict=True))
 
 
-def section(results: dict[str, dict[str, float]]) -> str:
+def profile(row: Row) -> dict[str, float]:
+    """Share of the time of a run in functions of each owner, themselves alone; a profiler slows Python's down most."""
+    ours(row)  # warms up
+    profiler = cProfile.Profile()
+    profiler.runcall(ours, row)
+    found: dict[str, float] = {}
+    for (path, _, name), (_, _, own, _, _) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
+        kernel = path == "~" and ("torch" in name or "Tensor" in name or "run_backward" in name)
+        owners = {"/torch/": "torch, Python", "/lightning/": "Lightning", "/cl_lightning/": "this package"}
+        owner = next((owner for part, owner in owners.items() if part in path), "Python and others")
+        owner = KERNELS if kernel else owner
+        found[owner] = found.get(owner, 0.0) + own
+    return {owner: seconds / sum(found.values()) for owner, seconds in found.items()}
+
+
+def section(results: dict[str, dict[str, Any]]) -> str:
     """Of the page, with all rows that were measured."""
     rows = []
     for name, part in results.items():
@@ -184,13 +210,19 @@ def section(results: dict[str, dict[str, float]]) -> str:
         numbers = (f"{part[key]:.2f}" for key in ("plain_ms", "ours_ms", "ratio", "goal"))
         rows.append([what, network, str(row.batch_size), *numbers])
     heads = ["row", "network", "batch", "plain (ms)", "here (ms)", "ratio", "goal"]
-    return SECTION.format(rows=table(heads, rows))
+    text = SECTION.format(rows=table(heads, rows))
+    if profiled := {name: part["profile"] for name, part in results.items() if "profile" in part}:
+        owners = sorted({owner for part in profiled.values() for owner in part}, key=lambda owner: owner != KERNELS)
+        lines = [[name, *(f"{100 * part.get(owner, 0):.0f}" for owner in owners)] for name, part in profiled.items()]
+        text += "\n" + PROFILE.format(rows=table(["row", *owners], lines))
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="say where the time goes, instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -199,7 +231,12 @@ def main() -> None:
     results = page.stored(NAME)
     for name in options.rows:
         row = ROWS[name]
-        results[name] = {**compare(row, options.turns), "goal": row.goal, "turns": options.turns}
+        before = results.get(name, {})
+        if options.profile:
+            results[name] = {**before, "profile": profile(row)}
+            print(name, {owner: round(share, 2) for owner, share in results[name]["profile"].items()})
+            continue
+        results[name] = {**before, **compare(row, options.turns), "goal": row.goal, "turns": options.turns}
         part = results[name]
         print(f"{name:<14}{part['plain_ms']:>9.3f} ms{part['ours_ms']:>9.3f} ms  {part['ratio']:.3f} (goal {row.goal})")
     page.write(NAME, results)

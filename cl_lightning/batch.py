@@ -5,6 +5,7 @@ often a generator was called before. So a resumed run draws what the uninterrupt
 save, and two processes that share a global batch draw what one process draws.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -74,6 +75,61 @@ class Draw:
         """Integers in ``0 .. high - 1``, ``(stop - start, *shape)``, int64."""
         size = (self.total, *shape)
         return torch.randint(high, size, generator=self.generator(device), device=device)[self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class RowDraw(Draw):
+    """Random numbers that belong to each row, wherever it stands: a function of the draw's key and the row's own.
+
+    Attributes:
+        rows: Key of each row, int64 ``(total,)``, on the CPU.
+    """
+
+    rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    @classmethod
+    def of_rows(cls, rows: Tensor, *numbers: int) -> "RowDraw":
+        """Draw of rows with the given keys, all held by this process."""
+        rows = rows.cpu()
+        return cls(mix(*numbers), 0, len(rows), len(rows), rows)
+
+    def rand(self, *shape: int, device: torch.device | str = "cpu") -> Tensor:
+        return (self._bits(*shape, count=24).double() * 2.0**-24).float().to(device)
+
+    def randn(self, *shape: int, device: torch.device | str = "cpu") -> Tensor:
+        first, second = self._bits(2, *shape, count=53).double().mul_(2.0**-53).unbind(1)
+        return ((-2 * (1 - first).log()).sqrt() * (2 * math.pi * second).cos()).float().to(device)  # Box & Muller 1958
+
+    def randint(self, high: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
+        return (self._bits(*shape, count=53).double() * 2.0**-53 * high).long().clamp_(max=high - 1).to(device)
+
+    def _bits(self, *shape: int, count: int) -> Tensor:
+        """Integers in ``0 .. 2**count - 1`` for each row, int64 ``(rows, *shape)``."""
+        places = torch.arange(math.prod(shape)) * _signed(0x9E3779B97F4A7C15)
+        mixed = _scrambled(_scrambled(self.rows + _signed(self.key))[:, None] + places)
+        return _shifted(mixed, 64 - count).view(len(self.rows), *shape)
+
+
+def _signed(number: int) -> int:
+    """As a 64-bit integer of torch has it."""
+    return number - (1 << 64) if number >> 63 else number
+
+
+def _shifted(numbers: Tensor, bits: int) -> Tensor:
+    """To the right, without the sign."""
+    return (numbers >> bits) & ((1 << 64 - bits) - 1)
+
+
+def _scrambled(numbers: Tensor) -> Tensor:
+    """The step of splitmix64 that is in ``mix``, of int64."""
+    numbers = (numbers ^ _shifted(numbers, 30)) * _signed(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ _shifted(numbers, 27)) * _signed(0x94D049BB133111EB)
+    return numbers ^ _shifted(numbers, 31)
+
+
+def mixed_rows(rows: Tensor, *numbers: int) -> Tensor:
+    """A key for each row of its key and the numbers, int64."""
+    return _scrambled(_scrambled(rows) + _signed(mix(*numbers)))
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cl_lightning.batch import Batch, Draw, mix
+from cl_lightning.batch import Batch, Draw, mix, mixed_rows
 from cl_lightning.feature_cache import KEYS, STORED, FeatureStore
 from cl_lightning.features import FeaturePool
 from cl_lightning.memory import Memory
@@ -211,10 +211,18 @@ class Stored:
     Attributes:
         store: Where they are.
         keys: Identity of each image of the data set, int64 ``(N,)``.
+        views: Number of augmented views of an image, of which epoch e takes view ``e % views``; 0 for plain images.
+        kind: Of the views: how they are made.
     """
 
     store: FeatureStore
     keys: Tensor
+    views: int = 0
+    kind: int = 0
+
+    def keys_in(self, epoch: int) -> Tensor:
+        """Identities of what an epoch takes, int64 ``(N,)``."""
+        return mixed_rows(self.keys, self.kind, epoch % self.views) if self.views else self.keys
 
 
 class PlannedLoader:
@@ -252,15 +260,15 @@ class PlannedLoader:
         return self._with_images(epoch, first)
 
     def _with_features(self, stored: Stored, epoch: int, first: int) -> Iterator[Batch]:
-        table, plan = stored.store.table(), self.plan
-        has = table.has(stored.keys)
+        table, plan, identities = stored.store.table(), self.plan, stored.keys_in(epoch)
+        has = table.has(identities)
 
         def missing() -> Iterator[Rows]:
             return (rows for rows in plan.epoch(epoch, first) if not has[rows.indices].all())
 
         images = self.loader.images(missing, _all)
         for rows in plan.epoch(epoch, first):
-            keys = stored.keys[rows.indices]
+            keys = identities[rows.indices]
             if has[rows.indices].all():
                 features, labels = table.take(keys), self.loader.labels[rows.indices]
                 extra = {STORED: features}

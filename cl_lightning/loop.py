@@ -60,6 +60,8 @@ class LoopOptions:
             are not compiled, so that nothing is compiled anew when they grow. On a CPU it seldom pays.
         feature_cache: Folder for the features of a backbone that does not change any more, so that each image passes
             through it once, in all runs with it; ``memory`` to keep them as long as the run lasts; None to keep none.
+        feature_views: Augmented views of each training image whose features are kept beside those of the plain image:
+            epoch e trains on view e mod feature_views. 0 to augment anew in each epoch, by a pass of each image.
         feature_cache_gb: Most that the folder, and what is kept in memory, may grow to, in 10^9 bytes.
     """
 
@@ -74,6 +76,7 @@ class LoopOptions:
     channels_last: bool = False
     compile: str | None = None
     feature_cache: str | None = None
+    feature_views: int = 0
     feature_cache_gb: float = 8.0
 
     def __post_init__(self) -> None:
@@ -91,6 +94,11 @@ class LoopOptions:
             raise ValueError(f"loop: nan_loss is {self.nan_loss!r}; use 'stop', 'skip' or 'ignore'")
         if self.compile is not None and self.compile not in (known := _compilers()):
             raise ValueError(f"loop: compile is {self.compile!r}; torch here has {', '.join(known)}, or null for none")
+        if self.feature_views < 0 or (self.feature_views and self.feature_cache is None):
+            raise ValueError(
+                f"loop: feature_views is {self.feature_views} and feature_cache {self.feature_cache}; at least 0, and "
+                "above 0 with a folder, or 'memory', to keep the features in"
+            )
         if not self.feature_cache_gb > 0:
             raise ValueError(f"loop: feature_cache_gb is {self.feature_cache_gb}; it must be above 0, such as 8")
         if self.stop_after_task is not None and self.stop_after_task < 0:
@@ -412,6 +420,7 @@ class TaskLoop:
         if not self.strategy.is_built:
             self._seed()
             self.strategy.build(self.datamodule.image_shape)
+        self.datamodule.feature_views = self.options.feature_views
         if self.options.channels_last:
             self.datamodule.channels_last = True
             self.strategy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

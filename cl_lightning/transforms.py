@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +82,18 @@ class Compose(Transform):
         for place, transform in enumerate(self.transforms):
             images = transform(images, draw.fork(place), context)
         return images
+
+
+def described(value: Any) -> str:
+    """A text that is the same for transforms that do the same: their types and what they were made with."""
+    if isinstance(value, Transform):
+        options = {name: part for name, part in vars(value).items() if not name.startswith("_")}
+        return f"{type(value).__module__}.{type(value).__qualname__}{described(options)}"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {described(part)}' for key, part in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(described, value))}]"
+    return repr(value)
 
 
 class ToFloat(Transform):

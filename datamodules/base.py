@@ -4,6 +4,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,14 +15,14 @@ from torch import Tensor
 
 from cl_lightning import distributed
 from cl_lightning.backbones import ImageShape
-from cl_lightning.batch import Batch, mix
-from cl_lightning.feature_cache import STORED, FeatureStore
+from cl_lightning.batch import Batch, RowDraw, mix
+from cl_lightning.feature_cache import KEYS, STORED, FeatureStore
 from cl_lightning.features import FeaturePool
 from cl_lightning.loaders import FeatureLoader, Plan, PlannedLoader, Stored, StreamLoader
 from cl_lightning.memory import Memory
 from cl_lightning.sources import FileSource, Source, checked, decoded
 from cl_lightning.stream import Catalogue, ClassIncremental, Part, Scenario, Stream, Task
-from cl_lightning.transforms import Compose, Context, Normalize, Transform, permute_pixels, rotate_images
+from cl_lightning.transforms import Compose, Context, Normalize, Transform, described, permute_pixels, rotate_images
 
 _EVAL_VALUES = 512 * 3 * 32 * 32
 
@@ -85,7 +86,7 @@ class ContinualDataModule(LightningDataModule):
             raise ValueError(f"{type(self).__name__}: val_fraction is {val_fraction}; it must lie in [0, 1)")
         self.scenario = scenario
         self.batch_size, self.val_fraction, self._eval_batch_size = batch_size, val_fraction, eval_batch_size
-        self.channels_last = False
+        self.channels_last, self.feature_views = False, 0
         self.resize = resize
         self._given = (mean, std)
         self._measured: tuple[list[float], list[float]] | None = None
@@ -314,9 +315,12 @@ class ContinualDataModule(LightningDataModule):
             passes=stream.passes,
             shuffle=self.shuffles(index),
         )
-        stored = None
-        if memory is None and not self.augmentation.transforms:
+        stored, augmented = None, bool(self.augmentation.transforms)
+        if memory is None and (self.feature_views or not augmented):
             stored = self._stored("train", training=True)
+        if stored is not None and augmented:
+            kind = hashlib.blake2b(f"{self.seed} {described(self.augmentation)}".encode(), digest_size=8).digest()
+            stored = replace(stored, views=self.feature_views, kind=int.from_bytes(kind, "little"))
         return self._loader("train").over(plan, place=self._place, memory=memory, stored=stored)
 
     def val_dataloader(self) -> PlannedLoader | list[Any]:
@@ -432,9 +436,10 @@ class ContinualDataModule(LightningDataModule):
         if augment and self.augmentation.transforms:
             if epoch is None:
                 epoch = self.trainer.current_epoch - self._origin if self.trainer is not None else 0
-            images = self.augmentation(
-                images, batch.draw, Context(indices=batch.indices, epoch=epoch, seed=self.seed or 0)
-            )
+            draw = batch.draw
+            if KEYS in batch.extra:  # a view that stays: its draw is its own
+                draw, epoch = RowDraw.of_rows(batch.extra[KEYS]), epoch % self.feature_views
+            images = self.augmentation(images, draw, Context(indices=batch.indices, epoch=epoch, seed=self.seed or 0))
         if self.resize is not None and images.shape[-2:] != (self.resize, self.resize):
             images = images if images.is_floating_point() else images.float().div_(255)
             side = (self.resize, self.resize)

@@ -1,6 +1,6 @@
 import torch
 
-from cl_lightning.batch import Batch, Draw, cat, mix
+from cl_lightning.batch import Batch, Draw, RowDraw, cat, mix, mixed_rows
 
 
 def batch(start: int, stop: int, total: int, world: int) -> Batch:
@@ -44,3 +44,38 @@ def test_moving_a_batch_keeps_raw_and_images_one_tensor_where_they_are():
     assert one.to("cpu").raw is one.to("cpu").images
     apart = one.replace(raw=one.raw.clone())
     assert apart.to("cpu").raw is not apart.to("cpu").images
+
+
+def test_numbers_of_a_row_go_with_it_wherever_it_stands():
+    rows = torch.tensor([5, -(2**63), 2**63 - 1, 0, 7])
+    draw, order = RowDraw.of_rows(rows, 3), torch.tensor([3, 0, 4, 1, 2])
+    moved = RowDraw.of_rows(rows[order], 3)
+    for one, other in ((draw, moved), (draw.fork(9), moved.fork(9))):
+        assert torch.equal(one.rand(2, 3)[order], other.rand(2, 3))
+        assert torch.equal(one.randn(4)[order], other.randn(4))
+        assert torch.equal(one.randint(1000, 2)[order], other.randint(1000, 2))
+    assert not torch.equal(draw.rand(), draw.fork(9).rand())
+    assert not torch.equal(draw.rand(), RowDraw.of_rows(rows, 4).rand())
+
+
+def test_numbers_of_rows_are_distributed_as_they_say():
+    draw = RowDraw.of_rows(torch.arange(20_000))  # neighbours
+    uniform, normal, whole = draw.rand(5).double(), draw.randn(5).double(), draw.randint(7, 5)
+    assert 0 <= uniform.min() < 1e-3
+    assert 0.999 < uniform.max() < 1
+    assert (whole.min(), whole.max()) == (0, 6)
+    close = {"atol": 0.02, "rtol": 0}
+    torch.testing.assert_close(uniform.mean(0), torch.full((5,), 0.5).double(), **close)
+    torch.testing.assert_close(uniform.T.cov(), torch.eye(5).double() / 12, **close)
+    torch.testing.assert_close(normal.mean(0), torch.zeros(5).double(), **close)
+    torch.testing.assert_close(normal.T.cov(), torch.eye(5).double(), atol=0.04, rtol=0)
+    torch.testing.assert_close((normal**4).mean(0), torch.full((5,), 3.0).double(), atol=0.3, rtol=0)
+    torch.testing.assert_close(whole.flatten().bincount() / whole.numel(), torch.full((7,), 1 / 7), **close)
+    assert draw.rand().shape == (20_000,)
+    assert RowDraw.of_rows(torch.zeros(0, dtype=torch.int64)).randn(3).shape == (0, 3)
+
+
+def test_a_key_of_a_row_and_numbers_has_no_twin():
+    rows = torch.arange(10_000)
+    keys = torch.cat([mixed_rows(rows, kind, view) for kind in range(3) for view in range(3)])
+    assert len(keys.unique()) == len(keys)

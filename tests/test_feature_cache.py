@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from cl_lightning.backbones import MLP, Backbone
@@ -19,7 +19,7 @@ from cl_lightning.strategies.exemplar_free.fetril import FeTrIL
 from cl_lightning.strategies.pretrained.ranpac import RanPAC
 from cl_lightning.strategies.pretrained.simplecil import SimpleCIL
 from cl_lightning.stream import ClassIncremental, RotatedDomains
-from cl_lightning.transforms import RandomHorizontalFlip
+from cl_lightning.transforms import RandomCrop, RandomHorizontalFlip
 
 SHAPE = (1, 4, 4)
 
@@ -160,6 +160,58 @@ def test_augmented_images_and_domains_and_networks_that_learn_are_not_stored(tmp
     data = Images(scenario=RotatedDomains(degrees=[0, 40]))
     assert run(simple(), tmp_path / "b", data=data)[1] > TRAIN + TEST
     assert not (tmp_path / "a").exists()
+
+
+def test_views_that_stay_are_seen_once(tmp_path):
+    def learnt(views, epochs=4, cache=tmp_path, **options):
+        data = Images(transforms=[RandomCrop(1), RandomHorizontalFlip()], **options)
+        strategy = Finetune(backbone=Counting, freeze_backbone=True)
+        return run(strategy, cache, data=data, epochs=epochs, feature_views=views)
+
+    first, seen = learnt(2)
+    assert seen == 2 * TRAIN + TEST  # and 4 epochs
+    again, seen = learnt(2)
+    assert seen == 0
+    torch.testing.assert_close(again, first, equal_nan=True)
+    assert learnt(3)[1] == TRAIN  # the third view alone
+    assert learnt(1, epochs=1, batch_size=5)[1] == 0  # views are those of an image, in whatever batch
+    assert learnt(1, epochs=1, seed=5)[1] == TRAIN  # of another seed
+    assert learnt(0)[1] == 4 * TRAIN
+
+
+def test_views_differ_from_one_another_and_come_back():
+    strategy = Finetune(backbone=Counting, freeze_backbone=True)
+    trained = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            trained.append((batch.indices, pl_module.features_of(batch, pl_module.network, None).detach()))
+
+    trainer = Trainer(
+        max_epochs=5,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[Watch()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = Images(transforms=[RandomCrop(1)], scenario=ClassIncremental(tasks=1))
+    TaskLoop(trainer, strategy, data, options=LoopOptions(feature_cache="memory", feature_views=2)).fit()
+    steps = len(trained) // 5
+    epochs = []
+    for epoch in range(5):
+        indices, features = (torch.cat(part) for part in zip(*trained[epoch * steps :][:steps], strict=True))
+        epochs.append(features[indices.argsort()])
+    torch.testing.assert_close(epochs[0], epochs[2])
+    torch.testing.assert_close(epochs[1], epochs[3])
+    torch.testing.assert_close(epochs[0], epochs[4])
+    assert (epochs[0] != epochs[1]).any(dim=1).float().mean() > 0.5
+
+
+def test_views_without_a_place_to_keep_them_are_refused():
+    with pytest.raises(ValueError, match="feature_views is 2 and feature_cache None"):
+        LoopOptions(feature_views=2)
 
 
 def test_a_backbone_that_is_frozen_after_the_first_task_is_seen_once_from_then_on():
