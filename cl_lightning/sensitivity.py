@@ -26,15 +26,20 @@ _SAMPLED = 0x5A3D  # salt of the labels that fisher_diagonal draws
 
 
 @contextmanager
-def _eval_mode(network: nn.Module) -> Iterator[None]:
-    """Eval mode inside, afterwards the mode that each module had."""
-    modes = {module: module.training for module in network.modules()}
+def _as_written(network: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and nothing compiled, whose layers no hook would see; afterwards what each module had."""
+    before = {module: (module.training, module._compiled_call_impl) for module in network.modules()}
     network.eval()
+    for module, (_, compiled) in before.items():
+        if compiled is not None:
+            module._compiled_call_impl = None
     try:
         yield
     finally:
-        for module, training in modes.items():
+        for module, (training, compiled) in before.items():
             module.training = training
+            if compiled is not None:
+                module._compiled_call_impl = compiled
 
 
 Labels = Literal["exact", "sampled", "predicted", "empirical"]
@@ -167,7 +172,7 @@ def _pull_back(
         gradients: dict[str, Tensor] = pull(seeds(logits, labels, uniform)[:, 0] / len(images))[0]
         return {name: len(images) * gradient.abs() ** power for name, gradient in gradients.items()}
 
-    with _eval_mode(network), torch.autocast(device.type, enabled=False):
+    with _as_written(network), torch.autocast(device.type, enabled=False):
         for batch in batches:
             if labels == "empirical":
                 batch = batch.select(batch.labels >= 0)

@@ -12,6 +12,7 @@ from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.loop import LoopOptions, TaskLoop
 from cl_lightning.sources import TensorSource
 from cl_lightning.strategies.baselines.finetune import Finetune
+from cl_lightning.strategies.exemplar_free.ewc import EWC
 from cl_lightning.strategies.exemplar_free.lwf import LwF
 from cl_lightning.strategies.rehearsal.er import ER
 from cl_lightning.stream import ClassIncremental
@@ -168,6 +169,15 @@ def test_a_compiled_backbone_outlives_growth_teachers_and_checkpoints(tmp_path):
         torch.testing.assert_close(compiled[name], value, atol=1e-4, rtol=1e-3)
     again = loop(LwF(backbone=plain_net), folder=tmp_path / "made")  # what was compiled loads into what is not
     assert torch.equal(again.test("last").R_ci[-1], made.matrix.R_ci[-1])
+
+
+def test_importance_of_weights_is_measured_on_a_compiled_backbone():
+    plain = run(EWC(backbone=plain_net))
+    made = loop(EWC(backbone=plain_net), options={"compile": "aot_eager"})
+    made.fit()
+    omegas = plain.strategy.consolidation.importance.omegas
+    for name, value in made.strategy.consolidation.importance.omegas.items():
+        torch.testing.assert_close(value, omegas[name], atol=1e-5, rtol=1e-2)
 
 
 def test_a_compiler_that_torch_does_not_have_is_told():
