@@ -109,7 +109,8 @@ def agem_projection(gradient: Tensor, reference: Tensor) -> Tensor:
         reference: g_ref, ``(P,)``.
     """
     product, square = torch.dot(gradient, reference), torch.dot(reference, reference)
-    return torch.where(product < 0, gradient - (product / square) * reference, gradient)
+    share = torch.where(product < 0, product / square, 0.0)
+    return torch.addcmul(gradient, reference, share, value=-1)
 
 
 class _EpisodicMemory(ContinualStrategy):
@@ -164,15 +165,17 @@ class _EpisodicMemory(ContinualStrategy):
         ``autograd.grad`` leaves alone what the step has gathered, and the hooks by which DDP exchanges it.
         """
         trained = list(self._trained())
-        gradient = torch.zeros(sum(p.numel() for p in trained), dtype=trained[0].dtype, device=self.device)
-        if len(replay):
+        if not len(replay):
+            gradient = torch.zeros(sum(p.numel() for p in trained), dtype=trained[0].dtype, device=self.device)
+        else:
             assert self.augment is not None
             images = self.augment(replay).images
             with torch.enable_grad(), self._precision():
                 loss = self.classification_loss(self.network(images), replay)
             found = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
-            torch.cat([part.flatten() for part in found], out=gradient)
-            gradient *= len(replay) / replay.draw.total
+            gradient = torch.cat([part.flatten() for part in found])
+            if len(replay) != replay.draw.total:
+                gradient *= len(replay) / replay.draw.total
             self.samples_in_step = (self.samples_in_step or 0) + len(replay)
         return all_sum(gradient)
 
