@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from cl_lightning import checkpoint as checkpoints
-from cl_lightning import discovery, prediction, report, results
+from cl_lightning import discovery, distributed, prediction, report, results
 from cl_lightning.callbacks.stream_progress import StreamProgress
 from cl_lightning.cli import COMMANDS, PROGRAM, fail, value_of
 from cl_lightning.datamodules.base import ContinualDataModule
@@ -94,7 +94,12 @@ class ContinualCLI(LightningCLI):
     def act(self) -> None:
         """Do what was asked for."""
         with self._cleaning():
-            self._action()
+            try:
+                self._action()
+            except Interrupted:  # on all processes
+                distributed.leave()
+                raise
+        distributed.leave()
 
     # ------------------------------------------------------------------ parsing
 

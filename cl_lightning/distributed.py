@@ -22,6 +22,12 @@ def rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 
 
+def leave() -> None:
+    """Leave the process group, if there is one: threads that still serve it may abort a process that ends."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def all_sum(tensor: Tensor) -> Tensor:
     """Sum over all processes, in place; the same tensor is returned."""
     if is_distributed():
