@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from cl_lightning.stream import draws
 
 _MASK = (1 << 64) - 1
 
@@ -105,31 +108,15 @@ class RowDraw(Draw):
 
     def _bits(self, *shape: int, count: int) -> Tensor:
         """Integers in ``0 .. 2**count - 1`` for each row, int64 ``(rows, *shape)``."""
-        places = torch.arange(math.prod(shape)) * _signed(0x9E3779B97F4A7C15)
-        mixed = _scrambled(_scrambled(self.rows + _signed(self.key))[:, None] + places)
-        return _shifted(mixed, 64 - count).view(len(self.rows), *shape)
-
-
-def _signed(number: int) -> int:
-    """As a 64-bit integer of torch has it."""
-    return number - (1 << 64) if number >> 63 else number
-
-
-def _shifted(numbers: Tensor, bits: int) -> Tensor:
-    """To the right, without the sign."""
-    return (numbers >> bits) & ((1 << 64 - bits) - 1)
-
-
-def _scrambled(numbers: Tensor) -> Tensor:
-    """The step of splitmix64 that is in ``mix``, of int64."""
-    numbers = (numbers ^ _shifted(numbers, 30)) * _signed(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ _shifted(numbers, 27)) * _signed(0x94D049BB133111EB)
-    return numbers ^ _shifted(numbers, 31)
+        size = math.prod(shape)
+        rows, places = np.repeat(self.rows.numpy(), size), np.tile(np.arange(size), len(self.rows))
+        bits = draws.mix(self.key, rows, places) >> np.uint64(64 - count)
+        return torch.from_numpy(bits.astype(np.int64)).view(len(self.rows), *shape)
 
 
 def mixed_rows(rows: Tensor, *numbers: int) -> Tensor:
-    """A key for each row of its key and the numbers, int64."""
-    return _scrambled(_scrambled(rows) + _signed(mix(*numbers)))
+    """A key for each row of the numbers and its own key, int64, on the CPU."""
+    return torch.from_numpy(draws.mix(*numbers, rows.cpu().numpy()).view(np.int64))
 
 
 @dataclass

@@ -36,7 +36,7 @@ from cl_lightning.stopping import Interrupted, StopRequest
 from cl_lightning.strategy import ContinualStrategy, Phase
 from cl_lightning.stream import Stream, Task
 
-_CXX = (os.environ.get("CXX", "g++"), "clang++")
+_CXX = ((os.environ.get("CXX") or "g++").split()[0], "clang++")
 _PRECISIONS = ("32-true", "32", "bf16-mixed", "16-mixed")
 
 
