@@ -184,6 +184,8 @@ def _problems(text: str, path: tuple[str, ...], owner: str, types: str, depth: i
         inner = re.search(r"Namespace\(class_path='([^']+)'", text)
         rest = re.sub(r"\.? ?Got value: .*", "", match.group(1), flags=re.DOTALL)
         return _problems(rest, path, inner.group(1) if inner else "", types, depth + bool(inner))
+    if match := re.match(r"Does not validate against any of the Union subtypes\n(.*)", text, re.DOTALL):
+        text = textwrap.dedent(match.group(1))  # in a list it is indented by more than its head
     if match := re.search(r"^Subtypes: (.*)\nErrors:\n(.*?)\nGiven value type: ", text, re.MULTILINE | re.DOTALL):
         items = re.split(r"^- ", textwrap.dedent(match.group(2)), flags=re.MULTILINE)[1:]
         found = [

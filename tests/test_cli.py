@@ -323,6 +323,10 @@ def test_what_a_command_needs_may_stand_in_a_config(run, finished):
         ("extra", "unknown key or argument 'extra'"),
         ("--model.memory_sise 9", "model: ER takes no 'memory_sise'; did you mean 'memory_size'?"),
         ("--model.foo 3", "model: ER takes no 'foo'; it takes memory_size, policy, mix,"),
+        (
+            "--data.scenario ClassIncremental --data.scenario.class_order [0,1]",
+            "ClassIncremental: give tasks, increment or sizes",
+        ),
         ("--model Source --model.reset domain", "model: Source sets 'reset' itself; leave it out"),
         ("--model Lwf", "model: there is no class 'Lwf'; did you mean 'LwF'?"),
         ("--model Zebra", "model: there is no class 'Zebra'; there are "),
