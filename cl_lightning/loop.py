@@ -310,6 +310,7 @@ class TaskLoop:
             select=self.strategy.select,
             features=self.strategy.feature_pool if phase.on_features else None,
             batch_size=phase.batch_size,
+            augments=not self.strategy.plain_batches,
         )
         self._compile()
         trainer.fit_loop.max_epochs = origin + epochs

@@ -14,13 +14,14 @@ from torch.nn import functional as F
 LaterLogits = Literal["lowest", "zero", "free"]
 
 
-def _full(tensor: Tensor) -> Tensor:
+def full_precision(tensor: Tensor) -> Tensor:
     """The tensor in float32, or in float64 if it is that already."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _mean(per_row: Tensor) -> Tensor:
-    return per_row.sum() / max(len(per_row), 1)
+def mean_over_rows(values: Tensor) -> Tensor:
+    """Mean of one number per row, ``(B,)``; 0, with a graph, where there are no rows."""
+    return values.sum() / max(len(values), 1)
 
 
 def _same_shape(name: str, student: Tensor, teacher: Tensor) -> None:
@@ -58,7 +59,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
         label_smoothing: s, in [0, 1).
     """
     labelled = labels >= 0
-    log_p = F.log_softmax(_full(logits), dim=1)
+    log_p = F.log_softmax(full_precision(logits), dim=1)
     loss = F.nll_loss(log_p, labels, ignore_index=-1, reduction="sum")
     if label_smoothing:
         hidden = logits == -torch.inf
@@ -76,7 +77,7 @@ def entropy(logits: Tensor) -> Tensor:
     Returns:
         ``(B,)``.
     """
-    log_p = F.log_softmax(_full(logits), dim=1)
+    log_p = F.log_softmax(full_precision(logits), dim=1)
     return -(log_p.exp() * log_p).sum(dim=1)
 
 
@@ -92,9 +93,9 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         logits: ``(B, C)``, finite.
         targets: In [0, 1], ``(B, C)``.
     """
-    logits = _full(logits)
+    logits = full_precision(logits)
     loss = F.binary_cross_entropy_with_logits(logits, targets.detach().to(logits.dtype), reduction="none")
-    return _mean(loss.sum(dim=1))
+    return mean_over_rows(loss.sum(dim=1))
 
 
 def lwf_mc_targets(labels: Tensor, num_classes: int, teacher_logits: Tensor | None = None) -> Tensor:
@@ -112,7 +113,7 @@ def lwf_mc_targets(labels: Tensor, num_classes: int, teacher_logits: Tensor | No
     one_hot = labels[:, None] == columns
     if teacher_logits is None:
         return one_hot.float()
-    old = _full(teacher_logits.detach()).sigmoid()
+    old = full_precision(teacher_logits.detach()).sigmoid()
     return torch.cat([old, one_hot[:, old.shape[1] :].to(old.dtype)], dim=1)
 
 
@@ -145,12 +146,12 @@ def softmax_distillation(
         groups: Columns of each softmax, for one per old task, summed over the groups; default one over all columns.
     """
     _same_shape("softmax_distillation", student, teacher)
-    student, teacher = _full(student) / temperature, _full(teacher.detach()) / temperature
+    student, teacher = full_precision(student) / temperature, full_precision(teacher.detach()) / temperature
     loss = student.new_zeros(())
     for columns in [range(student.shape[1])] if groups is None else groups:
         log_p, log_q = (F.log_softmax(_take(z, columns), dim=1) for z in (student, teacher))
         difference = log_q - log_p if form == "kl" else -log_p
-        loss = loss + _mean((log_q.exp() * difference).sum(dim=1))
+        loss = loss + mean_over_rows((log_q.exp() * difference).sum(dim=1))
     return loss * temperature**2 if scale_by_temperature else loss
 
 
@@ -193,13 +194,13 @@ def logit_matching(logits: Tensor, stored: Tensor, *, later: LaterLogits = "lowe
         later: ``lowest``: they are held at the row's lowest stored logit, like those of any class that it is not of;
             ``zero``: at 0; both with C_i = C. ``free``: nothing is asked, and C_i is what the row has.
     """
-    target = F.pad(_full(stored.detach()), (0, logits.shape[1] - stored.shape[1]), value=torch.nan)
+    target = F.pad(full_precision(stored.detach()), (0, logits.shape[1] - stored.shape[1]), value=torch.nan)
     known = ~target.isnan()
     lowest = target.masked_fill(~known, torch.inf).amin(dim=1, keepdim=True)
     target = target.where(known, lowest if later == "lowest" else 0.0)
     counted = known if later == "free" else torch.ones_like(known)
-    error = (_full(logits) - target).square().where(counted, 0.0)
-    return _mean(error.sum(dim=1) / counted.sum(dim=1).clamp(min=1))
+    error = (full_precision(logits) - target).square().where(counted, 0.0)
+    return mean_over_rows(error.sum(dim=1) / counted.sum(dim=1).clamp(min=1))
 
 
 def _take(logits: Tensor, columns: Sequence[int]) -> Tensor:
@@ -219,7 +220,7 @@ def sigmoid_distillation(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: The teacher's, ``(B, C_old)``.
     """
     _same_shape("sigmoid_distillation", student, teacher)
-    return binary_cross_entropy(student, _full(teacher).sigmoid())
+    return binary_cross_entropy(student, full_precision(teacher).sigmoid())
 
 
 def feature_distillation(student: Tensor, teacher: Tensor, metric: Tensor | None = None) -> Tensor:
@@ -236,11 +237,11 @@ def feature_distillation(student: Tensor, teacher: Tensor, metric: Tensor | None
         metric: M, symmetric positive semi-definite, ``(d, d)``; default the identity.
     """
     _same_shape("feature_distillation", student, teacher)
-    gap = _full(student) - _full(teacher.detach())
+    gap = full_precision(student) - full_precision(teacher.detach())
     if metric is None:
-        return _mean(gap.square().sum(dim=1))
+        return mean_over_rows(gap.square().sum(dim=1))
     with torch.autocast(gap.device.type, enabled=False):  # a product of matrices would run in half precision
-        return _mean((gap @ metric.to(gap.dtype) * gap).sum(dim=1))
+        return mean_over_rows((gap @ metric.to(gap.dtype) * gap).sum(dim=1))
 
 
 def cosine_feature_distillation(student: Tensor, teacher: Tensor) -> Tensor:
@@ -253,7 +254,7 @@ def cosine_feature_distillation(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: The teacher's, ``(B, d)``.
     """
     _same_shape("cosine_feature_distillation", student, teacher)
-    return _mean(1 - F.cosine_similarity(_full(student), _full(teacher.detach()), dim=1))
+    return mean_over_rows(1 - F.cosine_similarity(full_precision(student), full_precision(teacher.detach()), dim=1))
 
 
 def supervised_contrastive(
@@ -272,7 +273,7 @@ def supervised_contrastive(
         temperature: T, positive.
         base_temperature: T_0, positive.
     """
-    z = F.normalize(_full(embeddings), dim=1)
+    z = F.normalize(full_precision(embeddings), dim=1)
     with torch.autocast(z.device.type, enabled=False):
         similarity = z @ z.T / temperature
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)

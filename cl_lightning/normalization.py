@@ -92,7 +92,7 @@ class AdaptiveBatchNorm(_BatchNorm):
                 pixels = math.prod(x.shape[2:])
                 images = count / pixels
                 share = self.share if self.prior is None else images / (images + self.prior)
-            share = torch.where(count > 1, share, 0.0).to(mean.dtype)
+            share = torch.where(count > 1, torch.as_tensor(share, dtype=mean.dtype, device=mean.device), 0.0)
             mean = torch.lerp(self.running_mean, mean, share)
             var = torch.lerp(self.running_var, var, share)
         scale = (var + self.eps).rsqrt()

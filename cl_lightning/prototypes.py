@@ -192,7 +192,7 @@ def calibrated(novel: Tensor, base: Tensor, *, beta: float, tau: float) -> Tenso
         w_nb = softmax_b(tau <c^_n, c^_b>),   Delta_n = normalise(sum_b w_nb c^_b)
         c~_n = (1 - beta) c^_n + beta Delta_n
 
-    with c^ = c / ||c||. The result is not normalised again: it is meant for cosines.
+    with c^ = c / ||c||. The result is not normalised again.
 
     Args:
         novel: Means to be moved, ``(n, d)``.
@@ -212,7 +212,8 @@ def calibrated(novel: Tensor, base: Tensor, *, beta: float, tau: float) -> Tenso
 def calibrate_new(prototypes: "Prototypes", task_columns: Tensor, *, beta: float, tau: float) -> None:
     """Apply :func:`calibrated` to the means of the last task's new classes, in place; nothing after the first task.
 
-    The base is the classes of the first task. All other means stay, to the bit, as do all where beta is 0.
+    The base is the classes of the first task. A mean keeps its length, so that it can still be measured against others
+    and pooled with further samples of its class. All other means stay, to the bit, as do all where beta is 0.
 
     Args:
         prototypes: Of all classes seen so far.
@@ -225,7 +226,9 @@ def calibrate_new(prototypes: "Prototypes", task_columns: Tensor, *, beta: float
     new = task_columns[-1] & ~task_columns[:-1].any(dim=0) & prototypes.known
     base = task_columns[0] & prototypes.known
     if new.any() and base.any():
-        prototypes.means[new] = calibrated(prototypes.means[new], prototypes.means[base], beta=beta, tau=tau)
+        means = prototypes.means[new]
+        moved = calibrated(means, prototypes.means[base], beta=beta, tau=tau)
+        prototypes.means[new] = means.norm(dim=1, keepdim=True) * F.normalize(moved, dim=1)
 
 
 class Prototypes(nn.Module):

@@ -104,7 +104,7 @@ class ContinualStrategy(LightningModule):
     uses_old_logits: bool = False
     """Whether its losses depend on logits of earlier classes even where ``visible`` is ``current``."""
     uses_test_batch: bool = False
-    """Whether a prediction depends on the other samples of its test batch (statistics of that batch, say)."""
+    """Whether a prediction (``predict``) depends on the other samples of its test batch (its statistics, say)."""
     asks_all_processes: bool = False
     """Whether a step exchanges rows between processes, so that one that has none of its batch is asked too, with an
     empty one."""
@@ -417,6 +417,11 @@ class ContinualStrategy(LightningModule):
         """
         finished: Batch = self._datamodule.finish(batch, augment=False)
         return finished
+
+    @property
+    def plain_batches(self) -> bool:
+        """Whether batches of the phase come with un-augmented images, for a method that augments in its own way."""
+        return False
 
     def batch_before(self) -> Batch | None:
         """This process's batch of the step before the first of this fit, where a fit goes on half-way; else None.

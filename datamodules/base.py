@@ -108,6 +108,7 @@ class ContinualDataModule(LightningDataModule):
         self._resume: tuple[int, int] | None = None
         self._features: Callable[[], FeaturePool] | None = None
         self._phase_batch_size: int | None = None
+        self._augments = True
         self._sources: dict[bool, Source] = {}
         self._loaders: dict[str, StreamLoader] = {}
 
@@ -272,6 +273,7 @@ class ContinualDataModule(LightningDataModule):
         select: Callable[[Tensor, Tensor], Tensor | None] | None = None,
         features: Callable[[], FeaturePool] | None = None,
         batch_size: int | None = None,
+        augments: bool = True,
     ) -> None:
         """Prepare the training loader for a phase.
 
@@ -284,8 +286,9 @@ class ContinualDataModule(LightningDataModule):
                 phase trains on, see ``ContinualStrategy.select``; None for all.
             features: Makes what the phase trains on instead of images; None for images.
             batch_size: Rows per step of a phase on features; None for the usual size.
+            augments: Whether batches are augmented.
         """
-        self.phase_index, self.memory, self._resume = index, memory, resume
+        self.phase_index, self.memory, self._resume, self._augments = index, memory, resume, augments
         self._origin, self.select = origin, select
         self._features, self._phase_batch_size = features, batch_size
 
@@ -415,12 +418,12 @@ class ContinualDataModule(LightningDataModule):
         if epoch < 0 or not isinstance(loader, PlannedLoader):
             return None
         batch = loader.at(epoch, step - 1).to(self.trainer.strategy.root_device)
-        return self.finish(batch, augment=True, epoch=epoch)
+        return self.finish(batch, augment=self._augments, epoch=epoch)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         if self._features is not None and self.trainer is not None and self.trainer.training:
             return batch
-        return self.finish(batch, augment=self.trainer is not None and bool(self.trainer.training))
+        return self.finish(batch, augment=self._augments and self.trainer is not None and bool(self.trainer.training))
 
     def finish(self, batch: Batch, *, augment: bool, epoch: int | None = None) -> Batch:
         """Augment, if asked to, scale and normalise the raw images of a batch, where they are.

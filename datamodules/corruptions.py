@@ -127,7 +127,7 @@ class CorruptedSource:
         return digest.digest()
 
     def _block(self, number: int) -> Tensor:
-        """All images in one variant, uint8 ``(n, C, H, W)``."""
+        """The images that the stream has, up to the last one, in one variant, uint8 ``(n, C, H, W)``."""
         block = self._blocks.pop(number, None)
         if block is None:
             block = self._make(*self.variants[number])
@@ -137,11 +137,10 @@ class CorruptedSource:
         return block
 
     def _make(self, name: str, severity: int) -> Tensor:
-        count = len(self.images.labels)
         if self.folder is not None and (path := self.folder / f"{name}.npy").is_file():
-            return _from_file(path, severity, count, self.image_shape)
+            return _from_file(path, severity, len(self.images.labels), self.image_shape)
         if self._everything is None:
-            self._everything = self.images.take(torch.arange(count))
+            self._everything = self.images.take(torch.arange(int(self.places.max()) + 1))
         return corrupt(self._everything, name, severity, seed=self.seed)
 
 

@@ -36,7 +36,7 @@ def test_moving_statistics_move_and_then_predict():
             plain.train()(images)
             expected.append(plain.eval()(images).logits)
     torch.testing.assert_close(scores(strategy), torch.cat(expected), rtol=1e-4, atol=1e-4)
-    assert not strategy.uses_test_batch  # the statistics that predict are there before the image
+    assert not strategy.uses_test_batch  # those that are not of the stream are predicted by statistics that are there
 
 
 def test_small_batches_need_the_statistics_of_the_source():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from cl_lightning.batch import Draw
 from cl_lightning.strategies.test_time import cotta
 from cl_lightning.strategies.test_time.bn_adapt import BNAdapt
-from cl_lightning.strategies.test_time.cotta import CoTTA, consistency, move_teacher, random_view, restore
+from cl_lightning.strategies.test_time.cotta import CoTTA, View, consistency, move_teacher, random_view, restore
 from cl_lightning.strategies.test_time.source import Source
 
 adam = partial(torch.optim.Adam, lr=1e-3)
@@ -21,7 +21,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_the_loss_is_the_cross_entropy_with_the_teacher():
-    student, teacher = normal(5, 4).float().requires_grad_(), normal(5, 4, seed=1).float().requires_grad_()
+    student, teacher = normal(5, 4).requires_grad_(), normal(5, 4, seed=1).requires_grad_()
     loss = consistency(student, teacher)
     torch.testing.assert_close(loss, F.cross_entropy(student, teacher.detach().softmax(1), reduction="none"))
     both = consistency(student, teacher, symmetric=True)
@@ -72,6 +72,64 @@ def test_views_are_images_drawn_once_for_a_batch():
     torch.testing.assert_close(random_view(images[2:5], part), views[0][2:5])
     assert random_view(images[:, :1], Draw.of(6, 0)).shape == (6, 1, 16, 16)
     assert len(random_view(images[:0], Draw(0, 3, 3, 6))) == 0
+
+
+PLAIN = View(blur=1e-3)
+
+
+def test_each_part_of_a_view_is_what_it_says():
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    close = {"rtol": 0, "atol": 1e-6}
+    torch.testing.assert_close(PLAIN.of(images), images, **close)
+    moved = PLAIN._replace(shift=(1 / 8, -1 / 16)).of(images)  # 4 pixels to the right, 2 up
+    torch.testing.assert_close(moved[..., :-2, 4:], images[..., 2:, :-4], **close)
+    edge = images[..., 2:, :1].expand(-1, -1, -1, 4)  # goes on
+    torch.testing.assert_close(moved[..., :-2, :4], edge, **close)
+    torch.testing.assert_close(PLAIN._replace(angle=90.0).of(images), images.rot90(1, (2, 3)), **close)
+    torch.testing.assert_close(PLAIN._replace(mirrored=True).of(images), images.flip(3), **close)
+    torch.testing.assert_close(PLAIN._replace(gamma=1.3).of(images), images**1.3, **close)
+    torch.testing.assert_close(PLAIN._replace(brightness=0.6).of(images), 0.6 * images, **close)
+    flat = torch.full((1, 3, 32, 32), 0.4, dtype=torch.float64)
+    torch.testing.assert_close(PLAIN._replace(scale=0.9, angle=12.0, blur=0.5).of(flat), flat, **close)
+    turned = PLAIN._replace(hue=1 / 3).of(torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8))
+    torch.testing.assert_close(turned[0, :, 4, 4], torch.tensor([0.0, 1.0, 0.0]), **close)  # red to green
+
+
+def test_a_blurred_point_is_the_kernel():
+    point = torch.zeros(1, 1, 9, 9, dtype=torch.float64)
+    point[..., 4, 4] = 1.0
+    found = PLAIN._replace(blur=0.5).of(point)[0, 0]
+    line = torch.exp(-2 * torch.arange(-4.0, 5, dtype=torch.float64).square()).where(
+        torch.arange(9).sub(4).abs() <= 2, 0
+    )
+    torch.testing.assert_close(found, torch.outer(line, line) / line.sum() ** 2, rtol=0, atol=1e-6)
+
+
+def test_views_are_as_large_as_they_are_drawn_to_be():
+    views = [View.drawn(key) for key in range(500)]
+    for name, low, high in (
+        ("brightness", 0.6, 1.4),
+        ("contrast", 0.7, 1.3),
+        ("saturation", 0.5, 1.5),
+        ("hue", -0.06, 0.06),
+        ("gamma", 0.7, 1.3),
+        ("angle", -15, 15),
+        ("scale", 0.9, 1.1),
+        ("blur", 0.001, 0.5),
+    ):
+        values = torch.tensor([getattr(view, name) for view in views])
+        assert low <= values.min() < low + 0.02 * (high - low)
+        assert high - 0.02 * (high - low) < values.max() <= high
+    assert 0.12 < torch.tensor([view.shift for view in views]).abs().max() <= 0.125
+    assert 200 < sum(view.mirrored for view in views) < 300
+    assert len({view.order for view in views}) > 100
+
+
+def test_a_view_is_the_same_in_half_precision():
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = random_view(images, Draw.of(4, 3))
+    assert torch.equal(half, random_view(images, Draw.of(4, 3)))
 
 
 def test_without_views_and_restoration_it_is_a_plain_mean_teacher():

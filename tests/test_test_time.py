@@ -1,18 +1,24 @@
 """What all test-time adaptation has in common: streams, scores, resets, the source network."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from adaptation_runs import NAMES, OtherLabels, adapt, batches, scores, source_file, source_network, stream, watching
+from adaptation_runs import OtherLabels, adapt, batches, scores, source_file, source_network, stream, watching
 from callback_runs import assert_same
 from torch import nn
 
 from cl_lightning.backbones import MLP, CifarResNet, read_classifier
+from cl_lightning.batch import Batch
 from cl_lightning.heads import CosineHead
 from cl_lightning.losses import entropy
 from cl_lightning.measures import mean_online_error, online_error
+from cl_lightning.strategies.test_time.base import TestTimeAdaptation
 from cl_lightning.strategies.test_time.bn_adapt import BNAdapt
+from cl_lightning.strategies.test_time.cotta import CoTTA
+from cl_lightning.strategies.test_time.eata import EATA
+from cl_lightning.strategies.test_time.lame import LAME, LaplacianAdjustment
 from cl_lightning.strategies.test_time.source import Source
 from cl_lightning.strategies.test_time.tent import Tent
 from cl_lightning.stream import Task
@@ -55,34 +61,15 @@ def test_a_stream_is_that_of_plain_torch_with_one_optimizer_over_all_domains():
     torch.testing.assert_close(scores(strategy), torch.cat(expected), rtol=1e-2, atol=1e-2)  # Adam magnifies rounding
 
 
-def test_labels_do_not_change_predictions():
-    runs = [watching(Tent, optimizer=adam) for _ in range(2)]
-    made = [adapt(runs[0]), adapt(runs[1], stream(OtherLabels()))]
-    assert torch.equal(scores(runs[0]), scores(runs[1]))
+def test_other_labels_are_another_score():
+    made = [adapt(watching(Tent, optimizer=adam), data) for data in (stream(), stream(OtherLabels()))]
     errors = [one.matrix.measures()["mean_online_error"] for one in made]
     assert errors[1] > errors[0] + 0.2
 
 
-def test_a_reset_with_each_domain_is_a_stream_of_that_domain_alone():
-    both, alone = (watching(Tent, optimizer=adam, reset="domain") for _ in range(2))
-    made = adapt(both)
-    adapt(alone, stream(corruptions=NAMES[1:]))
-    assert torch.equal(torch.cat(both.noted[2]), torch.cat(alone.noted[1]))
-    assert made.strategy.bytes_kept()["teachers"] > 0
-    going_on = watching(Tent, optimizer=adam)
-    adapt(going_on)
-    assert not torch.equal(torch.cat(both.noted[2]), torch.cat(going_on.noted[2]))
-    assert torch.equal(torch.cat(both.noted[1]), torch.cat(going_on.noted[1]))
-
-
-def test_episodes_begin_anew_with_each_batch():
-    episodic, plain = watching(Tent, optimizer=adam, reset="batch"), watching(BNAdapt)
-    made = adapt(episodic)
+def test_a_prediction_after_the_step_is_surer():
+    plain, after = watching(BNAdapt), watching(Tent, optimizer=adam, reset="batch", scored="after")
     adapt(plain)
-    assert torch.equal(scores(episodic), scores(plain))  # predicted before the one step
-    source = episodic.source.network.state_dict()
-    assert_same(source, {name: value for name, value in made.strategy.network.state_dict().items() if name in source})
-    after = watching(Tent, optimizer=adam, reset="batch", scored="after")
     adapt(after)
     assert entropy(scores(after)).mean() < entropy(scores(plain)).mean()
 
@@ -175,3 +162,88 @@ def test_patterns_choose_what_is_trained():
     assert moved
     assert all(name.startswith("backbone.layer3.") for name in moved)
     assert not torch.equal(after["head.blocks.0.weight"], before["head.weight"])
+
+
+def made_of(cls: type[TestTimeAdaptation], **options: Any) -> Any:
+    chosen = {CoTTA: {"views": 0, "restore": 0.0}, EATA: {"margin": 1.0, "diversity": 2.0}}.get(cls, {})
+    return watching(cls, **{"optimizer": partial(torch.optim.Adam, lr=0.01), **chosen, **options})
+
+
+@pytest.mark.parametrize("cls", [Tent, EATA, CoTTA])
+def test_a_domain_after_a_reset_is_as_if_it_were_the_first(cls):
+    """The network, the optimizer and whatever a method has beside them begin anew."""
+    both, alone = (made_of(cls, reset="domain") for _ in range(2))
+    adapt(both)
+    adapt(alone, stream(corruptions=["contrast"]))
+    kept = made_of(cls)
+    adapt(kept)
+    assert torch.equal(torch.cat(both.noted[2]), torch.cat(alone.noted[1]))
+    assert not torch.equal(torch.cat(kept.noted[2]), torch.cat(alone.noted[1]))
+    assert torch.equal(torch.cat(kept.noted[1]), torch.cat(both.noted[1]))
+
+
+def test_moving_statistics_are_reset_too():
+    both, alone = (watching(BNAdapt, statistics="moving", reset="domain") for _ in range(2))
+    adapt(both)
+    adapt(alone, stream(corruptions=["contrast"]))
+    assert torch.equal(torch.cat(both.noted[2]), torch.cat(alone.noted[1]))
+
+
+@pytest.mark.parametrize("cls", [Tent, EATA, CoTTA])
+def test_a_reset_before_each_batch_leaves_normalisation_alone(cls):
+    episodic, plain = made_of(cls, reset="batch"), watching(BNAdapt)
+    made = adapt(episodic)
+    adapt(plain)
+    assert torch.equal(scores(episodic), scores(plain))  # predicted before the one step
+    source, state = source_network("source").state_dict(), made.strategy.network.state_dict()
+    shared = [name for name in source if name in state]
+    assert_same({name: state[name] for name in shared}, {name: source[name] for name in shared})
+
+
+@pytest.mark.parametrize("cls", [Tent, EATA, CoTTA, LAME])
+def test_labels_of_the_stream_change_nothing_but_the_score(cls):
+    given, shuffled = (made_of(cls) if cls is not LAME else watching(LAME) for _ in range(2))
+    adapt(given)
+    adapt(shuffled, stream(OtherLabels()))
+    assert torch.equal(scores(given), scores(shuffled))
+    assert not torch.equal(given.online, shuffled.online)
+
+
+def test_only_what_the_stream_can_change_is_kept_for_a_reset():
+    made = adapt(watching(Tent, reset="domain")).strategy
+    assert made.bytes_kept()["source"] < 0.1 * sum(p.nbytes for p in made.network.parameters())
+    assert set(made.start.tensors) == set(made.trained_parameters())
+    assert made.bytes_kept()["teachers"] == 0
+
+
+def test_an_output_head_goes_with_any_method():
+    plain, adjusted = made_of(Tent), made_of(Tent, output=LaplacianAdjustment("rbf", 3))
+    adapt(plain)
+    adapt(adjusted)
+    assert adjusted.uses_test_batch
+    assert torch.equal(
+        adjusted.network.state_dict()["backbone.bn1.weight"], plain.network.state_dict()["backbone.bn1.weight"]
+    )
+    first, other = plain.noted[1][0], adjusted.noted[1][0]
+    assert not torch.allclose(first.softmax(1), other.softmax(1), atol=1e-2)
+    both = [watching(LAME, affinity="rbf"), watching(Source)]
+    both[1].output = LaplacianAdjustment("rbf")
+    for strategy in both:
+        adapt(strategy)
+    assert torch.equal(*(scores(strategy) for strategy in both))
+
+
+def test_batches_of_the_stream_are_not_augmented_and_those_of_the_source_are():
+    seen: dict[str, set[bool]] = {}
+    data = stream()
+    finish = data.finish
+    strategy = watching(Tent, source_head=None)
+
+    def noting(batch: Batch, *, augment: bool, epoch: int | None = None) -> Batch:
+        if strategy.trainer.training:
+            seen.setdefault(strategy.phase.name, set()).add(augment)
+        return finish(batch, augment=augment, epoch=epoch)
+
+    data.finish = noting  # type: ignore[method-assign]
+    adapt(strategy, data)
+    assert seen == {"source": {True}, "adapt": {False}}

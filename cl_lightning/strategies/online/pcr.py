@@ -27,6 +27,7 @@ from torch import Tensor
 from cl_lightning.batch import Batch, cat
 from cl_lightning.distributed import all_sum
 from cl_lightning.heads import CosineHead
+from cl_lightning.losses import full_precision
 from cl_lightning.memory import Memory, Policy
 from cl_lightning.network import Output
 from cl_lightning.strategy import ContinualStrategy, HeadFactory
@@ -55,7 +56,7 @@ def proxy_contrastive(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
         labels: Columns, int64 ``(B,)``.
         counts: n_c, rows of each class in the step, ``(C,)``; classes with 0 get no gradient (exactly 0).
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = full_precision(logits)
     total = (logits + counts.to(logits.dtype).log()).logsumexp(dim=1)
     return (total - logits.gather(1, labels[:, None]).squeeze(1)).mean()
 
@@ -112,10 +113,14 @@ class PCR(ContinualStrategy):
         self.replay_size = replay_size
         self._counts: Tensor | None = None
 
+    @property
+    def plain_batches(self) -> bool:
+        return True
+
     def prepare(self, batch: Batch) -> Batch:
         parts = [batch]
         if len(self.memory):
-            parts.append(self.memory.sample(self.replay_size or batch.draw.total, batch.draw))
+            parts.append(self.finish(self.memory.sample(self.replay_size or batch.draw.total, batch.draw)))
         joint = cat([view for part in parts for view in self.views(part)], self.trainer.world_size)
         # Here, not in the loss: of a small batch some processes have no rows and are not asked for a loss.
         columns = torch.arange(self.network.head.num_columns, device=joint.labels.device)
@@ -123,11 +128,11 @@ class PCR(ContinualStrategy):
         return joint
 
     def views(self, part: Batch) -> tuple[Batch, Batch]:
-        """The samples as they are, and strongly augmented."""
+        """The samples, which are un-augmented, and strongly augmented."""
         transform = self.transforms or strong_augmentation(*part.raw.shape[-2:])
         context = Context(indices=part.indices, epoch=self.epoch, seed=self.seed)
         strong = transform(part.raw, part.draw.fork(_VIEW), context)
-        return self.finish(part), self.finish(part.replace(raw=strong)).replace(raw=part.raw)
+        return part, self.finish(part.replace(raw=strong)).replace(raw=part.raw)
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
         assert self._counts is not None

@@ -31,7 +31,7 @@ from cl_lightning.backbones import ImageShape
 from cl_lightning.batch import Batch
 from cl_lightning.features import GaussianFeatures
 from cl_lightning.heads import Head, LinearHead
-from cl_lightning.losses import cross_entropy
+from cl_lightning.losses import cross_entropy, full_precision
 from cl_lightning.network import Output
 from cl_lightning.prototypes import GaussianPrototypes
 from cl_lightning.schedules import CosineOverPhase
@@ -50,7 +50,7 @@ def normalised_logits(logits: Tensor, sizes: Sequence[int], temperature: float =
     Returns:
         ``(B, C)``, float32 at least.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = full_precision(logits)
     norms = torch.stack([part.norm(dim=1) + 1e-7 for part in torch.split(logits, list(sizes), dim=1)])  # (tasks, B)
     return logits / (norms.mean(dim=0)[:, None] * temperature)
 

@@ -11,7 +11,8 @@ Columns of classes that the source did not have are never predicted.
 
 A method writes ``adapt``: the scores of a batch and the terms to be minimised; what else it changes after a step (a
 mean teacher, weights that are restored) goes into ``observe``, what it keeps of the source into ``end_task``, what has
-to begin anew with the network into ``reset``.
+to begin anew with the network into ``reset``. What is made of the scores of a batch afterwards is an
+``OutputHead``, which goes with every method.
 
 Several processes share each batch, and sums over it are taken over all of them. After each task the network as it is
 then is evaluated on the test samples of the stream, and learns nothing from them.
@@ -33,7 +34,7 @@ from cl_lightning.heads import LinearHead
 from cl_lightning.importance import TensorsByName
 from cl_lightning.measures import online_error
 from cl_lightning.network import Output
-from cl_lightning.normalization import adapt_norms, norm_parameters, set_statistics
+from cl_lightning.normalization import Statistics, adapt_norms, norm_parameters, set_statistics
 from cl_lightning.strategy import ContinualStrategy, Phase, default_optimizer
 from cl_lightning.stream import Task
 from cl_lightning.teacher import Teacher
@@ -52,13 +53,8 @@ def tiny_resnet(image_shape: ImageShape) -> Backbone:
     return CifarResNet(image_shape, depth=8, width=4)
 
 
-def mean_over(values: Tensor) -> Tensor:
-    """Mean of one number per row; 0, with a graph, of a process that has no rows of the batch."""
-    return values.sum() / max(len(values), 1)
-
-
-class OptimizerState(TensorsByName):
-    """State of an optimizer, to go on with in the next fit; parameters are known by their place."""
+class Kept(TensorsByName):
+    """Tensors that are kept from one fit to the next."""
 
     known: Tensor
 
@@ -66,9 +62,31 @@ class OptimizerState(TensorsByName):
         super().__init__()
         self.register_buffer("known", torch.zeros((), dtype=torch.bool))
 
+    def __bool__(self) -> bool:
+        return bool(self._get("state"))
+
     def clear(self) -> None:
         self._clear()
         self.known = torch.zeros_like(self.known)
+
+
+class SourceState(Kept):
+    """What the stream can change of a network, as it was after the source domain."""
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        self.clear()
+        self.known = torch.ones_like(self.known)
+        for name, value in tensors.items():
+            self._set("state", name, value)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By name in the network."""
+        return self._get("state")
+
+
+class OptimizerState(Kept):
+    """State of an optimizer, to go on with in the next fit; parameters are known by their place."""
 
     def take(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep what an optimizer has gathered."""
@@ -87,6 +105,14 @@ class OptimizerState(TensorsByName):
             # Counters of steps are looked at by the host, which would wait for a GPU.
             state.setdefault(int(place), {})[name] = value.cpu() if name == "step" else value.clone()
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+class OutputHead:
+    """Makes scores of a batch from the features and scores that a method has for it; trains nothing."""
+
+    def __call__(self, output: Output) -> Tensor:
+        """Scores ``(B, classes)`` of this process's rows, of features ``(B, d)`` and scores ``(B, classes)``."""
+        raise NotImplementedError
 
 
 class TestTimeAdaptation(ContinualStrategy):
@@ -108,6 +134,7 @@ class TestTimeAdaptation(ContinualStrategy):
         reset: When the network, and the optimizer, begin anew as after the source domain: ``never`` (continual), with
             each ``domain``, or before each ``batch`` (episodic).
         scored: The prediction that counts, ``before`` the network learns from a batch, or one made ``after`` it.
+        output: Makes the scores that count of those of the method, such as ``LaplacianAdjustment``; None to leave them.
         optimizer: Of the stream; None for Adam with learning rate 0.001. Its state goes from one domain to the next.
         first_optimizer: Of the training on the source domain; None for SGD with learning rate 0.05 and momentum 0.9.
         kwargs: Of ``ContinualStrategy``.
@@ -129,6 +156,7 @@ class TestTimeAdaptation(ContinualStrategy):
         trained: Trained = "norm",
         reset: Literal["never", "domain", "batch"] = "never",
         scored: Literal["before", "after"] = "before",
+        output: OutputHead | None = None,
         optimizer: OptimizerCallable | None = None,
         first_optimizer: OptimizerCallable | None = None,
         **kwargs: Any,
@@ -155,10 +183,13 @@ class TestTimeAdaptation(ContinualStrategy):
         if not (trained in ("norm", "all", None) or isinstance(trained, list)):
             raise ValueError(f"{name}: trained is {trained!r}; use norm, all, a list of patterns of names, or null")
         self.source_head, self.trained, self.reset_at, self.scored = source_head, trained, reset, scored
-        self.statistics, self.norm_options = statistics, {"share": alpha, "prior": prior, "rate": momentum}
-        self.uses_test_batch = statistics in ("batch", "mix")
+        self.statistics: Literal["source", "batch", "mix", "moving"] = statistics
+        self.norm_options = {"share": alpha, "prior": prior, "rate": momentum}
+        self.output = output
+        self.uses_test_batch = statistics in ("batch", "mix") or output is not None
         self.plain_first_task = source_head is None
         self.source = Teacher()  # the source network, where it is needed again
+        self.start = SourceState()  # else what a reset has to set back
         self.optimizer_state = OptimizerState()
         # What is trained where a method trains nothing: a fit needs something, and DistributedDataParallel too.
         self.nothing = nn.Parameter(torch.zeros(()))
@@ -170,7 +201,7 @@ class TestTimeAdaptation(ContinualStrategy):
     def adapt(self, batch: Batch, output: Output) -> tuple[Tensor, dict[str, Tensor]]:
         """Predict a batch, and say what is to be minimised with it.
 
-        Terms are means over the rows of this process (``mean_over``), which may have none, or independent of them.
+        Terms are means over the rows of this process (``mean_over_rows``), which may have none, or independent of them.
 
         Args:
             batch: Of the stream, un-augmented, without its labels.
@@ -185,9 +216,10 @@ class TestTimeAdaptation(ContinualStrategy):
         """Begin anew as after the source domain; what a method adds to the network it has to set back, too."""
         self._put_back(self.network)
 
-    def scores(self, images: Tensor) -> Tensor:
-        """Scores ``(B, classes of the source)`` of images, without learning from them."""
-        return self.network.classify(images)[:, : self.num_source]
+    def respond(self, images: Tensor) -> Output:
+        """Features and scores ``(B, classes of the source)`` of images, without learning from them."""
+        features = self.network.backbone(images)
+        return Output(features, self.network.head.classify(features)[:, : self.num_source])
 
     # ------------------------------------------------------------------ what a method may use
 
@@ -195,6 +227,11 @@ class TestTimeAdaptation(ContinualStrategy):
     def num_source(self) -> int:
         """Number of classes of the source."""
         return self.network.head.block_sizes()[0]
+
+    @property
+    def norm_statistics(self) -> Statistics:
+        """What normalisation layers go by when an image of the stream is predicted."""
+        return self.statistics if self.statistics in ("batch", "mix") else "running"
 
     @property
     def adapting(self) -> bool:
@@ -218,9 +255,9 @@ class TestTimeAdaptation(ContinualStrategy):
     @torch.no_grad()
     def _put_back(self, network: nn.Module) -> None:
         """Give a network of the same make the state of the source."""
-        assert self.source.network is not None
         state = network.state_dict()
-        for name, value in self.source.network.state_dict().items():
+        start = self.start.tensors if self.source.network is None else self.source.network.state_dict()
+        for name, value in start.items():
             state[name].copy_(value)
 
     # ------------------------------------------------------------------ the stream
@@ -296,10 +333,13 @@ class TestTimeAdaptation(ContinualStrategy):
             for optimizer in self.trainer.optimizers:
                 optimizer.state.clear()
 
+    @property
+    def plain_batches(self) -> bool:
+        return self.phase.name == ADAPT
+
     def prepare(self, batch: Batch) -> Batch:
         if self.phase.name == SOURCE:
             return batch
-        batch = self.finish(batch)
         if self.statistics == "moving":
             set_statistics(self.network, "collect")
             with torch.no_grad():
@@ -313,12 +353,17 @@ class TestTimeAdaptation(ContinualStrategy):
         hidden = batch.replace(labels=torch.full_like(batch.labels, -1))
         scores, terms = self.adapt(hidden, Output(output.features, output.logits[:, : self.num_source]))
         if self.scored == "before":
-            self._score(scores, batch)
+            self._score(self._final(output._replace(logits=scores)), batch)
         return terms or {"nothing": 0.0 * self.nothing}
 
     def observe(self, batch: Batch) -> None:
         if self.phase.name == ADAPT and self.scored == "after":
-            self._score(self.scores(self.finish(batch).images), batch)
+            self._score(self._final(self.respond(batch.images)), batch)
+
+    @torch.no_grad()
+    def _final(self, output: Output) -> Tensor:
+        """The scores that count."""
+        return output.logits if self.output is None or not self.adapting else self.output(output)
 
     @torch.no_grad()
     def _score(self, scores: Tensor, batch: Batch) -> None:
@@ -336,11 +381,14 @@ class TestTimeAdaptation(ContinualStrategy):
 
     def end_task(self, task: Task) -> None:
         super().end_task(task)
-        if task.is_first and (self.needs_source or self.reset_at != "never"):
+        if task.is_first and self.needs_source:
             self.source.learn_from(self.network)
+        elif task.is_first and self.reset_at != "never":
+            statistics = dict(self.network.named_buffers()) if self.statistics == "moving" else {}
+            self.start.take({**self.trained_parameters(), **statistics})
 
     def predict(self, images: Tensor) -> Tensor:
-        scores = self.scores(images)
+        scores = self._final(self.respond(images))
         unknown = self.network.head.num_columns - scores.shape[1]
         return nn.functional.pad(scores, (0, unknown), value=-torch.inf) if unknown else scores
 
@@ -350,12 +398,11 @@ class TestTimeAdaptation(ContinualStrategy):
             self.row.online_error = float(online_error(self.online[-1]))
 
     def bytes_kept(self) -> dict[str, int]:
-        state = self.optimizer_state.num_bytes() if self.optimizer_state.known else 0
-        return {**super().bytes_kept(), **({"optimizer": state} if state else {})}
+        parts = {"optimizer": self.optimizer_state, "source": self.start}
+        return {**super().bytes_kept(), **{name: part.num_bytes() for name, part in parts.items() if part}}
 
     def _choose_statistics(self) -> None:
-        chosen = self.statistics if self.statistics in ("batch", "mix") and self.adapting else "running"
-        set_statistics(self, chosen, **self.norm_options)
+        set_statistics(self, self.norm_statistics if self.adapting else "running", **self.norm_options)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if (saved := state_dict.get(f"{prefix}online")) is not None:

@@ -11,11 +11,13 @@ and the prediction is z'. All three normalise by the test batch. m -> teacher_mo
 threshold, N -> views. Views of the batch are made only where they are used, for which the confidence of the source is
 waited for. What is drawn for a view (colours, angle, ...) is drawn once for a batch, noise for each pixel. Draws depend
 on the step alone: any number of processes restores the same weights.
-Departs from the authors' code: edges are prolonged while an image is turned, not by padding before; of the translation,
-1/16 of the padded image there, we read 1/8 of the image.
+Departs from the authors' code: the networks are in eval mode (there dropout, where a network has it, is on); edges are
+prolonged while an image is turned, not by padding before, and blur comes after that; of the translation, 1/16 of the
+padded image there, we read 1/8 of the image, and it is not rounded to whole pixels.
 """
 
-from typing import Any, ClassVar, Literal
+import math
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +25,9 @@ from torch.nn import functional as F
 
 from cl_lightning.batch import Batch, Draw, mix
 from cl_lightning.distributed import all_sum
+from cl_lightning.losses import full_precision, mean_over_rows
 from cl_lightning.network import Output
-from cl_lightning.strategies.test_time.base import ADAPT, TestTimeAdaptation, Trained, mean_over, tiny_resnet
+from cl_lightning.strategies.test_time.base import ADAPT, TestTimeAdaptation, Trained, tiny_resnet
 from cl_lightning.stream import Task
 from cl_lightning.teacher import Teacher
 from cl_lightning.transforms import _brightness, _contrast, _hue, _saturation
@@ -40,7 +43,7 @@ def consistency(logits: Tensor, target: Tensor, *, symmetric: bool = False) -> T
         target: Of the teacher, ``(B, C)``; takes no gradient.
         symmetric: Half of that, and half of it with the roles exchanged.
     """
-    student, teacher = (F.log_softmax(values.float(), dim=1) for values in (logits, target.detach()))
+    student, teacher = (F.log_softmax(full_precision(values), dim=1) for values in (logits, target.detach()))
     forward = -(teacher.exp() * student).sum(dim=1)
     return (forward - (student.exp() * teacher).sum(dim=1)) / 2 if symmetric else forward
 
@@ -73,6 +76,77 @@ def restore(parameters: dict[str, nn.Parameter], source: nn.Module, share: float
             value.copy_(torch.where(mask, known[name], value))
 
 
+class View(NamedTuple):
+    """What is drawn once for a batch of a view.
+
+    Attributes:
+        brightness, contrast, saturation: Factors; 1 for none.
+        hue: Turn of the colours, in [-0.5, 0.5].
+        gamma: Exponent of the values.
+        order: In which brightness, contrast, saturation, hue and gamma (0 to 4) follow one another.
+        angle: Rotation in degrees, against the clock.
+        scale: Size of the image; 1 for as it is.
+        shift: Translation to the right and down, as shares of the sides.
+        blur: Standard deviation of the kernel, in pixels.
+        mirrored: Whether left and right change places.
+    """
+
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+    hue: float = 0.0
+    gamma: float = 1.0
+    order: tuple[int, ...] = (0, 1, 2, 3, 4)
+    angle: float = 0.0
+    scale: float = 1.0
+    shift: tuple[float, float] = (0.0, 0.0)
+    blur: float = 0.001
+    mirrored: bool = False
+
+    @classmethod
+    def drawn(cls, key: int) -> "View":
+        """With the ranges of the authors' code; the key decides."""
+        generator = torch.Generator().manual_seed(key)
+
+        def uniform(low: float, high: float) -> float:
+            return low + (high - low) * float(torch.rand((), generator=generator))
+
+        return cls(
+            brightness=uniform(0.6, 1.4),
+            contrast=uniform(0.7, 1.3),
+            saturation=uniform(0.5, 1.5),
+            hue=uniform(-0.06, 0.06),
+            gamma=uniform(0.7, 1.3),
+            order=tuple(torch.randperm(5, generator=generator).tolist()),
+            angle=uniform(-15, 15),
+            scale=uniform(0.9, 1.1),
+            shift=(uniform(-1 / 8, 1 / 8), uniform(-1 / 8, 1 / 8)),
+            blur=uniform(0.001, 0.5),
+            mirrored=uniform(0, 1) < 0.5,
+        )
+
+    def of(self, images: Tensor) -> Tensor:
+        """The view of images ``(B, C, H, W)`` in [0, 1], at least one, without noise."""
+        images = images.clamp(0, 1)
+        factors = (self.brightness, self.contrast, self.saturation, self.hue)
+        for place in self.order:
+            if place == len(factors):
+                images = images.clamp(min=1e-8) ** self.gamma
+            else:
+                operation = (_brightness, _contrast, _saturation, _hue)[place]
+                images = operation(images, images.new_full((1, 1, 1, 1), factors[place])).clamp(0, 1)
+        turn = math.radians(self.angle)
+        cos, sin = math.cos(turn) / self.scale, math.sin(turn) / self.scale
+        x, y = (-2 * share for share in self.shift)  # the grid tells where a pixel comes from, in halves of the side
+        back = images.new_tensor([[cos, -sin, x], [sin, cos, y]]).expand(len(images), 2, 3)
+        grid = F.affine_grid(back, list(images.shape), align_corners=False)
+        images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        line = torch.exp(-torch.arange(-2, 3, device=images.device).square() / (2 * self.blur**2))
+        kernel = ((line[:, None] * line) / line.sum() ** 2).expand(images.shape[1], 1, 5, 5)
+        images = F.conv2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), kernel.to(images), groups=images.shape[1])
+        return images.flip(-1) if self.mirrored else images
+
+
 def random_view(images: Tensor, draw: Draw) -> Tensor:
     """One augmentation of a whole batch: colours, gamma, a small affine map, blur, flip, noise.
 
@@ -85,39 +159,8 @@ def random_view(images: Tensor, draw: Draw) -> Tensor:
     """
     if not len(images):
         return images
-    generator = torch.Generator().manual_seed(draw.key)
-
-    def uniform(low: float, high: float) -> float:
-        return low + (high - low) * float(torch.rand((), generator=generator))
-
-    amounts = {
-        _brightness: uniform(0.6, 1.4),
-        _contrast: uniform(0.7, 1.3),
-        _saturation: uniform(0.5, 1.5),
-        _hue: uniform(-0.06, 0.06),
-    }
-    gamma, order = uniform(0.7, 1.3), torch.randperm(5, generator=generator).tolist()
-    jitter = [*amounts.items(), None]
-    images = images.clamp(0, 1)
-    for place in order:
-        if (chosen := jitter[place]) is None:
-            images = images.clamp(min=1e-8) ** gamma
-        else:
-            operation, amount = chosen
-            images = operation(images, images.new_full((1, 1, 1, 1), amount)).clamp(0, 1)
-    angle, scale = torch.deg2rad(torch.tensor(uniform(-15, 15))), uniform(0.9, 1.1)
-    # In units of half the side: 1/8 of the side is 1/4.
-    moves = [uniform(-0.25, 0.25) for _ in range(2)]
-    cos, sin = float(angle.cos()) / scale, float(angle.sin()) / scale
-    back = images.new_tensor([[cos, -sin, moves[0]], [sin, cos, moves[1]]]).expand(len(images), 2, 3)
-    grid = F.affine_grid(back, list(images.shape), align_corners=False)
-    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    sigma = uniform(0.001, 0.5)
-    line = torch.exp(-torch.arange(-2, 3, device=images.device).square() / (2 * sigma**2))
-    kernel = ((line[:, None] * line) / line.sum() ** 2).expand(images.shape[1], 1, 5, 5)
-    images = F.conv2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), kernel.to(images), groups=images.shape[1])
-    if uniform(0, 1) < 0.5:
-        images = images.flip(-1)
+    with torch.autocast(images.device.type, enabled=False):  # half precision errs by more than the noise
+        images = View.drawn(draw.key).of(images)
     noise = draw.fork(_NOISE).randn(*images.shape[1:], device=images.device)
     return (images + 0.005 * noise).clamp(0, 1)
 
@@ -169,29 +212,29 @@ class CoTTA(TestTimeAdaptation):
 
     def adapt(self, batch: Batch, output: Output) -> tuple[Tensor, dict[str, Tensor]]:
         target = self._target(batch)
-        return target, {"consistency": mean_over(consistency(output.logits, target, symmetric=self.symmetric))}
+        return target, {"consistency": mean_over_rows(consistency(output.logits, target, symmetric=self.symmetric))}
 
     @torch.no_grad()
     def _target(self, batch: Batch) -> Tensor:
         """z', ``(B, classes of the source)``."""
         if self.views:
-            source = self.source(batch.images).logits[:, : self.num_source].float()
+            source = full_precision(self.source(batch.images).logits[:, : self.num_source])
             confidence = all_sum(source.softmax(dim=1).amax(dim=1).sum()) / batch.draw.total
             if bool(confidence < self.threshold):
                 raw = batch.raw if batch.raw.is_floating_point() else batch.raw.float() / 255
                 total = torch.zeros_like(source)
                 for number in range(self.views):
                     view = batch.replace(raw=random_view(raw, batch.draw.fork(_VIEWS, number)))
-                    total += self._of_teacher(self.finish(view).images)
+                    total += self._of_teacher(self.finish(view).images).logits
                 return total / self.views
-        return self._of_teacher(batch.images)
+        return self._of_teacher(batch.images).logits
 
-    def _of_teacher(self, images: Tensor) -> Tensor:
+    def _of_teacher(self, images: Tensor) -> Output:
         output: Output = self.teacher(images)
-        return output.logits[:, : self.num_source].float()
+        return output._replace(logits=full_precision(output.logits[:, : self.num_source]))
 
-    def scores(self, images: Tensor) -> Tensor:
-        return self._of_teacher(images) if self.teacher and self.adapting else super().scores(images)
+    def respond(self, images: Tensor) -> Output:
+        return self._of_teacher(images) if self.teacher and self.adapting else super().respond(images)
 
     def on_train_start(self) -> None:
         self._last_step = self.trainer.global_step

@@ -11,13 +11,15 @@ brings down, for a symmetric positive semi-definite W,
 
 since the step minimises F with its concave part replaced by the tangent. (The paper writes the second term without 1/2;
 that quantity need not fall.) No state, no parameters. It helps where neighbours in the stream have the same class, and
-hurts where classes come mixed. The features h are normalised; w_ij is
+hurts where classes come mixed; the more, the more samples have a say: k at most with ``knn``, all of the batch with
+``rbf``, which published tables of mixed CIFAR-10-C batches have. The features h are normalised; w_ij is
 
     knn     1 if h_j is among the k nearest of h_i, not itself, else 0
     rbf     exp(-||h_i - h_j||^2 / (2 s^2)), s the mean distance to the k-th neighbour
     linear  <h_i, h_j>
 
-All iterations are done: to ask whether they may end would wait for the device.
+All iterations are done: to ask whether they may end would wait for the device. ``LaplacianAdjustment`` does the same to
+the predictions of any other method for test-time adaptation: ``--model Tent --model.output LaplacianAdjustment``.
 """
 
 from typing import Any, ClassVar, Literal
@@ -26,10 +28,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_lightning.batch import Batch
 from cl_lightning.distributed import all_gather_rows, rank
+from cl_lightning.losses import full_precision
 from cl_lightning.network import Output
-from cl_lightning.strategies.test_time.base import TestTimeAdaptation
+from cl_lightning.strategies.test_time.base import OutputHead, TestTimeAdaptation
 
 Affinity = Literal["knn", "rbf", "linear"]
 _TINY = 1e-10
@@ -70,6 +72,38 @@ def adjusted(q: Tensor, weights: Tensor, iterations: int = 100) -> Tensor:
     return z
 
 
+class LaplacianAdjustment(OutputHead):
+    """Predictions of a batch, made alike where features are; the batch is that of all processes.
+
+    Args:
+        affinity: ``knn``, ``rbf`` or ``linear``, see above.
+        neighbours: k, at least 1.
+        symmetric: With ``knn``, whether W is made symmetric.
+        iterations: At least 1.
+    """
+
+    def __init__(
+        self, affinity: Affinity = "knn", neighbours: int = 5, *, symmetric: bool = False, iterations: int = 100
+    ) -> None:
+        if affinity not in ("knn", "rbf", "linear"):
+            raise ValueError(f"LAME: affinity is {affinity!r}; use knn, rbf or linear")
+        if neighbours < 1 or iterations < 1:
+            raise ValueError(f"LAME: neighbours={neighbours}, iterations={iterations}; at least 1 each")
+        self.affinity: Affinity = affinity
+        self.neighbours, self.symmetric, self.iterations = neighbours, symmetric, iterations
+
+    @torch.no_grad()
+    def __call__(self, output: Output) -> Tensor:
+        """log Z ``(B, C)`` of this process's rows."""
+        with torch.autocast(output.logits.device.type, enabled=False):
+            q = all_gather_rows(full_precision(output.logits).softmax(dim=1))
+            features = all_gather_rows(full_precision(output.features))
+            owners = all_gather_rows(torch.full((len(output.logits),), rank(), device=q.device))
+            weights = affinities(features, self.affinity, self.neighbours, symmetric=self.symmetric)
+            z = adjusted(q, weights, self.iterations)
+        return (z[owners == rank()] + _TINY).log()
+
+
 class LAME(TestTimeAdaptation):
     """Predictions of a batch, made alike where features are; nothing is trained.
 
@@ -94,30 +128,5 @@ class LAME(TestTimeAdaptation):
         iterations: int = 100,
         **kwargs: Any,
     ) -> None:
-        super().__init__(statistics="source", trained=None, reset="never", scored="before", **kwargs)
-        if affinity not in ("knn", "rbf", "linear"):
-            raise ValueError(f"LAME: affinity is {affinity!r}; use knn, rbf or linear")
-        if neighbours < 1 or iterations < 1:
-            raise ValueError(f"LAME: neighbours={neighbours}, iterations={iterations}; at least 1 each")
-        self.affinity: Affinity = affinity
-        self.neighbours, self.symmetric, self.iterations = neighbours, symmetric, iterations
-        self.uses_test_batch = True  # not by its normalisation
-
-    def adapt(self, batch: Batch, output: Output) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._adjusted(output), {}
-
-    def scores(self, images: Tensor) -> Tensor:
-        output: Output = self.network(images)
-        known = Output(output.features, output.logits[:, : self.num_source])
-        return self._adjusted(known) if self.adapting else known.logits
-
-    @torch.no_grad()
-    def _adjusted(self, output: Output) -> Tensor:
-        """log Z of this process's rows; the batch is that of all processes."""
-        with torch.autocast(output.logits.device.type, enabled=False):
-            q = all_gather_rows(output.logits.float().softmax(dim=1))
-            features = all_gather_rows(output.features.float())
-            owners = all_gather_rows(torch.full((len(output.logits),), rank(), device=q.device))
-            weights = affinities(features, self.affinity, self.neighbours, symmetric=self.symmetric)
-            z = adjusted(q, weights, self.iterations)
-        return (z[owners == rank()] + _TINY).log()
+        output = LaplacianAdjustment(affinity, neighbours, symmetric=symmetric, iterations=iterations)
+        super().__init__(statistics="source", trained=None, reset="never", scored="before", output=output, **kwargs)

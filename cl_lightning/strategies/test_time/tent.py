@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from cl_lightning.batch import Batch
-from cl_lightning.losses import entropy
+from cl_lightning.losses import entropy, mean_over_rows
 from cl_lightning.network import Output
-from cl_lightning.strategies.test_time.base import TestTimeAdaptation, mean_over, tiny_resnet
+from cl_lightning.strategies.test_time.base import TestTimeAdaptation, tiny_resnet
 
 
 class Tent(TestTimeAdaptation):
@@ -36,4 +36,4 @@ class Tent(TestTimeAdaptation):
         return {"backbone": tiny_resnet}
 
     def adapt(self, batch: Batch, output: Output) -> tuple[Tensor, dict[str, Tensor]]:
-        return output.logits, {"entropy": mean_over(entropy(output.logits))}
+        return output.logits, {"entropy": mean_over_rows(entropy(output.logits))}
