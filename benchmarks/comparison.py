@@ -73,7 +73,7 @@ class Protocol:
         online: Whether it is a single pass over small batches.
         methods: Rows; None for those that learn from scratch.
         columns: Measures.
-        detail: Name of a matrix of the results, one number per task, that gets a table of its own.
+        detail: Name of a matrix or a measure of the results, one number per task, that gets a table of its own.
     """
 
     title: str
@@ -194,9 +194,10 @@ ADAPTING = {
     "source": Method("source_cifar10"),
     "batch statistics": Method("source_cifar10", "--model BNAdapt"),
     "Tent": Method("source_cifar10", "--model Tent"),
-    "EATA": Method("source_cifar10", "--model EATA --model.diversity 0.4 --model.fisher_weight 1.0"),
+    "EATA": Method("source_cifar10", "--model EATA"),
     "CoTTA": Method("source_cifar10", "--model CoTTA"),
     "LAME": Method("source_cifar10", "--model LAME"),
+    "LAME (rbf)": Method("source_cifar10", "--model LAME --model.affinity rbf"),
 }
 LEARNING = ("Tent", "EATA", "CoTTA")  # the others have nothing to reset
 
@@ -281,6 +282,7 @@ PROTOCOLS = {
         "--trainer.max_epochs 4 --trainer.precision bf16-mixed",
         methods=STEPLESS,
         columns=FEW_SHOT,
+        detail="average_accuracy",
     ),
     **{
         name: Protocol(
@@ -416,19 +418,20 @@ def page(runs: Path) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def by_task(matrix: str, rows: dict[str, list[records.Run]]) -> list[str]:
+def by_task(name: str, rows: dict[str, list[records.Run]]) -> list[str]:
     """A table of a number per task in percent, the mean over the seeds; tasks without one are left out."""
     means: dict[str, list[float]] = {}
-    names: list[str] = []
+    told: list[str] = []
     for method, found in rows.items():
         parts = [json.loads((run.folder / "results.json").read_text(encoding="utf-8")) for run in found]
-        values = [[value for value in part["matrix"][matrix] if value is not None] for part in parts]
+        series = [part["matrix"].get(name) or [task[name] for task in part["measures_per_task"]] for part in parts]
+        values = [[value for value in column if value is not None] for column in series]
         tasks = [task["name"] for task in parts[0]["tasks"]]
-        names = tasks[len(tasks) - len(values[0]) :]
+        told = tasks[len(tasks) - len(values[0]) :]
         means[method] = [100 * sum(column) / len(column) for column in zip(*values, strict=True)]
-    lines = [" | ".join(["", "%", *(name.replace("_", " ") for name in names), ""]).strip()]
-    lines.append("|" + "---|" * (len(names) + 1))
-    return lines + [" | ".join(["", name, *(f"{v:.1f}" for v in row), ""]).strip() for name, row in means.items()]
+    lines = [" | ".join(["", "%", *(task.replace("_", " ") for task in told), ""]).strip()]
+    lines.append("|" + "---|" * (len(told) + 1))
+    return lines + [" | ".join(["", method, *(f"{v:.1f}" for v in row), ""]).strip() for method, row in means.items()]
 
 
 def main() -> None:
