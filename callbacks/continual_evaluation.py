@@ -42,7 +42,8 @@ class ContinualEvaluation(ContinualCallback):
     Training is the same, to the bit, with and without it: the network is in eval mode without gradient, and random
     numbers are put back. All tasks are evaluated in one pass; on many processes each takes its share, and counts are
     summed. Its seconds count as evaluation, not as training. Curves are part of checkpoints. Where other callbacks
-    evaluate other weights (``EMAEnsemble``), these are what is evaluated here.
+    evaluate other weights (``EMAEnsemble``), these are what is evaluated here. Of a method that classifies in another
+    way when a task is over (``ICaRL``) it is the classifier that is there all along, ``predict_within_task``.
 
     An evaluation costs a forward pass of ``samples`` images per seen task: with a thousand of each, every ten steps of
     64 images, more than the training itself from the third task on. Fewer samples or evaluations make it cheap.
@@ -100,6 +101,7 @@ class ContinualEvaluation(ContinualCallback):
         """Place of the last evaluation of each task that is over."""
         self.totals = torch.zeros(0, dtype=torch.int64)
         """Samples of each seen task's subset."""
+        self._measured: list[dict[str, float]] = []  # at the end of each task
         self._pending: list[Tensor] = []  # the last counts, still on the device
         self._num_logged = 0
         self._subset: Batch | None = None  # this process's share, where it is kept; None also if there is nothing
@@ -149,7 +151,8 @@ class ContinualEvaluation(ContinualCallback):
         self._evaluate(trainer, strategy, in_training=False)
         self.ends.append(len(self.steps) - 1)
         self._flush(trainer)
-        values = {f"continual/{name}": value for name, value in self.measures(strategy.task.index).items()}
+        self._measured.append(self.measures(strategy.task.index))
+        values = {f"continual/{name}": value for name, value in self._measured[-1].items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
 
@@ -219,7 +222,7 @@ class ContinualEvaluation(ContinualCallback):
             try:
                 for batch in self._batches(trainer, strategy):
                     with trainer.precision_plugin.forward_context():
-                        scores = strategy.predict(batch.images)
+                        scores = strategy.predict_within_task(batch.images)
                     count_correct(counts, scores.float(), batch, strategy.task_columns)
             finally:
                 for module, mode in modes:
@@ -267,11 +270,15 @@ class ContinualEvaluation(ContinualCallback):
         Args:
             task_aware: With the task of each sample known, instead of among all classes.
         """
+        correct = self._table()[:, :, int(task_aware)].double()
+        return correct.masked_fill(correct < 0, torch.nan) / self.totals
+
+    def _table(self) -> Tensor:
+        """Counts, int32 ``(evaluations, tasks, 2)``, -1 before a task has come."""
         self._flush(None)
-        curves = torch.full((len(self.counts), len(self.totals)), float("nan"), dtype=torch.float64)
-        for row, counts in zip(curves, self.counts, strict=True):
-            row[: len(counts)] = counts[:, int(task_aware)].double() / self.totals[: len(counts)]
-        return curves
+        return torch.nn.utils.rnn.pad_sequence(
+            [*self.counts, torch.zeros(len(self.totals), 2, dtype=torch.int32)], batch_first=True, padding_value=-1
+        )[:-1]
 
     def measures(self, task: int) -> dict[str, float]:
         """Measures over all evaluations up to the end of a task, by name; ``task_aware/...`` with the task known.
@@ -301,7 +308,7 @@ class ContinualEvaluation(ContinualCallback):
     def results(self) -> dict[str, Any]:
         if not self.steps:
             return {}
-        per_task = [self.measures(task) for task in range(len(self.ends))]
+        per_task = self._measured
         curves, aware = (self.curves(task_aware=known).tolist() for known in (False, True))
         return {
             "split": self.split,
@@ -326,14 +333,10 @@ class ContinualEvaluation(ContinualCallback):
     def state_dict(self) -> dict[str, Any]:
         if not self.steps:
             return {}
-        self._flush(None)
-        counts = torch.full((len(self.counts), len(self.totals), 2), -1, dtype=torch.int32)
-        for row, values in zip(counts, self.counts, strict=True):
-            row[: len(values)] = values
         return {
             "steps": torch.tensor(self.steps),
             "tasks": torch.tensor(self.tasks),
-            "counts": counts,
+            "counts": self._table(),
             "ends": torch.tensor(self.ends, dtype=torch.int64),
             "totals": self.totals,
         }
@@ -345,6 +348,7 @@ class ContinualEvaluation(ContinualCallback):
         self.ends, self.totals = state_dict["ends"].tolist(), state_dict["totals"].clone()
         self.counts = [row[: task + 1].clone() for row, task in zip(state_dict["counts"], self.tasks, strict=True)]
         self._pending, self._num_logged, self._subset = [], len(self.counts), None
+        self._measured = [self.measures(task) for task in range(len(self.ends))]
 
 
 def count_correct(counts: Tensor, scores: Tensor, batch: Batch, task_columns: Tensor) -> None:

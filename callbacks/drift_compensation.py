@@ -47,7 +47,9 @@ class DriftCompensation(ContinualCallback):
     for the classes of earlier tasks (SDC: Yu et al., CVPR 2020, arXiv:2004.00440). The paper's embeddings have norm 1
     and its sigma is 0.2 to 0.3. ``normalise`` gives vectors of any norm that norm where they are compared, and moves
     the direction of a mean; leave it out for a backbone whose features are normalised already, or where sigma is chosen
-    in the unit of the features.
+    in the unit of the features. Departs from the paper, which trains normalised embeddings by a triplet loss with batch
+    normalisation held after the first task: here the strategy trains as it does, normalisation included, and a mean is
+    that of raw features.
 
     Needs a head that keeps class means (``PrototypeHead``) and works with any strategy. A mean that the task added
     samples to (a class that comes again) is moved by the share of its earlier samples. The copy of the network that

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cl_lightning.batch import Batch
-from cl_lightning.consolidation import Consolidation, Estimator, Labels, Merge
+from cl_lightning.consolidation import Consolidation, Estimator, Merge
 from cl_lightning.hooks import ContinualCallback
 from cl_lightning.network import Output
+from cl_lightning.sensitivity import Labels
 from cl_lightning.stream import Task
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ class ImportancePenalty(ContinualCallback):
     first two are taken over the un-augmented data of each task when it ends. ``Finetune`` with ``fisher`` is ``EWC``,
     to the bit. With weight 0 nothing is added, and the run is what it is without the callback, to the bit.
 
-    SI notes gradients before each optimizer step, averaged over processes and unscaled but not yet clipped, and takes
-    the penalty's part out of them.
+    Weights of a frozen backbone are not held. SI notes gradients before each optimizer step, averaged over
+    processes and unscaled but not yet clipped, and takes the penalty's part out of them.
 
     Args:
         estimator: How importance is measured.
@@ -49,6 +50,7 @@ class ImportancePenalty(ContinualCallback):
             mean, to reproduce frameworks that do.
         on: Hold the ``backbone``, or ``all`` weights that earlier tasks have trained.
         xi: Damping of ``si``, positive.
+        clamp: For ``si``: a weight whose moves raised the loss has no importance; the paper lets it be negative.
         samples: For ``fisher`` and ``mas``: samples of a task that importance is measured on; None for all.
         hold_initial: For ``l2``: hold the backbone at its first weights during the first task, as for pretrained ones.
     """
@@ -66,6 +68,7 @@ class ImportancePenalty(ContinualCallback):
         per_sample: bool = True,
         on: Literal["backbone", "all"] = "all",
         xi: float = 0.1,
+        clamp: bool = True,
         samples: int | None = None,
         hold_initial: bool = False,
     ) -> None:
@@ -84,6 +87,7 @@ class ImportancePenalty(ContinualCallback):
             per_sample=per_sample,
             on=on,
             xi=xi,
+            clamp=clamp,
             samples=samples,
         )
         self.hold_initial = hold_initial
@@ -94,10 +98,12 @@ class ImportancePenalty(ContinualCallback):
         return {"penalty": self.consolidation.penalty()}
 
     def on_task_start(self, trainer: Trainer, strategy: "ContinualStrategy", task: Task) -> None:
+        self.consolidation.backbone_is_frozen = strategy.freeze_backbone
         self.consolidation.begin_task(strategy.network, anchor_now=self.hold_initial and task.is_first)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.consolidation.to(pl_module.device)
+        self.consolidation.backbone_is_frozen = pl_module.freeze_backbone  # type: ignore[assignment]
         skips = getattr(trainer.precision_plugin, "scaler", None) is not None
         self.consolidation.begin_phase(pl_module.network, skips=skips)  # type: ignore[arg-type]
 
@@ -112,7 +118,8 @@ class ImportancePenalty(ContinualCallback):
 
     def on_task_end(self, trainer: Trainer, strategy: "ContinualStrategy", task: Task) -> None:
         self.consolidation.to(strategy.device)
-        self.consolidation.end_task(strategy.network, strategy.statistics_batches(samples=self.consolidation.samples))
+        batches = strategy.statistics_batches(samples=self.consolidation.samples)
+        self.consolidation.end_task(strategy.network, batches, strategy.visible_columns())
 
     def bytes_kept(self) -> dict[str, int]:
         return {"importance": self.consolidation.importance.num_bytes()}

@@ -36,6 +36,10 @@ class TeacherAdaptation(ContinualCallback):
     Each process normalises by its own share of the batch, as the student does; the running statistics are averaged over
     processes at the end of each epoch, so with several of them results differ from those of one, unless the backbone
     uses ``SyncBatchNorm``.
+
+    The paper's ablations (a teacher that is trained on the new data, before or meanwhile, as a whole or its
+    normalisation alone) are not here, nor is the learning rate of its own that the code gives the warm-up of a new head
+    (``LwF.warmup_epochs`` has that of the task).
     """
 
     paper: str = "Szatkowski et al., WACV 2024, arXiv:2308.09544"
@@ -45,6 +49,11 @@ class TeacherAdaptation(ContinualCallback):
             raise ValueError(
                 f"TeacherAdaptation: neither {type(strategy).__name__} nor a callback has a teacher; use a strategy "
                 "that distils, such as LwF, or add the callback Distillation"
+            )
+        if strategy.teacher_measures:
+            raise ValueError(
+                f"TeacherAdaptation: the teacher of {type(strategy).__name__} measures how features drift and must "
+                "stay what it was; leave the callback out"
             )
         if not any(_layers(strategy.network)):
             warnings.warn(

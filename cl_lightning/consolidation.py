@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from cl_lightning.batch import Batch
 from cl_lightning.importance import Importance, PathIntegral
 from cl_lightning.network import Network
-from cl_lightning.sensitivity import fisher_diagonal, output_norm
+from cl_lightning.sensitivity import Labels, fisher_diagonal, output_norm
 
 Estimator = Literal["fisher", "mas", "si", "l2"]
 Merge = Literal["add", "decay", "average"]
-Labels = Literal["exact", "sampled", "predicted", "empirical"]
-
 _FACTOR = {"fisher": 0.5, "mas": 0.5, "si": 1.0, "l2": 1.0}
 
 
@@ -42,6 +40,7 @@ class Consolidation(nn.Module):
             mean, as several frameworks do, which is not the Fisher information but reproduces their numbers.
         on: ``backbone`` leaves the head free; ``all`` holds the rows of earlier classes too (new rows are always free).
         xi: Damping of ``si``, positive.
+        clamp: For ``si``: a weight whose moves raised the loss has no importance; the paper lets it be negative.
         samples: For ``fisher`` and ``mas``: samples of a task that importance is measured on, drawn by the seed; None
             for all. The mean over some hundreds is close to that over all, and takes a fraction of the time.
     """
@@ -57,6 +56,7 @@ class Consolidation(nn.Module):
         per_sample: bool = True,
         on: Literal["backbone", "all"] = "all",
         xi: float = 0.1,
+        clamp: bool = True,
         samples: int | None = None,
     ) -> None:
         super().__init__()
@@ -77,14 +77,16 @@ class Consolidation(nn.Module):
             )
         self.estimator, self.weight, self.merge, self.decay = estimator, weight, merge, decay
         self.labels, self.per_sample, self.on, self.xi, self.samples = labels, per_sample, on, xi, samples
+        self.clamp = clamp
+        self.backbone_is_frozen = False
         self.importance = Importance()
         self.path = PathIntegral() if estimator == "si" else None
         self._held: dict[str, nn.Parameter] = {}
 
     def parameters_of(self, network: Network) -> dict[str, nn.Parameter]:
-        """The parameters that are held, by their names in the network."""
-        names = network.named_parameters()
-        return {name: p for name, p in names if self.on == "all" or name.startswith("backbone.")}
+        """The parameters that are held, by their names in the network; none of a backbone that does not move."""
+        parts = {"backbone": not self.backbone_is_frozen, "head": self.on == "all"}
+        return {name: p for name, p in network.named_parameters() if parts[name.partition(".")[0]]}
 
     def begin_task(self, network: Network, *, anchor_now: bool = False) -> None:
         """Call before the first step of a task.
@@ -122,23 +124,28 @@ class Consolidation(nn.Module):
         if self.path is not None:
             self.path.after_step(self._held)
 
-    def end_task(self, network: Network, batches: Iterable[Batch]) -> None:
-        """Measure importance on the task that ends, and merge it.
+    def end_task(self, network: Network, batches: Iterable[Batch], visible: Tensor | None = None) -> None:
+        """Measure importance on the task that ends, and merge it; with weight 0 there is nothing to measure it for.
 
         Args:
             network: In eval mode.
             batches: The task's training data, un-augmented, each process its share.
+            visible: For ``fisher``: classes over which the task's likelihood was taken, bool ``(C,)``; None for all.
         """
+        if self.weight == 0:
+            return
         parameters = self.parameters_of(network)
         if self.estimator == "l2":
             self.importance.anchor_at(parameters)
             return
         if self.path is not None:
-            omega = self.path.importance(parameters, self.xi)
+            omega = self.path.importance(parameters, self.xi, clamp=self.clamp)
         elif self.estimator == "mas":
             omega = output_norm(network, parameters, batches, per_sample=self.per_sample)
         else:
-            omega = fisher_diagonal(network, parameters, batches, labels=self.labels, per_sample=self.per_sample)
+            omega = fisher_diagonal(
+                network, parameters, batches, labels=self.labels, per_sample=self.per_sample, visible=visible
+            )
         if self.merge == "add":
             self.importance.add(parameters, omega)
         elif self.merge == "decay":

@@ -164,12 +164,13 @@ def align_rows(old: Tensor, new: Tensor) -> Tensor:
 
     Args:
         old: Rows of earlier classes, ``(C_old, d)``, at least one.
-        new: Rows of new classes, ``(C_new, d)``, not all 0.
+        new: Rows of new classes, ``(C_new, d)``.
 
     Returns:
-        The scaled new rows, ``(C_new, d)``.
+        The scaled new rows, ``(C_new, d)``; unscaled where old or new ones are all 0.
     """
-    gamma: Tensor = old.double().norm(dim=1).mean() / new.double().norm(dim=1).mean()
+    length, own = (rows.double().norm(dim=1).mean() for rows in (old, new))
+    gamma = torch.where((length > 0) & (own > 0), length / own, 1.0)
     return (gamma * new.double()).to(new.dtype)
 
 

@@ -429,10 +429,17 @@ class TaskLoop:
             self._restore(saved)
 
     def _check_phases(self) -> None:
-        """Tell of epochs that are given to a phase that no task has."""
+        """Tell of epochs for a phase that no task has, and of phases that a stream has not got the data for."""
+        names = [self.strategy.phase_names(task) for task in self.stream.tasks] if self.stream.one_pass else []
+        if several := next((phases for phases in names if len(phases) > 1), None):
+            warnings.warn(
+                f"loop: samples of this stream are seen once, but a task of {type(self.strategy).__name__} has the "
+                f"phases {', '.join(several)}: each goes through its data once",
+                stacklevel=2,
+            )
         if not self.options.phase_epochs:
             return
-        known = {phase.name for task in self.stream.tasks for phase in self.strategy.phases(task)}
+        known = {name for task in self.stream.tasks for name in self.strategy.phase_names(task)}
         for name in self.options.phase_epochs:
             if name not in known:
                 raise ValueError(

@@ -135,6 +135,7 @@ class PromptPool(Prompts):
         prompts: P, ``(M, L, d)``.
         keys: k, ``(M, d)``.
         choice: Ids ``(N,)`` that all samples of the next pass take, whatever their queries; None for each its own.
+        selections: How many samples took each prompt in passes that were trained, of this process, int64 ``(M,)``.
     """
 
     def __init__(
@@ -159,6 +160,8 @@ class PromptPool(Prompts):
         width = cast(nn.LayerNorm, blocks[0].norm1).normalized_shape[-1]
         self.prompts = nn.Parameter(torch.empty(size, length, width).uniform_(low, high))
         self.keys = nn.Parameter(torch.empty(size, width).uniform_(low, high))
+        self.register_buffer("selections", torch.zeros(size, dtype=torch.int64), persistent=False)
+        self.selections: Tensor
         self.selected = selected
         self.choice: Tensor | None = None
         self._matched: Tensor | None = None
@@ -191,7 +194,10 @@ class PromptPool(Prompts):
             ids, near = self.choice, similarity[:, self.choice]
         else:
             near, ids = similarity.topk(self.selected, dim=1)
-        self._matched = near.sum(dim=1).mean() if self.training and torch.is_grad_enabled() else None
+        trains = self.training and torch.is_grad_enabled()
+        self._matched = near.sum(dim=1).mean() if trains else None
+        if trains:
+            self.selections += ids.flatten().bincount(minlength=len(self.keys)) * (len(query) if ids.dim() == 1 else 1)
         cast(PromptSite, self.sites[0]).tokens = self.prompts[ids].flatten(-3, -2)  # (N L, d) or (B, N L, d)
 
     def forget(self) -> None:

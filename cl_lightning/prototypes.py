@@ -325,12 +325,15 @@ class Prototypes(nn.Module):
         self.means[columns] = (fresh.means - gap * (n / (n + m))[:, None]).to(self.means.dtype)
 
     def scores(self, features: Tensor, num_classes: int, metric: Metric = "euclidean") -> Tensor:
-        """Scores ``(n, num_classes)`` of features ``(n, d)``: :func:`nearest_mean_scores`, -inf for unknown classes."""
+        """Scores ``(n, num_classes)`` of features ``(n, d)``: :func:`nearest_mean_scores`, -inf for unknown classes.
+
+        In float32 at least: in half precision the scores of many classes would be equal.
+        """
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
         scores = features.new_full((len(features), num_classes), -torch.inf)
         columns = self.known.nonzero().squeeze(1)
         if len(columns):
-            means = self.means[columns].to(features.dtype)
-            scores[:, columns] = nearest_mean_scores(features, means, metric=metric).to(scores.dtype)
+            scores[:, columns] = nearest_mean_scores(features, self.means[columns].to(features.dtype), metric=metric)
         return scores
 
     def num_bytes(self) -> int:

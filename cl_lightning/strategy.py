@@ -105,6 +105,8 @@ class ContinualStrategy(LightningModule):
     """Whether its losses depend on logits of earlier classes even where ``visible`` is ``current``."""
     uses_test_batch: bool = False
     """Whether a prediction (``predict``) depends on the other samples of its test batch (its statistics, say)."""
+    teacher_measures: ClassVar[bool] = False
+    """Whether ``teacher`` is also what features were before the task, and must not be adapted to it."""
     asks_all_processes: bool = False
     """Whether a step exchanges rows between processes, so that one that has none of its batch is asked too, with an
     empty one."""
@@ -217,6 +219,10 @@ class ContinualStrategy(LightningModule):
         """The fits of a task, in order; none for a method that only takes statistics."""
         return [Phase()]
 
+    def phase_names(self, task: Task) -> list[str]:
+        """Names of the phases that a task can have, where ``phases`` depends on what was learnt before."""
+        return [phase.name for phase in self.phases(task)]
+
     def end_phase(self, phase: Phase) -> None:
         """Called after the last step of a phase, on the device."""
 
@@ -227,11 +233,17 @@ class ContinualStrategy(LightningModule):
     def trainable(self) -> Iterable[nn.Parameter]:
         """Parameters that the current phase trains, less those of ``frozen``; all others take no gradient."""
         yield from self.network.backbone.parameters()
-        blocks = list(self.network.head.blocks)
-        # Rows that no loss reaches would still move by weight decay and momentum: they are left out.
-        old = blocks[:-1] if self.visible == "current" and not self._old_logits_used() else []
-        frozen = {id(parameter) for block in old for parameter in block.parameters()} if self.task.num_new else set()
-        yield from (parameter for parameter in self.network.head.parameters() if id(parameter) not in frozen)
+        head, frozen = self.network.head, set[int]()
+        if self.visible == "current" and not self._old_logits_used():
+            # Rows that no loss reaches would still move by weight decay and momentum: they are left out.
+            of_task = torch.split(self.task_columns[-1], head.block_sizes())
+            unseen = [block for block, columns in zip(head.blocks, of_task, strict=True) if not columns.any()]
+            frozen = {id(parameter) for block in unseen for parameter in block.parameters()}
+        yield from (parameter for parameter in head.parameters() if id(parameter) not in frozen)
+
+    def visible_columns(self) -> Tensor | None:
+        """Columns that the classification loss of the task's own samples is over, bool ``(C,)``; None for all."""
+        return None if self.visible == "all" else self.task_columns[-1]
 
     @property
     def backbone_is_fixed(self) -> bool:
@@ -246,6 +258,13 @@ class ContinualStrategy(LightningModule):
     def predict(self, images: Tensor) -> Tensor:
         """Scores ``(B, classes seen)`` of images ``(B, C, H, W)``; the largest one is the prediction."""
         return self.network.classify(images)
+
+    def predict_within_task(self, images: Tensor) -> Tensor:
+        """Scores as those of ``predict``, by a classifier that is there at each step of a task; for curves along it.
+
+        A method overrides it whose predictions are of another kind while a task is being learnt.
+        """
+        return self.predict(images)
 
     def rehearsal(self) -> Memory | None:
         """Memory whose samples the loader mixes with those of the task; None for none."""
@@ -419,6 +438,11 @@ class ContinualStrategy(LightningModule):
         return finished
 
     @property
+    def images_are_augmented(self) -> bool:
+        """Whether the data module augments training images at all, so that an image differs from epoch to epoch."""
+        return bool(self._datamodule.augmentation.transforms)
+
+    @property
     def plain_batches(self) -> bool:
         """Whether batches of the phase come with un-augmented images, for a method that augments in its own way."""
         return False
@@ -435,6 +459,13 @@ class ContinualStrategy(LightningModule):
     def epoch(self) -> int:
         """Epoch within the phase, from 0."""
         return self.trainer.current_epoch - self.phase_origin
+
+    @property
+    def last_sight(self) -> bool:
+        """Whether the samples of this step will not come again in the phase: in its last epoch, and of an online stream
+        that takes several steps on each batch, in the last of them."""
+        passes: int = self._datamodule.stream.passes
+        return self.epoch == self.phase_epochs - 1 and self.trainer.fit_loop.epoch_loop.batch_idx % passes == passes - 1
 
     @property
     def first_sight(self) -> bool:

@@ -169,6 +169,17 @@ class RandomHorizontalFlip(Transform):
         return _choose(draw.rand() < self.p, images.flip(-1), images)
 
 
+class RandomVerticalFlip(Transform):
+    """Each image mirrored top to bottom with probability ``p``."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        _require(self, 0 <= p <= 1, f"p {p}; a probability within [0, 1] is allowed")
+        self.p = p
+
+    def apply(self, images: Tensor, draw: Draw, context: Context | None) -> Tensor:
+        return _choose(draw.rand() < self.p, images.flip(-2), images)
+
+
 class AlternatingFlip(Transform):
     """Each image mirrored or not by a fair coin in the first epoch, and from then on in every second epoch.
 

@@ -48,6 +48,9 @@ class ContinualDataModule(LightningDataModule):
         std: Divisor, per channel; None as for ``mean``.
         resize: Height and width that images are scaled to on the device, after augmentation, such as the size that a
             pretrained backbone wants; a memory keeps them as they are. None to leave them.
+        center_crop: Side of what is cut out of the middle of images after ``resize``, of those alone which transforms
+            have not brought to that size (``RandomResizedCrop``); None for all of them.
+        interpolation: Of ``resize``.
         seed: Of class order, order of samples, validation share and augmentation; None for ``seed_everything``.
         drop_last: Leave out a last training batch that is not full.
         workers: Worker processes that decode files for each loader; their number changes no result.
@@ -71,6 +74,8 @@ class ContinualDataModule(LightningDataModule):
         mean: list[float] | None = None,
         std: list[float] | None = None,
         resize: int | None = None,
+        center_crop: int | None = None,
+        interpolation: Literal["bilinear", "bicubic"] = "bilinear",
         seed: int | None = None,
         drop_last: bool = False,
         workers: int = 0,
@@ -87,7 +92,14 @@ class ContinualDataModule(LightningDataModule):
         self.scenario = scenario
         self.batch_size, self.val_fraction, self._eval_batch_size = batch_size, val_fraction, eval_batch_size
         self.channels_last, self.feature_views = False, 0
-        self.resize = resize
+        if center_crop is not None and not 1 <= center_crop <= (resize or 0):
+            raise ValueError(
+                f"{type(self).__name__}: center_crop is {center_crop}, resize {resize}; it must be at least 1 and at "
+                "most resize"
+            )
+        if interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f"{type(self).__name__}: interpolation is {interpolation!r}; use bilinear or bicubic")
+        self.resize, self.center_crop, self.interpolation = resize, center_crop, interpolation
         self._given = (mean, std)
         self._measured: tuple[list[float], list[float]] | None = None
         self._normalize: Normalize | None = None
@@ -152,7 +164,8 @@ class ContinualDataModule(LightningDataModule):
     def image_shape(self) -> ImageShape:
         """Shape that the network sees."""
         channels, height, width = self.samples(train=True).image_shape
-        return (channels, height, width) if self.resize is None else (channels, self.resize, self.resize)
+        side = self.center_crop or self.resize
+        return (channels, height, width) if side is None else (channels, side, side)
 
     @property
     def eval_batch_size(self) -> int:
@@ -435,7 +448,7 @@ class ContinualDataModule(LightningDataModule):
         """
         if STORED in batch.extra:
             return batch
-        images = batch.raw
+        images, ready = batch.raw, False
         if augment and self.augmentation.transforms:
             if epoch is None:
                 epoch = self.trainer.current_epoch - self._origin if self.trainer is not None else 0
@@ -443,10 +456,9 @@ class ContinualDataModule(LightningDataModule):
             if KEYS in batch.extra:  # a view that stays: its draw is its own
                 draw, epoch = RowDraw.of_rows(batch.extra[KEYS]), epoch % self.feature_views
             images = self.augmentation(images, draw, Context(indices=batch.indices, epoch=epoch, seed=self.seed or 0))
-        if self.resize is not None and images.shape[-2:] != (self.resize, self.resize):
-            images = images if images.is_floating_point() else images.float().div_(255)
-            side = (self.resize, self.resize)
-            images = F.interpolate(images, side, mode="bilinear", antialias=True)
+            ready = self.center_crop is not None and images.shape[-2:] == (self.center_crop, self.center_crop)
+        if self.resize is not None and not ready:
+            images = self._resized(images, self.resize)
         images = self.normalize(images, batch.draw)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -523,7 +535,23 @@ class ContinualDataModule(LightningDataModule):
     @property
     def scaling(self) -> str:
         """What is done to images that are not augmented, in words."""
-        return f"size {self.resize}, mean {self.normalize.mean}, std {self.normalize.std}"
+        size = f"{self.resize}"
+        if self.center_crop is not None or self.interpolation != "bilinear":
+            size += f" {self.interpolation}, of which {self.center_crop}"
+        return f"size {size}, mean {self.normalize.mean}, std {self.normalize.std}"
+
+    def _resized(self, images: Tensor, side: int) -> Tensor:
+        """Scaled to a square, and cut out of the middle of that where it is wanted; floating point where it changed."""
+        if images.shape[-2:] != (side, side):
+            images = images if images.is_floating_point() else images.float().div_(255)
+            images = F.interpolate(images, (side, side), mode=self.interpolation, antialias=True)
+            if self.interpolation == "bicubic":
+                images = images.clamp_(0, 1)  # it overshoots at edges
+        if self.center_crop is not None:
+            first = round((side - self.center_crop) / 2)
+            rows = slice(first, first + self.center_crop)
+            images = images[..., rows, rows]
+        return images
 
     def _rows_of(self, memory: Memory) -> Tensor:
         """Places beyond the data set, which mean the rows of a memory."""

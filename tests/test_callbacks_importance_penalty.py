@@ -145,7 +145,9 @@ def test_initial_rows_of_the_head_are_not_held():
     callback = ImportancePenalty(estimator="l2", hold_initial=True)
     network = Network(plain_net((1, 8, 8)), LinearHead(16))
     network.head.grow(4)
-    callback.on_task_start(None, SimpleNamespace(network=network), SimpleNamespace(is_first=True))
+    callback.on_task_start(
+        None, SimpleNamespace(network=network, freeze_backbone=False), SimpleNamespace(is_first=True)
+    )
     names = callback.consolidation.importance.anchors
     assert names
     assert all(name.startswith("backbone.") for name in names)

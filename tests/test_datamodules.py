@@ -16,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from PIL import Image
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from cl_lightning.batch import Draw
@@ -42,7 +43,13 @@ from cl_lightning.stream import (
     RotatedDomains,
     Stream,
 )
-from cl_lightning.transforms import RandomCrop, RandomHorizontalFlip, permute_pixels, rotate_images
+from cl_lightning.transforms import (
+    RandomCrop,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    permute_pixels,
+    rotate_images,
+)
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments" / "data"
 
@@ -112,6 +119,8 @@ def names_of(data: ImageFolder, *, train: bool) -> set[str]:
         ({"eval_batch_size": 0}, "Toy: eval_batch_size is 0"),
         ({"workers": -1}, "Toy: workers is -1; it must be at least 0"),
         ({"resize": 0}, "Toy: resize is 0; it must be at least 1"),
+        ({"center_crop": 5}, "Toy: center_crop is 5, resize None"),
+        ({"resize": 8, "interpolation": "cubic"}, "Toy: interpolation is 'cubic'; use bilinear or bicubic"),
         ({"val_fraction": 1.0}, r"Toy: val_fraction is 1\.0; it must lie in \[0, 1\)"),
         ({"mean": [128.0]}, "divide by 255"),
         ({"std": [0.0]}, "std above 0"),
@@ -235,6 +244,21 @@ def test_images_are_resized_after_augmentation_and_stay_small_in_raw():
     torch.testing.assert_close(
         data.finish(constant, augment=False).images, torch.full((len(batch), 1, 12, 12), (0.2 - 0.5) / 0.25)
     )
+
+
+def test_the_middle_is_cut_out_of_images_that_are_not_cropped_already():
+    options = {"resize": 16, "center_crop": 14, "interpolation": "bicubic", "mean": [0.0], "std": [1.0]}
+    data = begun(Toy(transforms=[RandomResizedCrop(14)], **options))
+    assert data.image_shape == (1, 14, 14)
+    batch = next(iter(data.train_dataloader()))
+    for images, found in zip(batch.raw, data.finish(batch, augment=False).images, strict=True):
+        large = F.interpolate(images[None].float() / 255, (16, 16), mode="bicubic", antialias=True).clamp(0, 1)
+        torch.testing.assert_close(found, large[0, :, 1:15, 1:15])
+    cropped = data.augmentation(batch.raw, batch.draw, None)
+    torch.testing.assert_close(data.finish(batch, augment=True).images, data.normalize(cropped, batch.draw))
+    flipped = begun(Toy(transforms=[RandomHorizontalFlip(1.0)], **options)).finish(batch, augment=True).images
+    torch.testing.assert_close(flipped, data.finish(batch, augment=False).images.flip(3), rtol=1e-4, atol=1e-5)
+    assert data.scaling != begun(Toy(resize=16, mean=[0.0], std=[1.0])).scaling
 
 
 class Unmeasured(Toy):

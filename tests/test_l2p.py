@@ -1,4 +1,5 @@
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from callback_runs import loop
 from pretrained_runs import PretrainedViT, TinyViT, in_tasks
 from torch.nn import functional as F
 
+from cl_lightning.heads import LinearHead
 from cl_lightning.measures import last_accuracy
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.pretrained.l2p import L2P
@@ -51,6 +53,7 @@ def test_where_a_batch_votes_its_samples_take_the_same_prompts():
     strategy = learnt(partial(SMALL, vote="always", low=-1.0, high=1.0)).strategy.eval()
     pool, backbone = strategy.network.backbone.prompts, strategy.network.backbone
     assert not strategy.ranks_agree
+    assert strategy.uses_test_batch
     with torch.no_grad():
         voted = pool.votes(backbone.query(images())).argsort(descending=True, stable=True)[:2]
         scores = strategy.predict(images())
@@ -74,9 +77,20 @@ def test_without_their_term_keys_stay():
     assert float(keys.max()) < 0.01  # as they were drawn
 
 
+def test_without_prompts_logits_are_those_of_a_linear_classifier_on_the_class_token():
+    strategy = learnt(partial(SMALL, readout="token")).strategy.eval().double()
+    network, x = strategy.network, images().double()
+    with torch.no_grad():
+        prompted, plain = network(x).logits, network.head(network.backbone.base(x))
+        assert not torch.allclose(prompted, plain)
+        network.backbone.prompts._enable = lambda enabled: None
+        assert torch.equal(network(x).logits, plain)
+
+
 def test_prompts_that_do_nothing_leave_a_linear_probe_of_the_class_token():
     still = partial(torch.optim.SGD, lr=0.1)
-    options = {"backbone": TinyViT, "optimizer": still}
+    zeros = partial(LinearHead, init_std=0.0)
+    options = {"backbone": TinyViT, "optimizer": still, "head": zeros}
     probe = in_tasks(partial(Finetune, freeze_backbone=True, visible="current", **options), 2)
     made = loop(
         L2P(readout="token", selected=1, length=1, **options),
@@ -91,14 +105,32 @@ def test_prompts_that_do_nothing_leave_a_linear_probe_of_the_class_token():
 
 def test_it_forgets_less_than_fine_tuning():
     plain = in_tasks(partial(Finetune, backbone=PretrainedViT, optimizer=partial(torch.optim.Adam, lr=3e-3)), 5)
-    made = in_tasks(partial(SMALL, backbone=PretrainedViT), 5, max_epochs=3)
+    made = in_tasks(partial(SMALL, backbone=PretrainedViT, length=1), 5, max_epochs=3)
     assert last_accuracy(made.matrix.R_ci) > last_accuracy(plain.matrix.R_ci) + 0.08
 
 
 @pytest.mark.parametrize("options", [{"vote": "never", "readout": "token"}, {"vote": "always"}])
 def test_other_options_pass_the_suite(options):
-    checks = ["seed", "resume", "restores", "options", "data", "bytes"]
-    check_strategy(small(L2P, **options), checks=checks if options["vote"] == "always" else ["trains", *checks])
+    check_strategy(small(L2P, **options), checks=["trains", "seed", "resume", "restores", "options", "data", "bytes"])
+
+
+def test_how_many_prompts_are_in_use_is_logged():
+    rows: list[dict[str, float]] = []
+
+    class Noting(L2P):
+        @property
+        def loggers(self):
+            return [SimpleNamespace(log_metrics=lambda metrics, step: rows.append(metrics))]
+
+    made = learnt(partial(Noting, **{**SMALL.keywords, "vote": "never", "key_weight": 0.0, "low": -1.0, "high": 1.0}))
+    pool, counts = made.strategy.network.backbone.prompts, torch.zeros(6)
+    made.datamodule.begin(made.stream.tasks[0])
+    for batch in made.strategy.statistics_batches():
+        counts += pool.votes(made.strategy.network.backbone.query(batch.images))
+    share = counts / counts.sum()
+    assert [row["prompts/used"] for row in rows if "prompts/used" in row] == [
+        pytest.approx(float(torch.special.entr(share).sum().exp()), rel=1e-3)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,18 @@ def test_scores_are_minus_squared_distances_and_cosines(block_size: int):
     torch.testing.assert_close(cosines, torch.cosine_similarity(features[:, None], means, dim=2))
 
 
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_scores_of_features_in_half_precision_are_not_rounded(metric):
+    store = Prototypes(16)
+    store.update(normal(40, 16).float() + 3, torch.arange(40) % 10, num_classes=11)
+    features = (normal(30, 16, seed=1) + 3).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = store.scores(features, 11, metric)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, store.scores(features.float(), 11, metric))
+    assert (scores[:, 10] == -torch.inf).all()
+
+
 def test_nearest_means_far_from_the_origin_are_told_apart_in_float32_under_autocast():
     means = torch.eye(4) + 1000
     with torch.autocast("cpu", dtype=torch.bfloat16):

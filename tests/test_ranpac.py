@@ -37,6 +37,13 @@ def test_the_ridge_is_one_of_the_candidates_and_the_projection_is_kept():
         assert torch.equal(fresh.eval().predict(images), strategy.eval().predict(images))
 
 
+def test_the_gram_matrix_is_symmetric_and_semi_definite():
+    made = in_tasks(partial(SMALL, adapt=False, projection=64, ridge=1.0), 5)
+    gram = made.strategy.network.head.gram
+    torch.testing.assert_close(gram, gram.T, rtol=0, atol=1e-9)
+    assert torch.linalg.eigvalsh(gram).min() > -1e-9 * gram.diagonal().max()
+
+
 def test_a_random_projection_beats_plain_regression_and_forgets_nothing():
     plain = in_tasks(partial(Finetune, backbone=random_features, optimizer=adam), 5, max_epochs=3)
     without = in_tasks(partial(SMALL, projection=None), 5, max_epochs=3)

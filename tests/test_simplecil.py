@@ -10,7 +10,7 @@ from cl_lightning.backbones import MLP
 from cl_lightning.measures import last_accuracy
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.pretrained.simplecil import SimpleCIL
-from cl_lightning.stream import ClassIncremental
+from cl_lightning.stream import Blurry, ClassIncremental
 
 random_features = partial(MLP, hidden=(256,))
 
@@ -28,6 +28,16 @@ def test_what_is_right_in_the_end_does_not_depend_on_how_the_classes_are_dealt_o
     first, *others = [one.strategy.prototypes.means for one in made]
     for other in others:
         torch.testing.assert_close(other, first, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_means_of_classes_that_come_again_are_those_of_all_their_samples(metric: str):
+    make = partial(SimpleCIL, backbone=random_features, metric=metric)
+    joint = in_tasks(make, 1)
+    blurry = run(make(), data={"scenario": Blurry(tasks=4, disjoint=30, blurry=40)}, max_epochs=1)
+    order = torch.tensor(blurry.stream.order)
+    expected = joint.strategy.prototypes.means[torch.tensor(joint.stream.order).argsort()[order]]
+    torch.testing.assert_close(blurry.strategy.prototypes.means, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_scores_are_cosines_to_the_means_of_raw_features():

@@ -13,7 +13,7 @@ from cl_lightning.schedules import StepsOverPhase
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.baselines.joint import Joint
 from cl_lightning.strategy import ContinualStrategy, Phase
-from cl_lightning.stream import ClassIncremental
+from cl_lightning.stream import Blurry, ClassIncremental
 
 FINETUNE = partial(Finetune, backbone=plain_net, optimizer=sgd)
 
@@ -233,3 +233,22 @@ def test_gradients_are_edited_once_per_step_after_they_are_accumulated_and_befor
     size = sum(parameter.numel() for parameter in made.strategy.parameters())
     for old, new in zip(before, made.strategy.network.backbone.parameters(), strict=True):
         torch.testing.assert_close(old - new, torch.full_like(old, steps * 0.01 / size**0.5), rtol=0.05, atol=1e-6)
+
+
+@pytest.mark.parametrize("scenario", [Blurry(3, 50, 30), ClassIncremental(tasks=5)])
+def test_rows_that_the_loss_of_current_classes_reaches_are_trained_and_no_others(scenario):
+    """Also those of earlier classes that come again."""
+    seen = []
+
+    class Look(Finetune):
+        def on_train_end(self):
+            super().on_train_end()
+            of_task = torch.split(self.task_columns[-1], self.network.head.block_sizes())
+            trained = [bool(block.weight.requires_grad) for block in self.network.head.blocks]
+            seen.append((trained, [bool(columns.any()) for columns in of_task]))
+
+    run(Look(visible="current"), data={"scenario": scenario}, max_epochs=1)
+    assert len(seen) > 2
+    assert all(trained == reached for trained, reached in seen)
+    again = [sum(reached) > 1 for _, reached in seen]
+    assert any(again) == isinstance(scenario, Blurry)

@@ -26,6 +26,7 @@ from cl_lightning.transforms import (
     RandomHorizontalFlip,
     RandomResizedCrop,
     RandomRotation,
+    RandomVerticalFlip,
     ToFloat,
     Transform,
     permute_pixels,
@@ -40,6 +41,7 @@ EXAMPLES: list[Transform] = [
     Normalize([0.5], [0.2]),
     RandomCrop(2, "reflect"),
     RandomHorizontalFlip(),
+    RandomVerticalFlip(),
     AlternatingFlip(),
     RandomResizedCrop(7),
     RandomRotation(40),
@@ -175,6 +177,7 @@ def test_a_config_builds_a_list_of_transforms():
         (lambda: RandomCrop(0), "padding 0"),
         (lambda: RandomCrop(4, "wrap"), "mode wrap"),  # type: ignore[arg-type]
         (lambda: RandomHorizontalFlip(1.5), "p 1.5"),
+        (lambda: RandomVerticalFlip(-0.5), "p -0.5"),
         (lambda: RandomResizedCrop(0), "size 0"),
         (lambda: RandomResizedCrop(8, scale=(0.5, 1.2)), "scale"),
         (lambda: RandomResizedCrop(8, ratio=(2, 1)), "ratio"),
@@ -244,6 +247,8 @@ def test_flips_are_torchvisions_flips_of_the_drawn_rows():
     assert torch.equal(RandomHorizontalFlip(0.3)(images, draw), torch.stack(expected))
     assert torch.equal(RandomHorizontalFlip(0.0)(images, draw), images)
     assert torch.equal(RandomHorizontalFlip(1.0)(images, draw), images.flip(-1))
+    turned = RandomHorizontalFlip(0.3)(images.transpose(-1, -2), draw).transpose(-1, -2)
+    assert torch.equal(RandomVerticalFlip(0.3)(images, draw), turned)
 
 
 def mirrored(indices: Tensor, epoch: int, key: int = 0, seed: int = 0) -> Tensor:

@@ -82,6 +82,7 @@ class EFC(ContinualStrategy):
     family: ClassVar[str] = "exemplar-free"
     paper: ClassVar[str] = "Magistri et al., ICLR 2024, arXiv:2402.03917"
     uses_old_logits = True
+    teacher_measures = True
 
     def __init__(
         self,

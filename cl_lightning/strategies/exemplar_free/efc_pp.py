@@ -85,6 +85,7 @@ class EFCpp(EFC):
                 f"EFCpp: rebalance_epochs={rebalance_epochs}, rebalance_batch_size={rebalance_batch_size}; at least 0 "
                 "and at least 1"
             )
+        self._measured: tuple[Tensor, Tensor] | None = None
         self.rebalance_phase = Phase(
             "rebalance",
             rebalance_epochs,
@@ -116,14 +117,19 @@ class EFCpp(EFC):
         def views(epoch: int) -> tuple[Tensor, Tensor]:
             return self.all_features(augment=mix(self.seed, _VIEWS, self.task.index, epoch))
 
-        return RebalancingFeatures(self.gaussians, views, self.epoch)
+        if self.images_are_augmented:
+            return RebalancingFeatures(self.gaussians, views, self.epoch)
+        same = self.all_features()  # one pass for all epochs
+        return RebalancingFeatures(self.gaussians, lambda epoch: same, self.epoch)
 
     def end_phase(self, phase: Phase) -> None:
         if self.teacher and not phase.on_features:  # the heads are balanced with distributions that are where they must
             self.eval()
-            self.follow_drift(self.features()[0])
+            self._measured = self.features()
+            self.follow_drift(self._measured[0])
             self.train()
 
     def end_task(self, task: Task) -> None:
         ContinualStrategy.end_task(self, task)
-        self.remember(*self.features())
+        measured, self._measured = self._measured, None  # of a backbone that has not moved since; None after a resume
+        self.remember(*(self.features() if measured is None else measured))

@@ -9,11 +9,13 @@ With theta*_k the weights after task k and F_k the diagonal of the Fisher inform
 where the online form has one anchor, the weights after the last task. lambda -> penalty_weight, gamma -> decay. The sum
 over tasks is a single quadratic, kept as one anchor and one importance per weight, with the same value and gradient as
 the list. F_j = E_y (d log p(y|x) / d theta_j)^2 per sample, in eval mode, with y drawn from the prediction
-(``labels="sampled"``, an unbiased estimate) or summed over all classes (``"exact"``).
-Departs from the paper: one head for all classes. The default lambda suits this Fisher information: frameworks that
-square the gradient of a batch's mean get one smaller by about the batch size, and use 5000 or so. A penalty of
-curvature lambda F makes gradient descent diverge where lr * lambda * F > 2: then lower the learning rate or set
-``trainer.gradient_clip_val``. In class-incremental streams EWC alone is known to do little better than fine-tuning.
+(``labels="sampled"``, an unbiased estimate) or summed over all classes (``"exact"``); p is over the classes that the
+cross-entropy of the task was over (``visible``).
+Departs from the paper: one head for all classes. No lambda suits all streams: it grows with what there is to hold and
+falls with the certainty of the network. Frameworks that square the gradient of a batch's mean (``per_sample=False``)
+get a Fisher information smaller by about the batch size, and use 5000 or so. A penalty of curvature lambda F makes
+gradient descent diverge where lr * lambda * F > 2: then lower the learning rate or set ``trainer.gradient_clip_val``.
+In class-incremental streams EWC alone is known to do little better than fine-tuning.
 """
 
 from typing import Any, ClassVar, Literal
@@ -21,8 +23,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from cl_lightning.batch import Batch
-from cl_lightning.consolidation import Consolidation, Labels
+from cl_lightning.consolidation import Consolidation
 from cl_lightning.network import Output
+from cl_lightning.sensitivity import Labels
 from cl_lightning.strategy import ContinualStrategy, Phase
 from cl_lightning.stream import Task
 
@@ -69,6 +72,7 @@ class EWC(ContinualStrategy):
             on=on,
             samples=fisher_samples,
         )
+        self.consolidation.backbone_is_frozen = self.freeze_backbone
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
@@ -86,4 +90,5 @@ class EWC(ContinualStrategy):
 
     def end_task(self, task: Task) -> None:
         super().end_task(task)
-        self.consolidation.end_task(self.network, self.statistics_batches(samples=self.consolidation.samples))
+        batches = self.statistics_batches(samples=self.consolidation.samples)
+        self.consolidation.end_task(self.network, batches, self.visible_columns())

@@ -13,8 +13,9 @@ and a linear classifier is fitted from scratch on the features of the new classe
 The first task ends with the same classifier on its real features. ``nearest="cosine"`` takes the mean of the smallest
 angle instead (PyCIL). Features are un-augmented and not normalised where means are taken.
 Departs from the paper: all vectors of the SVM are normalised (the released script leaves out the first 512). Whether
-those of the fully connected layer are is not told; here they are not, unless ``normalise`` says so. With a pretrained
-backbone and ``freeze_backbone`` the first task trains no backbone either.
+those of the fully connected layer are is not told; here they are not, unless ``normalise`` says so. The first task is
+trained once, where the paper trains it for 90 epochs and for 290 more with AugMix and another optimizer. With a
+pretrained backbone and ``freeze_backbone`` the first task trains no backbone either.
 """
 
 import functools
@@ -32,7 +33,7 @@ from cl_lightning.distributed import rank, world_size
 from cl_lightning.features import FeaturePool
 from cl_lightning.heads import LinearHead
 from cl_lightning.network import Output
-from cl_lightning.prototypes import Metric, Prototypes, class_means
+from cl_lightning.prototypes import Metric, Prototypes, class_means, nearest_mean_scores
 from cl_lightning.schedules import CosineOverPhase
 from cl_lightning.strategy import ContinualStrategy, Phase
 from cl_lightning.stream import Task
@@ -44,10 +45,7 @@ _ROOM = 2**25  # numbers in them, up to which they are kept meanwhile
 
 def nearest_new_class(old: Tensor, new: Tensor, nearest: Metric = "euclidean") -> Tensor:
     """n(c): for each old mean ``(c, d)`` the index ``(c,)`` of the new mean ``(n, d)`` that is nearest."""
-    old, new = old.double(), new.double()
-    if nearest == "cosine":
-        return (F.normalize(old, dim=1) @ F.normalize(new, dim=1).T).argmax(dim=1)
-    return (old.square().sum(dim=1)[:, None] - 2 * old @ new.T + new.square().sum(dim=1)).argmin(dim=1)
+    return nearest_mean_scores(old.double(), new.double(), nearest).argmax(dim=1)
 
 
 class TranslatedFeatures(FeaturePool):

@@ -15,9 +15,10 @@ Departs from the paper: one softmax spans all old classes, since no task id is g
 are trained by the distillation (the survey framework of Masana et al. leaves them out of the optimizer).
 """
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl_lightning.batch import Batch
 from cl_lightning.losses import binary_cross_entropy, lwf_mc_targets, softmax_distillation
@@ -25,6 +26,8 @@ from cl_lightning.network import Output
 from cl_lightning.strategy import ContinualStrategy, Phase, Visible
 from cl_lightning.stream import Task
 from cl_lightning.teacher import Teacher
+
+WARMUP = "warmup"
 
 
 class LwF(ContinualStrategy):
@@ -35,8 +38,8 @@ class LwF(ContinualStrategy):
         temperature: T, above 0.
         form: ``softmax`` for LwF, ``sigmoid`` for LwF.MC.
         scale_by_temperature: Multiply the distillation by T^2.
-        warmup_epochs: Epochs in which the new rows of the head are trained alone, before each task but the first
-            (the paper's warm-up step).
+        warmup_epochs: Epochs in which the new rows of the head are trained alone, before each task with new classes but
+            the first (the paper's warm-up step).
         visible: Of the softmax form; see the base.
         kwargs: Of the base.
     """
@@ -74,7 +77,7 @@ class LwF(ContinualStrategy):
             targets = lwf_mc_targets(batch.labels, output.logits.shape[1], taught)
             return {"bce": binary_cross_entropy(output.logits, targets)}
         terms = {"ce": self.classification_loss(output, batch)}
-        if self.teacher:
+        if self.teacher and self.distill_weight and self.phase.name != WARMUP:
             target = self.teacher(batch.images).logits  # (batch, classes before this task)
             old = output.logits[:, : target.shape[1]]
             terms["distill"] = self.distill_weight * softmax_distillation(
@@ -83,11 +86,16 @@ class LwF(ContinualStrategy):
         return terms
 
     def phases(self, task: Task) -> list[Phase]:
-        warmup = [Phase("warmup", self.warmup_epochs)] if self.warmup_epochs and not task.is_first else []
+        warmup = (
+            [Phase(WARMUP, self.warmup_epochs)] if self.warmup_epochs and task.num_new and not task.is_first else []
+        )
         return [*warmup, Phase()]
 
-    def trainable(self) -> Any:
-        return self.network.head.blocks[-1].parameters() if self.phase.name == "warmup" else super().trainable()
+    def frozen(self) -> Iterable[nn.Module]:
+        return [self.network.backbone] if self.phase.name == WARMUP else super().frozen()
+
+    def trainable(self) -> Iterable[nn.Parameter]:
+        return self.network.head.blocks[-1].parameters() if self.phase.name == WARMUP else super().trainable()
 
     def end_task(self, task: Task) -> None:
         super().end_task(task)

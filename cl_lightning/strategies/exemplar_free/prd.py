@@ -168,7 +168,7 @@ class PRD(ContinualStrategy):
         contrast = supervised_contrastive(rows(embeddings), rows(batch.labels), self.contrast_temperature)
         pulled = cosine_feature_distillation(prototypes[batch.labels], output.features)
         terms = {"contrast": contrast / share, "prototypes": self.prototype_weight * pulled}
-        if (before := self.teacher.network) is not None:
+        if self.distill_weight and (before := self.teacher.network) is not None:
             old = before.head.weight()
             scores = relation_scores(output.features, prototypes[: len(old)])
             taught = relation_scores(self.teacher(batch.images).features, old)

@@ -12,7 +12,8 @@ as one vector, neither squared nor divided by the size of the batch: it grows wi
 first task the last two terms are missing. Predictions are the largest of the C logits of k = 0.
 tau -> temperature, lambda -> prototype_weight, gamma -> distill_weight.
 Over several processes the norm is that of all their rows, but in a batch of less rows than processes, where each takes
-that of its own. The average of the predictions over the turns, which the paper mentions, is left out.
+that of its own; where gradients are accumulated it is that of each batch, which is smaller by the root of their number.
+The average of the predictions over the turns, which the paper mentions, is left out, and so is CBAM in its ResNet-18.
 """
 
 import functools
@@ -27,7 +28,7 @@ from cl_lightning.backbones import ImageShape
 from cl_lightning.batch import Batch
 from cl_lightning.distributed import all_sum, rows_norm, world_size
 from cl_lightning.heads import Head
-from cl_lightning.losses import cross_entropy
+from cl_lightning.losses import cross_entropy, full_precision
 from cl_lightning.network import Output
 from cl_lightning.prototypes import Prototypes
 from cl_lightning.rotations import rotate_batch, rotation_labels
@@ -153,4 +154,4 @@ class PASS(ContinualStrategy):
     def _cross_entropy(self, features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         """Over all 4 C joint columns."""
         joint = torch.cat([logits, self.turned_head(features)], dim=1)
-        return cross_entropy(joint / self.temperature, labels)
+        return cross_entropy(full_precision(joint) / self.temperature, labels)

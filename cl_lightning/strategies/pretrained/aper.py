@@ -11,7 +11,8 @@ Then the class means of both sets of features, side by side, are the classifier,
 
 z is normalised as a whole, so that the longer half weighs more. With a learning rate of 0, and something put in that
 changes nothing at the beginning, it is ``SimpleCIL``. What is put in: an ``Adapter`` (the default, its AdaptFormer),
-``SSF``, ``VPT``, or ``WholeModel`` for its "finetune". ``concatenate=False`` is the ablation with phi* alone.
+``SSF``, ``VPT``, or ``WholeModel`` for its "finetune". ``concatenate=False`` is the ablation with phi* alone. Of a CNN
+its code measures the statistics of batch normalisation anew; here they stay.
 """
 
 import functools

@@ -9,9 +9,10 @@ A frozen transformer f sees an image as it is, for a query q, and again with pre
 Each task adds components, orthogonal to all earlier ones at the beginning, and trains them and its rows of the head;
 earlier components take part as they are. mu -> ortho_weight; q is multiplied by A_m entry by entry.
 The paper has 100 components in all, 10 for each of 10 tasks; here a task adds ``components``, so that the number of
-tasks need not be known. mu = 0 is what the authors recommend since components begin orthogonal; the paper's 0.1 could
-not be verified. New components are orthogonal to all that old ones span, where the code takes off their projections on
-one old one after the other, which is the same until these are trained; beyond the number of dimensions they are random.
+tasks need not be known. mu = 0 is what the authors recommend since components begin orthogonal. Their first release had
+0.1 in its script and a factor of 1e-6 in its penalty: 0.1 here is a million times that.
+New components are orthogonal to all that old ones span, where the code takes off their projections on one old one
+after the other, which is the same until these are trained; beyond the number of dimensions they are random.
 """
 
 import functools

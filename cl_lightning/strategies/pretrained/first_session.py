@@ -5,8 +5,8 @@
     each task a head is solved from sums over z of its images, un-augmented, in eval mode
 
 v -> session_head, its input with ``session_dropout``. What ``peft`` leaves as it is stays in eval mode meanwhile: the
-running statistics of normalisation do not move. APER, FSA and RanPAC are this with different parts, and each of the
-parts can be exchanged in each of them.
+running statistics of normalisation do not move. APER, FSA and RanPAC are this with other parts, of which each can be
+exchanged, but for the head and the features of RanPAC, which make it.
 """
 
 import functools

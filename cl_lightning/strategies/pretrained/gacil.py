@@ -1,13 +1,14 @@
 """G-ACIL, Generalized Analytic Continual Learning (Zhuang et al., NeurIPS 2024, arXiv:2403.15706).
 
-Ridge regression on a fixed random expansion of the features of a frozen backbone f, brought up to date as data come:
+Ridge regression on a fixed random expansion of the features of a frozen backbone f, brought up to date with each task:
 
     phi = ReLU(P^T f(x)),   R = (sum phi phi^T + r I)^-1,   W = R sum phi y^T
     per batch (X rows of phi, Y one-hot):  K = (I + X R X^T)^-1,  R <- R - R X^T K X R,  W <- W + R X^T (Y - X W)
 
 whatever the classes in the batch: it is at any time the joint solution over all samples so far, for classes that come
 again too. r -> ridge, P ~ N(0, 1) with ``projection`` columns. For classes that never come again it is ACIL (Zhuang et
-al., NeurIPS 2022). Each image is seen once, without augmentation.
+al., NeurIPS 2022). Each image is seen once, without augmentation, when its task ends: predictions within a task, which
+the paper also scores (A_AUC), are those of the tasks before.
 Departs from the paper: R begins as I / r (as defined there and in the code; the algorithm box has r I).
 A backbone that is trained on the first task and then frozen: ``FirstSessionAdaptation`` with ``RidgeHead``.
 """

@@ -14,8 +14,9 @@ all processes; predictions are made of each image's own. With ``never`` each ima
 batch, which tells what is in it where test data are sorted by class.
 As in the authors' JAX code prompts come in after the positions, and are M = 10 of L = 10 tokens, N = 4, lambda = 1. The
 ports to PyTorch have prompts before the patches under resized positions (not done here), L = 5, N = 5, lambda = 0.1 and
-values from U(-1, 1). That prompts and keys begin as U(0, 0.01) in JAX could not be verified. ``readout="token"`` reads
-out the class token.
+values from U(-1, 1). In JAX prompts and keys begin as U(0, 0.01), and the head at 0. ``readout="token"`` reads out the
+class token. N L tokens should be few beside those of the image, as 40 are beside 197 in the paper. Few keys may come to
+take all images: ``prompts/used`` is logged in each epoch, e to the entropy of the shares of the prompts, in 1 .. M.
 """
 
 import functools
@@ -28,15 +29,18 @@ from torch import Tensor, nn
 from cl_lightning.backbones import Timm
 from cl_lightning.batch import Batch
 from cl_lightning.distributed import all_sum
+from cl_lightning.heads import LinearHead
 from cl_lightning.network import Output
 from cl_lightning.prompts import PromptedBackbone, PromptPool, most_frequent
-from cl_lightning.strategy import ContinualStrategy
+from cl_lightning.strategy import ContinualStrategy, HeadFactory
 
 Vote = Literal["training", "always", "never"]
 
 
 class L2P(ContinualStrategy):
     """Prompts from a pool, chosen by what a frozen transformer makes of an image.
+
+    With ``vote="always"`` predictions depend on the test batch.
 
     Args:
         pool_size: M, number of prompts.
@@ -47,6 +51,7 @@ class L2P(ContinualStrategy):
         readout: Features are the mean over the ``prompt`` tokens, or the class ``token``.
         low: Least value of prompts and keys at the beginning.
         high: Largest value of them at the beginning.
+        head: Builds the classifier; None for a ``LinearHead`` whose rows begin at 0.
         kwargs: Of the base. The backbone must be a transformer of timm.
     """
 
@@ -66,14 +71,17 @@ class L2P(ContinualStrategy):
         readout: Literal["prompt", "token"] = "prompt",
         low: float = 0.0,
         high: float = 0.01,
+        head: HeadFactory | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(visible="current", freeze_backbone=False, **kwargs)
+        zeros = functools.partial(LinearHead, init_std=0.0)
+        super().__init__(head=head or zeros, visible="current", freeze_backbone=False, **kwargs)
         if key_weight < 0 or vote not in ("training", "always", "never"):
             raise ValueError(
                 f"L2P: key_weight={key_weight}, vote={vote!r}; at least 0, one of training, always and never"
             )
         self.key_weight, self.vote = key_weight, vote
+        self.uses_test_batch = vote == "always"
         self.ranks_agree = vote != "always"  # each process votes on its own part of a batch to predict
         prompts = functools.partial(
             PromptPool, size=pool_size, length=length, selected=selected, readout=readout, low=low, high=high
@@ -101,6 +109,15 @@ class L2P(ContinualStrategy):
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
         ce = self.classification_loss(output, batch)
         return {"ce": ce, "keys": -self.key_weight * self._pool.take_matched()}
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        share = all_sum(self._pool.selections.double())
+        self._pool.selections.zero_()
+        share = share / share.sum().clamp(min=1)
+        used = float(torch.special.entr(share).sum().exp())
+        for logger in self.loggers:
+            logger.log_metrics({"prompts/used": used}, step=self.trainer.global_step)
 
     def predict(self, images: Tensor) -> Tensor:
         if self.vote == "always":

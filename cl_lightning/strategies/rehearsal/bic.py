@@ -151,10 +151,11 @@ class BiC(ContinualStrategy):
             )
         return [Phase()]
 
-    def begin_phase(self, phase: Phase, epochs: int, origin: int) -> None:
-        super().begin_phase(phase, epochs, origin)
-        if phase.name == "bias":
-            self.network.eval()  # the statistics of normalisation layers stay, too
+    def phase_names(self, task: Task) -> list[str]:
+        return ["train", "bias"] if task.num_new and not task.is_first else ["train"]
+
+    def frozen(self) -> Iterable[nn.Module]:
+        return [self.network] if self.phase.name == "bias" else super().frozen()
 
     def select(self, labels: Tensor, replayed: Tensor) -> Tensor | None:
         count = self._count(self.task)

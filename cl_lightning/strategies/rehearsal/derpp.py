@@ -12,11 +12,11 @@ outputs from the start; cross-entropy has pushed those of classes to come down, 
 the lowest logit of z' stands for them (``later``): left free, nothing keeps old samples from the new classes, and DER,
 without labels, loses most of what it has. One forward pass takes all three parts, so that batch normalisation sees them
 together. The mean over the classes makes the best alpha grow with their number.
-In training over several epochs a reservoir fed in ``every`` epoch (the authors' way) takes each epoch's copy of a
-sample for a sample of its own, and holds logits from along the trajectory. Fed in the ``last`` one it holds each sample
-of the stream with equal probability, with the logits of a trained network; fed in the ``first`` one it is the memory of
-``ER``, whose logits are of a network that has not learnt the task.
-(Nothing but the name is shared with Dynamically Expandable Representation, also called DER.)
+In training over several epochs, or steps on each batch, a reservoir fed in ``every`` one (the authors' way) takes each
+copy of a sample for a sample of its own, and holds logits from along the trajectory. Fed in the ``last`` one it holds
+each sample of the stream with equal probability, with the logits of a trained network; fed in the ``first`` one it is
+the memory of ``ER``, whose logits are of a network that has not learnt the task. (Nothing but the name is shared with
+Dynamically Expandable Representation, also called DER.)
 """
 
 from typing import Any, ClassVar, Literal
@@ -114,7 +114,7 @@ class DERpp(ContinualStrategy):
         return terms
 
     def observe(self, batch: Batch) -> None:
-        if {"every": True, "first": self.first_sight, "last": self.epoch == self.phase_epochs - 1}[self.feed]:
+        if {"every": True, "first": self.first_sight, "last": self.last_sight}[self.feed]:
             logits = self._logits
             if logits is None:  # this process has no rows in this step, but takes part in the exchange
                 logits = torch.zeros(0, self.network.head.num_columns, device=self.device)

@@ -8,8 +8,9 @@ A memory of M raw samples is kept. With B the batch of the stream and R samples 
 ``mix="step"`` draws R anew, uniformly and without replacement, at every step, and offers B to the memory after the
 step, un-augmented, so that no sample is replayed in its own first step. In training over several epochs only the first
 one feeds the memory: a reservoir then holds each sample of the stream with equal probability (feeding it in every epoch
-would favour late ones). ``mix="loader"`` shuffles the memory among the data of the task, each sample once per epoch,
-and offers the data to it when the task is over.
+would favour late ones). Where gradients are accumulated a batch is offered after its own backward pass.
+``mix="loader"`` shuffles the memory among the data of the task, each sample once per epoch, and offers the data to it
+when the task is over.
 
 ``policy`` says which samples stay: ``Reservoir`` (uniform over the stream) or ``ClassBalanced`` among others.
 """

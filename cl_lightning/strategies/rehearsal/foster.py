@@ -20,8 +20,9 @@ else is kept but the herded exemplars. lambda -> distill_weight, T -> temperatur
 
 While it is boosted, ``network`` is the large one. Exemplars are chosen by the features of the compressed network, where
 the authors' code takes those of the boosted one, and n_c are counted, where it has 500 for each new class of CIFAR-100.
-The authors' configs give beta 0.96 or 0.94 in the boosting phase, by the length of the stream, and train the second one
-without weight decay: give ``compress_optimizer``. New rows start from torch's default instead of Kaiming's bound. With
+The authors' configs give beta 0.96 or 0.94 in the boosting phase, by the length of the stream, for 20 exemplars of a
+class: beta^n is 0 for hundreds of them, and then all classes weigh the same. They train the second phase without weight
+decay: give ``compress_optimizer``. New rows start from torch's default instead of Kaiming's bound. With
 weight alignment, which their configs leave off, new rows are scaled by gamma alone.
 """
 

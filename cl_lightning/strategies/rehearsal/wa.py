@@ -13,8 +13,8 @@ before the exemplars are chosen and the next teacher is copied. lambda -> distil
 is also a callback for any strategy: ``WeightAlignment``.
 After each step the rows of the head are clipped at 0 (``clip_weights``), so that with features of a ReLU the length of
 a row is the scale of its logit; published re-implementations do without. Biases stay.
-The alignment undoes a bias to the new classes where their rows came out longer. That takes training with weight decay,
-which shortens the old ones: without it, or in a few steps, new rows come out shorter, and alignment makes things worse.
+The alignment undoes a bias to the new classes where their rows came out longer, which takes many steps: in few ones
+they come out shorter, and alignment can make things worse, without ``clip_weights`` above all.
 """
 
 from typing import Any, ClassVar, cast
