@@ -59,6 +59,19 @@ FEW_SHOT = (
     ),
     measures.SECONDS,
 )
+
+
+def of_curves(name: str, title: str) -> measures.Measure:
+    """A measure of continual evaluation."""
+    return measures.Measure(name, title, "percent", True, lambda run: run.curves and run.curves.measures.get(name))
+
+
+GAP = (
+    measures.LAST,
+    of_curves("worst_case_accuracy", "WC-ACC"),
+    of_curves("min_accuracy", "min-ACC"),
+    measures.SECONDS,
+)
 TEST_TIME = (measures.ONLINE, measures.SECONDS, measures.BYTES)
 
 
@@ -160,7 +173,7 @@ METHODS = {
     "FeTrIL": Method("fetril", online=False),
     "PRD": Method("prd", online=False),
     "ER": Method("er", MEMORY),
-    "ER + EMA": Method("er_ema", MEMORY),
+    "ER + EMA": Method("er_ema", f"{MEMORY} --trainer.callbacks.momentum 0.99"),
     "DER++": Method("derpp", MEMORY),
     "A-GEM": Method("agem", MEMORY),
     "GEM": Method("gem", f"{MEMORY} --model.replay_size 100"),
@@ -213,6 +226,16 @@ PROTOCOLS = {
         "memory of 500 where there is one.",
         f"{FASHION} {online(FIVE)} {MLP} --trainer.max_epochs 1",
         online=True,
+    ),
+    "fashion_mlp_gap": Protocol(
+        "Split-Fashion-MNIST, 5 tasks of 2 classes, MLP, online: the stability gap",
+        "As above, evaluated every 25 steps on 100 test images of each task: what the accuracy on old tasks falls to "
+        "when a new one begins, and what a running average of the weights does to that. min-ACC: mean over old tasks "
+        "of the least accuracy after they ended; WC-ACC: worst-case accuracy (De Lange et al., arXiv:2205.13452).",
+        f"{FASHION} {online(FIVE)} {MLP} --trainer.max_epochs 1 --trainer.callbacks+=ContinualEvaluation "
+        "--trainer.callbacks.every_n_steps 25 --trainer.callbacks.samples 100",
+        methods={name: METHODS[name] for name in ("Finetune", "ER", "ER + EMA")},
+        columns=GAP,
     ),
     "fashion_slim": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, slim ResNet-18, offline",
