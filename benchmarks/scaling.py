@@ -34,7 +34,8 @@ from benchmarks.page import table
 from benchmarks.soak import Watch, resident_bytes
 from cl_lightning.backbones import MLP, ResNet32
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.loop import LoopOptions, TaskLoop
+from cl_lightning.loop import TaskLoop
+from cl_lightning.loop_setup import LoopOptions
 from cl_lightning.sources import TensorSource
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.rehearsal.er import ER

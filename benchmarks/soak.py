@@ -26,7 +26,8 @@ from rich.table import Table
 from cl_lightning.commands import quiet
 from cl_lightning.datamodules.digits import Digits
 from cl_lightning.hooks import ContinualCallback
-from cl_lightning.loop import LoopOptions, TaskLoop
+from cl_lightning.loop import TaskLoop
+from cl_lightning.loop_setup import LoopOptions
 from cl_lightning.strategies.rehearsal.er import ER
 from cl_lightning.stream import PermutedDomains
 

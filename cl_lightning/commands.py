@@ -30,7 +30,8 @@ from cl_lightning.callbacks.stream_progress import StreamProgress
 from cl_lightning.cli import COMMANDS, PROGRAM, fail, value_of
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.finite import NotFiniteError
-from cl_lightning.loop import LoopOptions, TaskLoop
+from cl_lightning.loop import TaskLoop
+from cl_lightning.loop_setup import LoopOptions
 from cl_lightning.parsing import Parser, explain, shorten
 from cl_lightning.stopping import Interrupted, is_lost_peer, requeue, slurm_job
 from cl_lightning.strategy import ContinualStrategy

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cl_lightning.distributed import all_gather_rows
-from cl_lightning.memory import Herding, Memory, grouped, herd
+from cl_lightning.memory import Herding, Memory, check_replay, grouped, herd
 from cl_lightning.prototypes import Prototypes
 from cl_lightning.stream import Task
 
@@ -31,10 +31,7 @@ def exemplar_memory(size: int, *, owner: str, visible: str) -> Memory:
     Raises:
         ValueError: If ``visible`` is "current", for exemplars are of earlier tasks.
     """
-    if visible == "current":
-        raise ValueError(
-            f"{owner}: visible is 'current', but exemplars of earlier tasks are replayed; use 'all' or 'task'"
-        )
+    check_replay(owner, visible)
     return Memory(size, Herding(by="both"))
 
 

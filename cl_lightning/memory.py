@@ -23,6 +23,25 @@ _OWN = ("images", "labels", "tasks", "keys")
 _SCALARS = ("num_seen", "size")
 
 
+def check_replay(owner: str, visible: str, replay_size: int | None = None) -> None:
+    """Tell of options with which samples of earlier tasks cannot be replayed.
+
+    Args:
+        owner: Names the strategy in errors.
+        visible: Logits that its classification loss sees.
+        replay_size: Samples drawn at a time; None for the default.
+
+    Raises:
+        ValueError: If ``visible`` is "current", or fewer than one sample is drawn.
+    """
+    if visible == "current":
+        raise ValueError(
+            f"{owner}: visible is 'current', but samples of earlier tasks are replayed; use 'all' or 'task'"
+        )
+    if replay_size is not None and replay_size < 1:
+        raise ValueError(f"{owner}: replay_size is {replay_size}; it must be at least 1, or null for the default")
+
+
 class Policy(ABC):
     """Which samples a full memory keeps."""
 

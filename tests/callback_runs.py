@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from cl_lightning.backbones import MLP, Backbone, ImageShape
 from cl_lightning.datamodules.digits import Digits
-from cl_lightning.loop import LoopOptions, TaskLoop
+from cl_lightning.loop import TaskLoop
+from cl_lightning.loop_setup import LoopOptions
 from cl_lightning.strategy import ContinualStrategy
 from cl_lightning.stream import ClassIncremental
 

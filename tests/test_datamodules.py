@@ -30,7 +30,8 @@ from cl_lightning.datamodules.folder import ImageFolder, share
 from cl_lightning.datamodules.mnist import SplitFashionMNIST, SplitMNIST
 from cl_lightning.datamodules.npz import NpzData
 from cl_lightning.datamodules.torchvision_data import TorchvisionData, held_out
-from cl_lightning.loop import LoopOptions, TaskLoop
+from cl_lightning.loop import TaskLoop
+from cl_lightning.loop_setup import LoopOptions
 from cl_lightning.memory import Memory, Ring
 from cl_lightning.sources import DecodedSource, FileSource, TensorSource
 from cl_lightning.strategies.baselines.finetune import Finetune

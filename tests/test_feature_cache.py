@@ -12,7 +12,8 @@ from torch import nn
 from cl_lightning.backbones import MLP, Backbone
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.feature_cache import FeatureCache, FeatureStore, identities
-from cl_lightning.loop import LoopOptions, TaskLoop
+from cl_lightning.loop import TaskLoop
+from cl_lightning.loop_setup import LoopOptions
 from cl_lightning.sources import TensorSource
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.fetril import FeTrIL

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 
 from cl_lightning.callbacks.importance_penalty import ImportancePenalty
 from cl_lightning.finite import NotFiniteError
-from cl_lightning.loop import LoopOptions
+from cl_lightning.loop_setup import LoopOptions
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.rehearsal.gem import AGEM
 

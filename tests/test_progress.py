@@ -15,7 +15,8 @@ from cl_lightning.callbacks.stream_progress import StreamProgress, clock_time
 from cl_lightning.cli import main
 from cl_lightning.datamodules.digits import Digits
 from cl_lightning.hooks import Progress
-from cl_lightning.loop import LoopOptions, TaskLoop
+from cl_lightning.loop import TaskLoop
+from cl_lightning.loop_setup import LoopOptions
 from cl_lightning.strategies.exemplar_free.lwf import LwF
 from cl_lightning.strategies.pretrained.simplecil import SimpleCIL
 from cl_lightning.strategy import ContinualStrategy

@@ -21,7 +21,8 @@ from torch import Tensor
 from cl_lightning.backbones import ImageShape
 from cl_lightning.batch import Batch
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.loop import LoopOptions, TaskLoop
+from cl_lightning.loop import TaskLoop
+from cl_lightning.loop_setup import LoopOptions
 from cl_lightning.sources import Source, TensorSource
 from cl_lightning.strategy import ContinualStrategy
 from cl_lightning.stream import ClassIncremental, Stream

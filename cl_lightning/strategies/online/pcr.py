@@ -28,7 +28,7 @@ from cl_lightning.batch import Batch, cat
 from cl_lightning.distributed import all_sum
 from cl_lightning.heads import CosineHead
 from cl_lightning.losses import full_precision
-from cl_lightning.memory import Memory, Policy
+from cl_lightning.memory import Memory, Policy, check_replay
 from cl_lightning.network import Output
 from cl_lightning.strategy import ContinualStrategy, HeadFactory
 from cl_lightning.transforms import (
@@ -106,8 +106,7 @@ class PCR(ContinualStrategy):
             raise ValueError(
                 f"PCR: visible is {self.visible!r}, but the step decides which classes are seen; use 'all'"
             )
-        if replay_size is not None and replay_size < 1:
-            raise ValueError(f"PCR: replay_size is {replay_size}; it must be at least 1, or null for the batch size")
+        check_replay("PCR", self.visible, replay_size)
         self.memory = Memory(memory_size, policy)
         self.transforms = None if transforms is None else Compose(transforms)
         self.replay_size = replay_size

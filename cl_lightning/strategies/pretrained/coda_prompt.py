@@ -21,15 +21,14 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from cl_lightning.backbones import Timm
 from cl_lightning.batch import Batch
 from cl_lightning.network import Output
-from cl_lightning.prompts import DecomposedPrompts, PromptedBackbone
-from cl_lightning.strategy import ContinualStrategy
+from cl_lightning.prompts import DecomposedPrompts
+from cl_lightning.strategies.pretrained.prompted import PromptedStrategy, tiny_transformer
 from cl_lightning.stream import Task
 
 
-class CODAPrompt(ContinualStrategy):
+class CODAPrompt(PromptedStrategy):
     """Prefixes made of components that each task adds to, in a frozen transformer.
 
     Args:
@@ -37,13 +36,11 @@ class CODAPrompt(ContinualStrategy):
         length: Of a prompt, even: half of it keys, half of it values.
         blocks: Indices of the blocks that get prefixes.
         ortho_weight: mu, at least 0.
-        kwargs: Of the base. The backbone must be a transformer of timm.
+        kwargs: Of ``PromptedStrategy``.
     """
 
     family: ClassVar[str] = "pretrained"
     paper: ClassVar[str] = "Smith et al., CVPR 2023, arXiv:2211.13218"
-    needs_pretrained: ClassVar[bool] = True
-    plain_first_task = False
 
     def __init__(
         self,
@@ -54,27 +51,26 @@ class CODAPrompt(ContinualStrategy):
         ortho_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(visible="current", freeze_backbone=False, **kwargs)
         if components < 1 or ortho_weight < 0:
             raise ValueError(
                 f"CODAPrompt: components={components}, ortho_weight={ortho_weight}; at least 1, at least 0"
             )
+        super().__init__(prompts=functools.partial(DecomposedPrompts, length=length, blocks=list(blocks)), **kwargs)
         self.components, self.ortho_weight = components, ortho_weight
-        prompts = functools.partial(DecomposedPrompts, length=length, blocks=list(blocks))
-        self.build_backbone = functools.partial(PromptedBackbone, backbone=self.build_backbone, prompts=prompts)
 
     @classmethod
     def conformance_options(cls) -> dict[str, Any]:
-        size = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
-        backbone = functools.partial(Timm, name="vit_tiny_patch16_224", kwargs=size)
-        return {"backbone": backbone, "components": 2, "length": 4, "blocks": (0, 1), "ortho_weight": 0.1}
+        return {
+            "backbone": tiny_transformer(),
+            "components": 2,
+            "length": 4,
+            "blocks": (0, 1),
+            "ortho_weight": 0.1,
+        }
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
         self._prompts.grow(self.components)
-
-    def frozen(self) -> Iterable[nn.Module]:
-        return [self._backbone.base]
 
     def trainable(self) -> Iterable[nn.Parameter]:
         newest = {id(parameter) for parameter in self._prompts.newest()}
@@ -88,9 +84,5 @@ class CODAPrompt(ContinualStrategy):
         return terms
 
     @property
-    def _backbone(self) -> PromptedBackbone:
-        return cast(PromptedBackbone, self.network.backbone)
-
-    @property
     def _prompts(self) -> DecomposedPrompts:
-        return cast(DecomposedPrompts, self._backbone.prompts)
+        return cast(DecomposedPrompts, self.prompted.prompts)

@@ -20,24 +20,23 @@ take all images: ``prompts/used`` is logged in each epoch, e to the entropy of t
 """
 
 import functools
-from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cl_lightning.backbones import Timm
 from cl_lightning.batch import Batch
 from cl_lightning.distributed import all_sum
 from cl_lightning.heads import LinearHead
 from cl_lightning.network import Output
-from cl_lightning.prompts import PromptedBackbone, PromptPool, most_frequent
-from cl_lightning.strategy import ContinualStrategy, HeadFactory
+from cl_lightning.prompts import PromptPool, most_frequent
+from cl_lightning.strategies.pretrained.prompted import PromptedStrategy, tiny_transformer
+from cl_lightning.strategy import HeadFactory
 
 Vote = Literal["training", "always", "never"]
 
 
-class L2P(ContinualStrategy):
+class L2P(PromptedStrategy):
     """Prompts from a pool, chosen by what a frozen transformer makes of an image.
 
     With ``vote="always"`` predictions depend on the test batch.
@@ -52,13 +51,11 @@ class L2P(ContinualStrategy):
         low: Least value of prompts and keys at the beginning.
         high: Largest value of them at the beginning.
         head: Builds the classifier; None for a ``LinearHead`` whose rows begin at 0.
-        kwargs: Of the base. The backbone must be a transformer of timm.
+        kwargs: Of ``PromptedStrategy``.
     """
 
     family: ClassVar[str] = "pretrained"
     paper: ClassVar[str] = "Wang et al., CVPR 2022, arXiv:2112.08654"
-    needs_pretrained: ClassVar[bool] = True
-    plain_first_task = False
 
     def __init__(
         self,
@@ -74,34 +71,27 @@ class L2P(ContinualStrategy):
         head: HeadFactory | None = None,
         **kwargs: Any,
     ) -> None:
-        zeros = functools.partial(LinearHead, init_std=0.0)
-        super().__init__(head=head or zeros, visible="current", freeze_backbone=False, **kwargs)
         if key_weight < 0 or vote not in ("training", "always", "never"):
             raise ValueError(
                 f"L2P: key_weight={key_weight}, vote={vote!r}; at least 0, one of training, always and never"
             )
-        self.key_weight, self.vote = key_weight, vote
-        self.uses_test_batch = vote == "always"
-        self.ranks_agree = vote != "always"  # each process votes on its own part of a batch to predict
         prompts = functools.partial(
             PromptPool, size=pool_size, length=length, selected=selected, readout=readout, low=low, high=high
         )
-        self.build_backbone = functools.partial(PromptedBackbone, backbone=self.build_backbone, prompts=prompts)
+        super().__init__(prompts=prompts, head=head or functools.partial(LinearHead, init_std=0.0), **kwargs)
+        self.key_weight, self.vote = key_weight, vote
+        self.uses_test_batch = vote == "always"
+        self.ranks_agree = vote != "always"  # each process votes on its own part of a batch to predict
 
     @classmethod
     def conformance_options(cls) -> dict[str, Any]:
-        size = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
-        backbone = functools.partial(Timm, name="vit_tiny_patch16_224", kwargs=size)
-        return {"backbone": backbone, "pool_size": 5, "length": 2, "selected": 2}
-
-    def frozen(self) -> Iterable[nn.Module]:
-        return [self._backbone.base]
+        return {"backbone": tiny_transformer(), "pool_size": 5, "length": 2, "selected": 2}
 
     def prepare(self, batch: Batch) -> Batch:
         if self.vote != "never":
             votes = torch.zeros(len(self._pool.keys), dtype=torch.int64, device=self.device)
             if len(batch):
-                votes += self._pool.votes(self._backbone.look_ahead(batch.images))
+                votes += self._pool.votes(self.prompted.look_ahead(batch.images))
             choice = most_frequent(all_sum(votes), self._pool.selected)
             self._pool.choice = choice if len(batch) else None  # without samples there is no pass that takes it
         return batch
@@ -121,14 +111,10 @@ class L2P(ContinualStrategy):
 
     def predict(self, images: Tensor) -> Tensor:
         if self.vote == "always":
-            votes = self._pool.votes(self._backbone.look_ahead(images))
+            votes = self._pool.votes(self.prompted.look_ahead(images))
             self._pool.choice = most_frequent(votes, self._pool.selected)
         return super().predict(images)
 
     @property
-    def _backbone(self) -> PromptedBackbone:
-        return cast(PromptedBackbone, self.network.backbone)
-
-    @property
     def _pool(self) -> PromptPool:
-        return cast(PromptPool, self._backbone.prompts)
+        return cast(PromptPool, self.prompted.prompts)

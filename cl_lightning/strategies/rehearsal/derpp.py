@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cl_lightning.batch import Batch, cat
 from cl_lightning.losses import LaterLogits, logit_matching
-from cl_lightning.memory import Memory, Policy
+from cl_lightning.memory import Memory, Policy, check_replay
 from cl_lightning.network import Output
 from cl_lightning.strategy import ContinualStrategy
 
@@ -69,10 +69,7 @@ class DERpp(ContinualStrategy):
         name = type(self).__name__
         if logit_weight < 0 or label_weight < 0:
             raise ValueError(f"{name}: logit_weight={logit_weight}, label_weight={label_weight}; at least 0 is allowed")
-        if self.visible == "current" and label_weight > 0:
-            raise ValueError(f"{name}: visible is 'current', but earlier classes are replayed; use 'all' or 'task'")
-        if replay_size is not None and replay_size < 1:
-            raise ValueError(f"{name}: replay_size is {replay_size}; it must be at least 1, or null for the batch size")
+        check_replay(name, self.visible if label_weight > 0 else "all", replay_size)  # without labels, any will do
         if feed not in ("every", "first", "last"):
             raise ValueError(f"{name}: feed is {feed!r}; use 'every', 'first' or 'last'")
         if later not in ("lowest", "zero", "free"):

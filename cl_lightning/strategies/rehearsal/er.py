@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from cl_lightning.batch import Batch, cat
-from cl_lightning.memory import Memory, Policy
+from cl_lightning.memory import Memory, Policy, check_replay
 from cl_lightning.network import Output
 from cl_lightning.strategy import ContinualStrategy
 from cl_lightning.stream import Task
@@ -53,12 +53,9 @@ class ER(ContinualStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if self.visible == "current":
-            raise ValueError("ER: visible is 'current', but samples of earlier tasks are replayed; use 'all' or 'task'")
+        check_replay("ER", self.visible, replay_size)
         if mix not in ("step", "loader") or reduction not in ("joint", "sum"):
             raise ValueError(f"ER: mix={mix!r}, reduction={reduction!r}; use step or loader, and joint or sum")
-        if replay_size is not None and replay_size < 1:
-            raise ValueError(f"ER: replay_size is {replay_size}; it must be at least 1, or null for the batch size")
         self.memory = Memory(memory_size, policy)
         self.mix, self.replay_size, self.reduction = mix, replay_size, reduction
         self._part_weights = {"ce": 1.0, "replay": 1.0}

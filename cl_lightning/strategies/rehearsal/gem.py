@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from cl_lightning.batch import Batch, Draw
 from cl_lightning.distributed import all_sum
-from cl_lightning.memory import Memory, Policy, Ring
+from cl_lightning.memory import Memory, Policy, Ring, check_replay
 from cl_lightning.network import Output
 from cl_lightning.strategy import ContinualStrategy
 
@@ -130,11 +130,7 @@ class _EpisodicMemory(ContinualStrategy):
         self, *, memory_size: int = 500, replay_size: int | None = None, policy: Policy | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        name = type(self).__name__
-        if self.visible == "current":
-            raise ValueError(f"{name}: visible is 'current', but the memory is of earlier tasks; use 'all' or 'task'")
-        if replay_size is not None and replay_size < 1:
-            raise ValueError(f"{name}: replay_size is {replay_size}; it must be at least 1, or null for its default")
+        check_replay(type(self).__name__, self.visible, replay_size)
         self.memory = Memory(memory_size, policy or Ring(by="task"))
         self.replay_size = replay_size
 
@@ -160,7 +156,7 @@ class _EpisodicMemory(ContinualStrategy):
             parameter.grad = part.copy_(values.view_as(part))  # in place: with DDP it may be a part of a bucket
 
     def reference_gradient(self, replay: Batch) -> Tensor:
-        """Gradient ``(P,)`` of the mean loss on samples of the memory, over all processes; each gives its share.
+        """This process's part ``(P,)`` of the gradient of the mean loss on samples of the memory.
 
         ``autograd.grad`` leaves alone what the step has gathered, and the hooks by which DDP exchanges it.
         """
@@ -177,7 +173,7 @@ class _EpisodicMemory(ContinualStrategy):
             if len(replay) != replay.draw.total:
                 gradient *= len(replay) / replay.draw.total
             self.samples_in_step = (self.samples_in_step or 0) + len(replay)
-        return all_sum(gradient)
+        return gradient
 
     def observe(self, batch: Batch) -> None:
         if self.first_sight:
@@ -228,7 +224,9 @@ class GEM(_EpisodicMemory):
         past = [self.reference_gradient(replay) for replay in replays if replay.draw.total]
         if not past:
             return gradient
-        return gem_projection(gradient, torch.stack(past), memory_strength=self.memory_strength, ridge=self.ridge)
+        return gem_projection(
+            gradient, all_sum(torch.stack(past)), memory_strength=self.memory_strength, ridge=self.ridge
+        )
 
 
 class AGEM(_EpisodicMemory):
@@ -250,4 +248,4 @@ class AGEM(_EpisodicMemory):
 
     def projected(self, gradient: Tensor, draw: Draw) -> Tensor:
         replay = self.memory.sample(self.replay_size or draw.total, draw, tasks=range(self.task.index))
-        return agem_projection(gradient, self.reference_gradient(replay)) if replay.draw.total else gradient
+        return agem_projection(gradient, all_sum(self.reference_gradient(replay))) if replay.draw.total else gradient
