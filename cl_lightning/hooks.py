@@ -65,7 +65,7 @@ class Progress:
         tasks: Number of tasks, up to the one that the run stops after.
         phase: Index of the phase in its task.
         phases: Number of phases of the task.
-        work: Samples, times epochs, that the phase trains on.
+        work: Samples, times epochs, that the phase trains on; features count as a fiftieth of an image.
         ahead: The same from here to the end of the run; later tasks are taken to have the phases of this one.
         accuracy: Average accuracy after the last finished task, in [0, 1]; None before.
     """

@@ -291,4 +291,6 @@ def _subclasses(base: type) -> list[type]:
     for member in base.__subclasses__():
         found += [] if inspect.isabstract(member) else [member]
         found += _subclasses(member)
+    # A strategy without a family is a base of others.
+    found = [member for member in found if getattr(member, "family", None) != ""]
     return [m for m in found if not m.__name__.startswith("_") and "<locals>" not in m.__qualname__]

@@ -17,6 +17,7 @@ from cl_lightning.datamodules.digits import Digits
 from cl_lightning.hooks import Progress
 from cl_lightning.loop import TaskLoop
 from cl_lightning.loop_setup import LoopOptions
+from cl_lightning.strategies.exemplar_free.fetril import FeTrIL
 from cl_lightning.strategies.exemplar_free.lwf import LwF
 from cl_lightning.strategies.pretrained.simplecil import SimpleCIL
 from cl_lightning.strategy import ContinualStrategy
@@ -224,3 +225,16 @@ def test_a_test_of_a_checkpoint_shows_how_far_its_pass_is():
     strategy: Any = SimpleNamespace(task=SimpleNamespace(index=0, name="task 0"), progress=None)
     assert re.fullmatch(r"evaluation ━{30} 3/4", bar.line(strategy, "evaluation", 3, 4).plain)
     assert bar.line(strategy, "evaluation", 0, 0).plain == "evaluation"
+
+
+def test_an_epoch_on_features_counts_as_a_small_part_of_one_on_images():
+    noted: list[tuple[str, float]] = []
+
+    class Noting(StreamProgress):
+        def on_train_start(self, trainer, pl_module):
+            super().on_train_start(trainer, pl_module)
+            noted.append((pl_module.phase.name, pl_module.progress.work))
+
+    learn(Noting(), FeTrIL(classifier="fc", head_epochs=50))
+    assert [name for name, _ in noted] == ["train", "head", "head", "head"]
+    assert noted[0][1] / noted[1][1] == pytest.approx(2 / (50 * 0.02))

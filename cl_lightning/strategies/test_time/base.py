@@ -19,6 +19,7 @@ then is evaluated on the test samples of the stream, and learns nothing from the
 """
 
 import fnmatch
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, Self
 
@@ -107,12 +108,12 @@ class OptimizerState(Kept):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-class OutputHead:
+class OutputHead(ABC):
     """Makes scores of a batch from the features and scores that a method has for it; trains nothing."""
 
+    @abstractmethod
     def __call__(self, output: Output) -> Tensor:
         """Scores ``(B, classes)`` of this process's rows, of features ``(B, d)`` and scores ``(B, classes)``."""
-        raise NotImplementedError
 
 
 class TestTimeAdaptation(ContinualStrategy):
