@@ -159,6 +159,41 @@ def test_the_second_stage_changes_the_newest_pair_and_nothing_else():
     assert later["network.backbone.layers.2.running_mean"].ne(earlier["network.backbone.layers.2.running_mean"]).any()
 
 
+def test_validation_in_the_second_stage_leaves_the_network_as_it_is_to_the_bit():
+    validated, modes = [], []
+
+    class Validated(Watch):
+        def on_train_batch_start(self, trainer, strategy, batch, batch_idx):
+            if strategy.phase.name == "bias":
+                modes.append(any(module.training for module in strategy.network.modules()))
+
+        def on_validation_end(self, trainer, strategy):
+            validated.append((strategy.task.index, strategy.phase.name))
+
+    watch = Validated()
+    strategy = BiC(backbone=NormNet, optimizer=sgd, memory_size=60, bias_epochs=3)
+    run(strategy, watch, data={"val_fraction": 0.2}, max_epochs=2)
+    for task in (1, 2):
+        assert validated.count((task, "bias")) == 3
+        before, after = (
+            {name: value for name, value in watch.states[task, phase].items() if name.startswith("network.")}
+            for phase in ("train", "bias")
+        )
+        assert "network.backbone.layers.2.running_mean" in before
+        assert_same(before, after)
+        assert not torch.equal(watch.states[task, "bias"][f"pairs.values.{task}"], torch.tensor([1.0, 0.0]))
+    assert modes
+    assert not any(modes)
+
+
+def test_epochs_of_the_second_stage_can_be_those_of_the_loop_and_nothing_is_said_of_exemplars_before():
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        made = run(SMALL(bias_epochs=5), options={"phase_epochs": {"bias": 2}}, max_epochs=1)
+    assert [task.epochs for task in made.meter.tasks] == [{"train": 1}, *[{"train": 1, "bias": 2}] * 2]
+    assert not [warning for warning in told if "exemplars" in str(warning.message)]
+
+
 def test_predictions_are_those_of_corrected_logits():
     strategy = run(SMALL(), max_epochs=1).strategy.eval()
     images = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,10 @@
+from functools import partial
+
 import pytest
 import torch
 from adaptation_runs import adapt, batches, scores, source_network, stream, watching
 from torch import nn
+from torch.nn import functional as F
 
 from cl_lightning.discovery import methods
 from cl_lightning.strategies.test_time.bn_adapt import BNAdapt
@@ -37,6 +40,40 @@ def test_moving_statistics_move_and_then_predict():
             expected.append(plain.eval()(images).logits)
     torch.testing.assert_close(scores(strategy), torch.cat(expected), rtol=1e-4, atol=1e-4)
     assert not strategy.uses_test_batch  # those that are not of the stream are predicted by statistics that are there
+
+
+def mixed(share):
+    """The source network with statistics ``(1 - a) S + a B``, in plain torch."""
+    net = source_network("source")
+
+    def forward(norm, x):
+        mean = (1 - share) * norm.running_mean + share * x.mean((0, 2, 3))
+        var = (1 - share) * norm.running_var + share * x.var((0, 2, 3), unbiased=False)
+        return F.batch_norm(x, mean, var, norm.weight, norm.bias, eps=norm.eps)
+
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.forward = partial(forward, module)
+    return net
+
+
+def test_a_mix_is_its_formula_in_the_stream_and_in_evaluation():
+    class Noting(BNAdapt):
+        def predict(self, images):
+            found = super().predict(images)
+            tested.append((images, found))
+            return found
+
+    tested = []
+    strategy = watching(Noting, statistics="mix", alpha=0.3)
+    made = adapt(strategy)
+    plain = mixed(0.3)
+    with torch.no_grad():
+        expected = [plain(images).logits for images, _ in batches(made.datamodule)]
+        torch.testing.assert_close(scores(strategy), torch.cat(expected), rtol=1e-4, atol=1e-4)
+        for images, found in tested[-2:]:  # of the evaluation after the last domain
+            torch.testing.assert_close(found, plain(images).logits, rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(found, source_network("source")(images).logits, rtol=1e-2, atol=1e-2)
 
 
 def test_small_batches_need_the_statistics_of_the_source():

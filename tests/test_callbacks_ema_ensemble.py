@@ -1,15 +1,21 @@
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from callback_runs import NormNet, assert_resumes, assert_same, assert_same_run, loop, plain_net, run, sgd
 
+from cl_lightning.backbones import MLP
+from cl_lightning.callbacks.continual_evaluation import ContinualEvaluation
 from cl_lightning.callbacks.ema_ensemble import EMAEnsemble
 from cl_lightning.heads import LinearHead, PrototypeHead
 from cl_lightning.hooks import ContinualCallback
+from cl_lightning.measures import last_accuracy
 from cl_lightning.network import Network
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.lwf import LwF
+from cl_lightning.strategies.rehearsal.er import ER
+from cl_lightning.stream import ClassIncremental, Online
 
 
 def finetune(**options):
@@ -66,6 +72,45 @@ def test_the_average_is_the_sum_of_its_definition(warmup_steps, accumulate):
     for name, value in ema.average.items():
         torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(value, look.tested[-1][name], rtol=0, atol=0)
+
+
+def in_double():
+    """What an average is taken of, apart from a run."""
+    head = LinearHead(16)
+    head.grow(3)
+    return SimpleNamespace(network=Network(NormNet((1, 8, 8)), head).double(), task=None)
+
+
+def take_a_step(ema, strategy):
+    ema.on_train_batch_end(SimpleNamespace(global_step=ema.updates + 1), strategy, None, None, 0)
+
+
+@pytest.mark.parametrize("momentum", [0.3, 0.95, 0.999])
+def test_weights_that_do_not_move_leave_the_average_as_it_is_to_the_bit(momentum):
+    ema, strategy = EMAEnsemble(momentum=momentum, warmup_steps=0), in_double()
+    ema.on_fit_start(None, strategy)
+    for _ in range(30):
+        take_a_step(ema, strategy)
+    live = strategy.network.state_dict()
+    assert ema.updates == 30
+    assert_same(ema.average, {name: value for name, value in live.items() if value.is_floating_point()})
+
+
+@pytest.mark.parametrize("momentum", [0.3, 0.95])
+def test_the_average_of_n_steps_is_its_closed_form(momentum):
+    ema, strategy = EMAEnsemble(momentum=momentum, warmup_steps=0), in_double()
+    ema.on_fit_start(None, strategy)
+    live, generator, n = strategy.network.state_dict(), torch.Generator().manual_seed(0), 25
+    thetas = [{name: value.clone() for name, value in ema.average.items()}]
+    for _ in range(n):
+        for name in ema.average:
+            live[name].copy_(torch.rand(live[name].shape, generator=generator, dtype=torch.float64))
+        thetas.append({name: live[name].clone() for name in ema.average})
+        take_a_step(ema, strategy)
+    m = momentum
+    for name, value in ema.average.items():
+        expected = m**n * thetas[0][name] + (1 - m) * sum(m ** (n - k) * thetas[k][name] for k in range(1, n + 1))
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-15)
 
 
 def test_momentum_0_is_the_live_network():
@@ -163,6 +208,19 @@ def test_weights_that_a_strategy_rewrites_at_the_end_of_a_task_enter_as_they_are
     changed = {name for name in tested if not torch.equal(tested[name], live[name])}
     assert "head.blocks.2.weight" not in changed
     assert {"head.blocks.2.bias", "head.blocks.0.weight", "backbone.layers.1.weight"} <= changed
+
+
+def test_it_closes_the_stability_gap_of_replay_on_a_stream_that_is_seen_once():
+    data = {"scenario": Online(ClassIncremental(tasks=5), batch_size=10)}
+    lowest, last = [], []
+    for averages in ([], [EMAEnsemble(momentum=0.95)]):
+        watch = ContinualEvaluation(every_n_steps=1)
+        er = ER(backbone=partial(MLP, hidden=(64,)), optimizer=partial(torch.optim.SGD, lr=0.1), memory_size=200)
+        made = run(er, watch, *averages, data=data)
+        lowest.append(watch.measures(4)["min_accuracy"])
+        last.append(last_accuracy(made.matrix.R_ci))
+    assert lowest[1] > lowest[0] + 0.2
+    assert last[1] > last[0] - 0.05
 
 
 class BrokenError(Exception):

@@ -3,12 +3,14 @@ import json
 import forks
 import pytest
 import torch
-from callback_runs import NormNet, assert_resumes, assert_same, assert_same_run, run, sgd
+from callback_runs import NormNet, assert_resumes, assert_same, assert_same_run, loop, run, sgd
 
+from cl_lightning import measures
 from cl_lightning.callbacks.continual_evaluation import ContinualEvaluation
 from cl_lightning.callbacks.ema_ensemble import EMAEnsemble
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.rehearsal.er import ER
+from cl_lightning.stream import ClassIncremental
 
 
 def er(**options):
@@ -136,6 +138,44 @@ def test_worst_case_is_never_above_the_average_and_more_evaluations_find_a_lower
 
 def test_a_resumed_run_has_the_curves_of_one_that_was_not_interrupted(tmp_path):
     assert_resumes(lambda: (er(), [ContinualEvaluation(every_n_steps=3, samples=30)]), tmp_path)
+
+
+def test_measures_of_a_task_are_taken_once_however_often_they_are_asked_for(tmp_path, monkeypatch):
+    calls, area = [], measures.lca
+    monkeypatch.setattr(measures, "lca", lambda *given: calls.append(given) or area(*given))
+    made = ContinualEvaluation(every_n_steps=3, samples=20)
+    done = run(er(), made, folder=tmp_path, data={"scenario": ClassIncremental(tasks=5)}, max_epochs=1)
+    assert all(done.results()["continual_evaluation"] == made.results() for _ in range(3))
+    assert len(calls) == 2 * 5  # with the task known, and without
+
+
+def test_a_run_that_went_on_from_a_checkpoint_has_the_results_of_one_that_did_not_stop(tmp_path):
+    whole, first, second, loaded = (ContinualEvaluation(every_n_steps=3, samples=30) for _ in range(4))
+    run(er(), whole)
+    run(er(), first, folder=tmp_path, options={"stop_after_task": 1})
+    loop(er(), second, folder=tmp_path).fit("last")
+    loaded.load_state_dict(whole.state_dict())
+    assert len(whole.results()["measures_per_task"]) == 3
+    assert second.results() == loaded.results() == whole.results()
+
+
+def test_curves_and_state_are_those_of_a_plain_loop_over_the_counts():
+    made = ContinualEvaluation(every_n_steps=4, samples=30)
+    run(er(), made)
+    assert [len(counts) for counts in made.counts] == [task + 1 for task in made.tasks]
+    table = torch.full((len(made.steps), 3, 2), -1, dtype=torch.int32)
+    for place, counts in enumerate(made.counts):
+        for task, pair in enumerate(counts.tolist()):
+            table[place, task] = torch.tensor(pair)
+    assert torch.equal(made.state_dict()["counts"], table)
+    for known in (0, 1):
+        expected = [
+            [count / total if count >= 0 else torch.nan for count, total in zip(row, made.totals.tolist(), strict=True)]
+            for row in table[:, :, known].tolist()
+        ]
+        expected = torch.tensor(expected, dtype=torch.float64)
+        found = made.curves(task_aware=bool(known))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_it_evaluates_what_an_ensemble_puts_in_place_of_the_weights():

@@ -1,5 +1,6 @@
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from callback_runs import assert_same_run, plain_net, run, sgd
@@ -10,7 +11,7 @@ from cl_lightning.memory import valid_columns
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.rehearsal.derpp import DER, DERpp
 from cl_lightning.strategies.rehearsal.er import ER
-from cl_lightning.stream import ClassIncremental
+from cl_lightning.stream import ClassIncremental, Online
 from cl_lightning.testing import check_strategy, small
 
 SMALL = partial(DERpp, backbone=plain_net, optimizer=sgd, memory_size=60)
@@ -141,6 +142,25 @@ def test_it_is_fed_in_the_epochs_that_are_asked_for(feed, times):
     every = {"every": [samples, 2 * samples, 3 * samples], "first": [samples] * 3, "last": [0, 0, samples]}
     assert list(ends.values()) == every[feed]
     assert int(made.strategy.memory.num_seen) == times * samples
+
+
+@pytest.mark.parametrize(("feed", "passes"), [("every", [0, 1, 2]), ("first", [0]), ("last", [2])])
+def test_of_several_steps_on_a_batch_those_feed_the_memory_that_are_asked_for(feed, passes):
+    offered, fed = [], set()
+
+    class Looks(DERpp):
+        def observe(self, batch):
+            before = int(self.memory.num_seen)
+            super().observe(batch)
+            if int(self.memory.num_seen) > before:
+                offered.extend(batch.indices.tolist())
+                fed.add(self.trainer.fit_loop.epoch_loop.batch_idx % 3)
+
+    scenario = Online(ClassIncremental(sizes=[4, 3, 3]), batch_size=20, passes=3)
+    made = run(Looks(backbone=plain_net, optimizer=sgd, memory_size=60, feed=feed), data={"scenario": scenario})
+    assert sorted(fed) == passes
+    assert sorted(offered) == sorted(np.repeat(np.concatenate(made.stream.train), len(passes)).tolist())
+    assert int(made.strategy.memory.num_seen) == len(offered)
 
 
 # ---------------------------------------------------------------------- runs

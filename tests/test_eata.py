@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from cl_lightning.datamodules.digits import Digits
 from cl_lightning.losses import entropy
+from cl_lightning.normalization import adapt_norms, set_statistics
+from cl_lightning.strategies.test_time.bn_adapt import BNAdapt
 from cl_lightning.strategies.test_time.eata import EATA, kept_samples, weighted_entropy
 from cl_lightning.strategies.test_time.tent import Tent
 
@@ -52,6 +54,17 @@ def test_without_filters_weights_and_penalty_it_is_tent():
     torch.testing.assert_close(scores(mine), scores(plain), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("statistics", ["batch", "mix"])
+def test_with_a_learning_rate_of_0_it_is_normalisation_by_the_test_batch(statistics):
+    still = partial(torch.optim.SGD, lr=0.0)
+    mine = watching(EATA, statistics=statistics, margin=0.8, diversity=0.9, optimizer=still)
+    plain = watching(BNAdapt, statistics=statistics)
+    adapt(mine)
+    adapt(plain)
+    assert float(mine.mean.sum()) == pytest.approx(1.0)  # samples were kept
+    torch.testing.assert_close(scores(mine), scores(plain), rtol=1e-5, atol=1e-5)
+
+
 def test_where_no_sample_is_kept_no_step_is_taken():
     made = adapt(watching(EATA, margin=1e-6, fisher_weight=0.0, optimizer=adam))
     state, before = made.strategy.network.state_dict(), source_network("source").state_dict()
@@ -90,6 +103,29 @@ def test_the_fisher_information_is_the_square_of_the_gradients_of_batches():
     parameters = made.strategy.trained_parameters()
     assert float(found.penalty(parameters)) == 0.0  # at the source
     assert all(not pull.any() for pull in found.gradient(parameters).values())
+
+
+def test_the_fisher_information_is_measured_with_the_statistics_of_the_stream():
+    images = normalised(Digits().source(train=True).images)
+    options = {"fisher_samples": 10_000, "fisher_batch_size": 64, "optimizer": adam}
+    measured = {}
+    for statistics, share in (("mix", 0.6), ("source", 0.0)):
+        strategy = watching(EATA, statistics=statistics, alpha=0.6, **options)
+        measured[statistics] = adapt(strategy, options={"stop_after_task": 0}).strategy.importance.omegas
+        plain = source_network("source")
+        adapt_norms(plain)
+        set_statistics(plain, "mix", share=share)  # a share of 0 is the source
+        norms = {n: p for n, p in plain.named_parameters() if ".bn" in n}
+        squares = []
+        for part in images.split(64):
+            logits = plain(part).logits
+            gradients = torch.autograd.grad(F.cross_entropy(logits, logits.argmax(1)), list(norms.values()))
+            squares.append([gradient.square() for gradient in gradients])
+        for name, *parts in zip(norms, *squares, strict=True):
+            expected = torch.stack(parts).mean(0)
+            torch.testing.assert_close(measured[statistics][name], expected, rtol=1e-2, atol=1e-6)
+    for name, omega in measured["mix"].items():
+        assert float((omega - measured["source"][name]).norm() / omega.norm()) > 0.05
 
 
 def test_a_large_penalty_stays_at_the_source():

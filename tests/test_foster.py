@@ -1,5 +1,6 @@
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from callback_runs import NormNet, assert_same, plain_net, run, sgd
@@ -7,6 +8,7 @@ from lightning.pytorch import Callback
 from torch.nn import functional as F
 
 from cl_lightning.backbones import MLP
+from cl_lightning.batch import Draw
 from cl_lightning.heads import CosineHead, PrototypeHead
 from cl_lightning.losses import softmax_distillation
 from cl_lightning.measures import last_accuracy
@@ -218,6 +220,40 @@ def test_compression_has_an_optimizer_and_a_length_of_its_own():
     assert loop.meter.tasks[1].epochs == {"boost": 1, "compress": 3}
     before, after = watch.first[1, "compress"], watch.last[1, "compress"]
     assert_same(part(before, "network."), part(after, "network."))
+
+
+def test_epochs_of_both_phases_can_be_those_of_the_loop():
+    loop = run(SMALL(compress_epochs=3), options={"phase_epochs": {"boost": 2, "compress": 4}}, max_epochs=1)
+    assert [task.epochs for task in loop.meter.tasks] == [{"train": 1}, *[{"boost": 2, "compress": 4}] * 2]
+
+
+class Tested(Callback):
+    """Accuracy on all classes seen, at the end of each phase, of the boosted network and of the student."""
+
+    def __init__(self):
+        self.found = {}
+
+    def on_train_end(self, trainer, strategy):
+        if strategy.phase.name == "train":
+            return
+        data, boosted = trainer.datamodule, strategy.teacher.network
+        source, rows = data.samples(train=False), np.concatenate(data.stream.test[: strategy.task.index + 1])
+        labels = torch.as_tensor(data.stream.columns_of(source.labels[rows]))
+        images = data.normalize(source.images[rows], Draw.of(len(rows), 0))
+        with torch.no_grad():
+            right = [network(images).logits.argmax(1) == labels for network in (boosted, strategy.network)]
+        self.found.setdefault(strategy.phase.name, []).append([float(part.double().mean()) for part in right])
+
+
+def test_what_two_backbones_have_learnt_is_nearly_all_in_the_one_that_is_left():
+    tested = Tested()
+    five = {"data": {"scenario": ClassIncremental(tasks=5), "batch_size": 32}, "max_epochs": 4}
+    run(FOSTER(backbone=partial(MLP, hidden=(64,)), memory_size=100), tested, **five)
+    boosted, before = torch.tensor(tested.found["boost"]).mean(0)
+    same, after = torch.tensor(tested.found["compress"]).mean(0)
+    assert same == boosted
+    assert boosted > before + 0.2
+    assert after > boosted - 0.06
 
 
 def test_domains_without_new_classes_are_learnt_too():

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cl_lightning.heads import CosineHead, LinearHead, PrototypeHead
+from cl_lightning.heads import CosineHead, LinearHead, PrototypeHead, align_head, align_rows
 
 
 def test_a_head_grows_by_blocks_and_its_old_parameters_stay_the_same_objects():
@@ -48,6 +48,31 @@ def test_a_head_takes_its_shape_from_the_state_that_it_loads(head_class):
         assert other.block_sizes() == [3, 2]
         features = torch.randn(2, 4)
         assert torch.equal(other(features), head(features))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_of_0_stay_0_and_rows_aligned_to_rows_of_0_stay_as_they_are(dtype):
+    rows = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    zeros = torch.zeros_like(rows)
+    assert torch.equal(align_rows(rows, zeros), zeros)
+    assert torch.equal(align_rows(zeros, rows), rows)
+    assert torch.equal(align_rows(zeros, zeros), zeros)
+    some = rows * torch.tensor([[1], [0], [1], [0]])
+    aligned = align_rows(rows, some)
+    assert aligned.isfinite().all()
+    assert torch.equal(aligned[1::2], zeros[1::2])
+    torch.testing.assert_close(aligned.norm(dim=1).mean(), rows.norm(dim=1).mean())
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_head_with_a_block_of_0_is_left_as_it_is(block):
+    head = LinearHead(6)
+    head.grow(3)
+    head.grow(2)
+    nn.init.zeros_(head.blocks[block].weight)
+    before = head.weight().clone()
+    align_head(head)
+    assert torch.equal(head.weight(), before)
 
 
 def test_cosine_logits_do_not_depend_on_lengths():

@@ -1,5 +1,6 @@
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from callback_runs import plain_net, run, sgd
@@ -7,7 +8,9 @@ from lightning.pytorch import Callback
 from teaching import losses
 from torch.nn import functional as F
 
+from cl_lightning.backbones import MLP
 from cl_lightning.batch import Draw
+from cl_lightning.callbacks.continual_evaluation import ContinualEvaluation
 from cl_lightning.exemplars import exemplar_memory, nearest_exemplar_mean
 from cl_lightning.hooks import ContinualCallback
 from cl_lightning.memory import herding
@@ -174,6 +177,40 @@ def test_while_a_task_is_learnt_the_head_predicts_and_afterwards_the_exemplars()
     scores = made.strategy.eval().predict(images)
     assert not torch.equal(scores, made.strategy.network(images).logits)
     assert float(scores.detach().abs().max()) <= 1 + 1e-6  # cosines
+
+
+def test_curves_of_the_head_have_no_jump_where_a_task_begins():
+    watch = ContinualEvaluation(every_n_steps=5)
+    strategy = ICaRL(backbone=partial(MLP, hidden=(64,)), optimizer=sgd, memory_size=60)
+    made = run(strategy, watch, max_epochs=3, data={"scenario": None, "batch_size": 32})
+    curves, aware = watch.curves(), watch.curves(task_aware=True)
+    for task, end in enumerate(watch.ends[:-1]):
+        assert watch.tasks[end : end + 2] == [task, task + 1]
+        old = slice(task + 1)
+        assert abs(float((curves[end + 1, old] - curves[end, old]).mean())) < 0.02  # new rows take a sample or two
+        assert torch.equal(aware[end + 1, old], aware[end, old])
+    assert (made.matrix.R_ci[-1] - curves[-1]).abs().max() > 0.1  # that is of the means
+
+
+@pytest.mark.parametrize("form", ["sigmoid", "softmax"])
+def test_when_a_task_is_over_the_nearest_mean_of_exemplars_is_predicted(form):
+    made = run(SMALL(memory_size=40, form=form), max_epochs=1)
+    strategy, data = made.strategy.eval(), made.datamodule
+    memory, source = strategy.memory, data.samples(train=False)
+    rows = np.concatenate(made.stream.test)
+
+    def phi(images):
+        return F.normalize(strategy.network.backbone(data.normalize(images, Draw.of(len(images), 0))).double())
+
+    with torch.no_grad():
+        exemplars, tested = phi(memory.images), phi(source.images[rows])
+        scores = strategy.predict(data.normalize(source.images[rows], Draw.of(len(rows), 0)))
+    means = F.normalize(torch.stack([exemplars[memory.labels == label].mean(0) for label in range(10)]))
+    nearest = torch.cdist(tested, means).argmin(1)
+    assert torch.equal(scores.argmax(1), nearest)
+    right = nearest == torch.as_tensor(made.stream.columns_of(source.labels[rows]))
+    shares = [part.double().mean() for part in right.split([len(part) for part in made.stream.test])]
+    torch.testing.assert_close(made.matrix.R_ci[-1], torch.stack(shares))
 
 
 @pytest.mark.parametrize("form", ["sigmoid", "softmax"])

@@ -1,3 +1,4 @@
+import warnings
 from functools import partial
 
 import numpy as np
@@ -9,15 +10,19 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from cl_lightning.backbones import CifarResNet
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.loop import LoopOptions, TaskLoop
+from cl_lightning.loop import TaskLoop
+from cl_lightning.loop_setup import LoopOptions
 from cl_lightning.sources import TensorSource
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.ewc import EWC
 from cl_lightning.strategies.exemplar_free.lwf import LwF
 from cl_lightning.strategies.rehearsal.er import ER
-from cl_lightning.stream import ClassIncremental
+from cl_lightning.strategies.rehearsal.foster import FOSTER
+from cl_lightning.stream import ClassIncremental, Online
 
 ER_SMALL = partial(ER, backbone=plain_net, optimizer=sgd, memory_size=60)
+FOSTER_SMALL = partial(FOSTER, backbone=plain_net, optimizer=sgd, memory_size=60, compress_epochs=3)
+ONLINE = Online(ClassIncremental(sizes=[4, 3, 3]), batch_size=20)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +50,29 @@ def test_impossible_options_are_told(wrong):
 def test_epochs_of_a_phase_that_there_is_not_are_told():
     with pytest.raises(ValueError, match="phase_epochs names a phase 'trian'; Finetune has train"):
         run(Finetune(backbone=plain_net), options={"phase_epochs": {"trian": 3}})
+
+
+def told_of_phases(strategy, scenario):
+    """What is said of phases and of data that are seen once, and the epochs of each task."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        made = run(strategy, data={"scenario": scenario}, max_epochs=2)
+    messages = [str(warning.message) for warning in told]
+    return [text for text in messages if "each goes through its data once" in text], made.meter.tasks
+
+
+def test_a_stream_that_is_seen_once_is_seen_once_by_each_phase_which_is_told_once():
+    told, tasks = told_of_phases(FOSTER_SMALL(), ONLINE)
+    assert len(told) == 1
+    assert "FOSTER has the phases boost, compress" in told[0]
+    assert [task.epochs for task in tasks] == [{"train": 1}, *[{"boost": 1, "compress": 1}] * 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "scenario"), [(ER_SMALL, ONLINE), (FOSTER_SMALL, ONLINE.base)], ids=["one phase", "several epochs"]
+)
+def test_nothing_is_told_of_a_method_of_one_phase_nor_of_data_that_are_seen_often(make, scenario):
+    assert told_of_phases(make(), scenario)[0] == []
 
 
 def test_one_trainer_counts_epochs_and_steps_over_the_whole_stream():

@@ -6,9 +6,11 @@ from callback_runs import NormNet, assert_same, assert_same_run, plain_net, run,
 from teaching import losses
 from torch.nn import functional as F
 
+from cl_lightning.backbones import MLP
 from cl_lightning.callbacks.weight_alignment import WeightAlignment
 from cl_lightning.heads import CosineHead, LinearHead, align_head, align_rows
 from cl_lightning.losses import balanced_distillation
+from cl_lightning.measures import last_accuracy
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.lwf import LwF
 from cl_lightning.strategies.rehearsal.wa import WA
@@ -155,6 +157,18 @@ def test_with_weight_decay_it_undoes_the_bias_to_the_new_classes():
     assert accuracy[True] > finetune + 0.25
     assert new[False] > 0.68
     assert new[True] < 0.62
+
+
+def test_with_clipped_rows_and_long_training_alignment_raises_the_last_accuracy():
+    decaying = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-3)
+    options = {"backbone": partial(MLP, hidden=(64,)), "memory_size": 30, "optimizer": decaying, "clip_weights": True}
+    plain, aligned = (
+        last_accuracy(
+            run(WA(align=align, **options), data={"scenario": ClassIncremental(tasks=5)}, max_epochs=20).matrix.R_ci
+        )
+        for align in (False, True)
+    )
+    assert aligned > plain + 0.15
 
 
 def test_domains_without_new_classes_are_learnt_with_a_share_of_ones_own():
