@@ -217,7 +217,9 @@ LEARNING = ("Tent", "EATA", "CoTTA")  # the others have nothing to reset
 PROTOCOLS = {
     "fashion_mlp": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, MLP, offline",
-        "MLP 784-400-400, 3 epochs per task, batches of 128, no augmentation, a memory of 500 where there is one.",
+        "MLP 784-400-400, 3 epochs per task, batches of 128, no augmentation, a memory of 500 where there is one. They "
+        "are too few for the second phase of FOSTER: with 1,500 images of each class the boosted network has 73.9, the "
+        "student that is kept 67.3 after 3 epochs and 77.3 after 12 (seed 0).",
         f"{OFFLINE} {MLP} --trainer.max_epochs 3",
     ),
     "fashion_mlp_online": Protocol(
@@ -327,7 +329,8 @@ PROTOCOLS = {
                 "one after another without reset, batches of 200",
                 "",
                 " LAME makes neighbours of a batch agree, which hurts where classes come mixed: a little with its 5 "
-                "nearest neighbours, much with the rbf kernel, by which the whole batch has a say (published: 64.3).",
+                "nearest neighbours, much with the rbf kernel, by which the whole batch has a say (published, with "
+                "another network: 64.3).",
             ),
             (
                 "cifar10c_reset",
