@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -6,12 +7,15 @@ import torch
 from callback_runs import NormNet, assert_resumes, loop, plain_net, run, sgd
 from torch.nn import functional as F
 
+from cl_lightning.backbones import MLP
 from cl_lightning.callbacks.distillation import Distillation
 from cl_lightning.callbacks.drift_compensation import DriftCompensation, spherical_drift
 from cl_lightning.heads import PrototypeHead
 from cl_lightning.hooks import ContinualCallback
+from cl_lightning.measures import last_accuracy
 from cl_lightning.prototypes import Prototypes
 from cl_lightning.strategies.baselines.finetune import Finetune
+from cl_lightning.stream import ClassIncremental
 
 
 def finetune(**options):
@@ -79,6 +83,16 @@ def test_compensated_means_are_nearer_to_where_the_classes_have_gone():
         return total / 7
 
     assert error(DriftCompensation()) < 0.8 * error()
+
+
+def test_class_means_that_follow_know_the_classes_better():
+    options = {"data": {"scenario": ClassIncremental(tasks=5), "batch_size": 32}, "max_epochs": 5}
+    common = {"backbone": partial(MLP, hidden=(64,)), "optimizer": partial(torch.optim.Adam, lr=1e-3)}
+    plain, ours = (
+        last_accuracy(run(finetune(**common, visible="current"), *callbacks, **options).matrix.R_ci)
+        for callbacks in ([], [DriftCompensation()])
+    )
+    assert ours > plain + 0.05
 
 
 def test_it_resumes_to_the_bit_in_the_middle_of_a_task(tmp_path):

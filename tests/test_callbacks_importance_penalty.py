@@ -1,15 +1,19 @@
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from callback_runs import NormNet, assert_resumes, assert_same, assert_same_run, loop, plain_net, run, sgd
 
+from cl_lightning.backbones import MLP
 from cl_lightning.callbacks.importance_penalty import ImportancePenalty
 from cl_lightning.heads import LinearHead
 from cl_lightning.hooks import ContinualCallback
+from cl_lightning.measures import last_accuracy
 from cl_lightning.network import Network
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.ewc import EWC
+from cl_lightning.stream import ClassIncremental, PermutedDomains
 
 
 def finetune(**options):
@@ -60,12 +64,13 @@ def test_a_penalty_holds_weights_and_resumes_to_the_bit(estimator, weight, tmp_p
     assert moved(ImportancePenalty(estimator=estimator, weight=weight)) < 0.95 * moved()
 
 
-def test_importances_of_the_path_are_those_of_its_definition():
+@pytest.mark.parametrize("clamp", [True, False])
+def test_importances_of_the_path_are_those_of_its_definition(clamp):
     c, xi = 0.1, 0.01
-    callback = ImportancePenalty(estimator="si", weight=c, xi=xi)
+    callback = ImportancePenalty(estimator="si", weight=c, xi=xi, clamp=clamp)
 
     class Plain(ContinualCallback):
-        """omega_j = sum over tasks of relu(w_j) / ((theta_j - start_j)^2 + xi), in float64."""
+        """omega_j = sum over tasks of relu(w_j) / ((theta_j - start_j)^2 + xi), in float64; relu with ``clamp``."""
 
         def __init__(self):
             self.omega, self.anchor = {}, {}
@@ -94,13 +99,15 @@ def test_importances_of_the_path_are_those_of_its_definition():
         def on_task_end(self, trainer, strategy, task):
             self.anchor = self.parameters(strategy)
             for name, value in self.anchor.items():
-                new = self.work[name].clamp(min=0) / ((value - self.start[name]).square() + xi)
+                work = self.work[name].clamp(min=0) if clamp else self.work[name]
+                new = work / ((value - self.start[name]).square() + xi)
                 self.omega[name] = self.omega.get(name, 0) + new
 
     plain = Plain()
     run(finetune(), plain, callback, accumulate_grad_batches=2, gradient_clip_val=0.5)
     omegas, anchors = callback.consolidation.importance.omegas, callback.consolidation.importance.anchors
     assert omegas.keys() == plain.omega.keys()
+    assert any((omega < 0).any() for omega in omegas.values()) == (not clamp)
     for name, expected in plain.omega.items():
         torch.testing.assert_close(omegas[name].double(), expected, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(anchors[name].double(), plain.anchor[name], rtol=0, atol=0)
@@ -110,6 +117,68 @@ def test_importances_of_the_path_are_those_of_its_definition():
 def test_importances_are_merged_as_in_the_papers_unless_told_otherwise(estimator, merge):
     assert ImportancePenalty(estimator=estimator).consolidation.merge == merge
     assert ImportancePenalty(estimator=estimator, merge="average").consolidation.merge == "average"
+
+
+@pytest.mark.parametrize("estimator", ["fisher", "mas", "si", "l2"])
+def test_a_frozen_backbone_is_not_held(estimator):
+    callback = ImportancePenalty(estimator=estimator)
+    run(finetune(freeze_backbone=True), callback, max_epochs=1, options={"stop_after_task": 1})
+    blocks = [f"head.blocks.{block}.{kind}" for block in range(2) for kind in ("weight", "bias")]
+    assert list(callback.consolidation.importance.anchors) == blocks
+
+
+@pytest.mark.parametrize("visible", ["task", "current"])
+def test_rows_of_earlier_classes_gain_no_fisher_information_where_a_loss_does_not_see_them(visible):
+    kept = []
+
+    class Look(ImportancePenalty):
+        def on_task_end(self, trainer, strategy, task):
+            super().on_task_end(trainer, strategy, task)
+            kept.append(self.consolidation.importance.omegas["head.blocks.0.weight"])
+
+    run(finetune(visible=visible), Look(), max_epochs=1)
+    assert (kept[0] > 0).any()
+    assert torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[0], kept[2])
+
+
+def test_importance_is_measured_on_as_many_samples_as_asked_for_and_with_weight_0_on_none():
+    seen = []
+
+    class Counting(Finetune):
+        def statistics_batches(self, **options):
+            for batch in super().statistics_batches(**options):
+                seen.append(len(batch))
+                yield batch
+
+    for estimator in ("fisher", "mas"):
+        for weight, expected in ((1.0, 60), (0.0, 0)):
+            seen.clear()
+            callback = ImportancePenalty(estimator=estimator, weight=weight, samples=20)
+            run(Counting(backbone=plain_net, optimizer=sgd), callback, max_epochs=1)
+            assert sum(seen) == expected
+
+
+ESTIMATORS = [{"estimator": "si", "weight": 3.0, "xi": 0.01}, {"estimator": "mas", "weight": 1.0}]
+COMMON = {"backbone": partial(MLP, hidden=(64,)), "optimizer": partial(torch.optim.SGD, lr=0.02)}
+
+
+def test_importances_of_the_path_and_of_the_output_keep_old_domains():
+    options = {"data": {"scenario": PermutedDomains(tasks=4), "batch_size": 32}, "max_epochs": 5}
+    plain, *ours = (
+        run(Finetune(**COMMON), *callbacks, **options).matrix.R_ci[3, 0]
+        for callbacks in ([], *([ImportancePenalty(**estimator)] for estimator in ESTIMATORS))
+    )
+    assert min(ours) > plain + 0.1
+
+
+def test_importances_of_the_path_and_of_the_output_hardly_help_in_a_class_incremental_stream():
+    options = {"data": {"scenario": ClassIncremental(tasks=5), "batch_size": 32}, "max_epochs": 5}
+    plain, *ours = (
+        last_accuracy(run(Finetune(**COMMON), *callbacks, **options).matrix.R_ci)
+        for callbacks in ([], *([ImportancePenalty(**estimator)] for estimator in ESTIMATORS))
+    )
+    assert max(abs(accuracy - plain) for accuracy in ours) < 0.15
 
 
 class FirstPenalty(ImportancePenalty):

@@ -4,11 +4,13 @@ import pytest
 import torch
 from callback_runs import NormNet, assert_resumes, assert_same, assert_same_run, loop, plain_net, run, sgd
 from torch import nn
+from torch.nn import functional as F
 
 from cl_lightning.callbacks.distillation import Distillation
 from cl_lightning.callbacks.teacher_adaptation import TeacherAdaptation
 from cl_lightning.hooks import ContinualCallback
 from cl_lightning.strategies.baselines.finetune import Finetune
+from cl_lightning.strategies.exemplar_free.efc import EFC
 from cl_lightning.strategies.exemplar_free.lwf import LwF
 
 
@@ -59,6 +61,39 @@ def test_only_the_statistics_of_normalisation_change_and_by_their_formula():
     for images in look.images:
         mean = 0.9 * mean + 0.1 * (images.double().flatten(1) @ weight.T + bias).mean(0)
     torch.testing.assert_close(look.last[f"{layer}.running_mean"].double(), mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_with_momentum_0_the_teacher_takes_the_statistics_of_the_batch_and_keeps_its_own(adapted):
+    class Still(NormNet):
+        def __init__(self, image_shape):
+            super().__init__(image_shape)
+            self.layers[2].momentum = 0.0
+            nn.init.normal_(self.layers[2].running_mean)
+
+    seen = []
+
+    def compare(teacher, args, output):
+        linear, norm = teacher.network.backbone.layers[1:3]
+        hidden = linear(args[0].flatten(1))
+        of_batch = F.batch_norm(hidden, None, None, norm.weight, norm.bias, training=True).relu()
+        kept = F.batch_norm(hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias).relu()
+        torch.testing.assert_close(output.features, of_batch if adapted else kept)
+        assert (of_batch - kept).abs().max() > 0.1
+        seen.append(norm.running_mean.clone())
+
+    strategy = lwf(backbone=Still)
+    strategy.teacher.register_forward_hook(compare)
+    run(strategy, *([TeacherAdaptation()] if adapted else []), max_epochs=1)
+    assert len(seen) > 4
+    norm = strategy.teacher.network.backbone.layers[2]
+    assert all(torch.equal(mean, norm.running_mean) for mean in seen)
+    assert torch.equal(norm.running_var, torch.ones(16))
+
+
+def test_a_teacher_that_measures_how_features_drift_is_not_adapted():
+    with pytest.raises(ValueError, match="teacher of EFC measures how features drift"):
+        run(EFC(backbone=NormNet, optimizer=sgd), TeacherAdaptation())
 
 
 def test_without_it_the_teacher_stays_what_it_was():

@@ -2,8 +2,9 @@ from functools import partial
 
 import pytest
 import torch
-from callback_runs import NormNet, loop, run
+from callback_runs import NormNet, loop, plain_net, run
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cl_lightning.backbones import MLP, Backbone, ImageShape
 from cl_lightning.batch import Draw
@@ -90,6 +91,128 @@ def test_features_have_not_moved_at_the_first_step_of_a_task():
         assert first["features"] == 0.0  # in spite of batch normalisation
         assert all(terms["features"] > 0 for terms in later)
         assert set(first) == {"ce", "features", "balanced"}
+
+
+def test_the_first_task_tells_turned_images_apart_in_four_times_the_columns():
+    seen = []
+
+    class Look(EFC):
+        def losses(self, batch, output):
+            terms = super().losses(batch, output)
+            if self.task.is_first:
+                images, rows, y = batch.images, batch.draw.total, batch.labels[: batch.draw.total]
+                turned = [torch.rot90(images[:rows], turn, (2, 3)) for turn in range(4)]
+                assert torch.equal(images, torch.cat(turned))
+                weight = torch.cat([self.network.head.weight(), self.turned_head.weight()])
+                labels = torch.cat([y, *(4 + 3 * y + turn for turn in range(3))])
+                expected = F.cross_entropy(self.network.backbone(images) @ weight.T, labels)
+                torch.testing.assert_close(terms["ce"], expected)
+                seen.append(len(weight))
+            return terms
+
+    strategy = run(Look(backbone=plain_net, optimizer=SGD), max_epochs=1, options={"stop_after_task": 1}).strategy
+    assert set(seen) == {16}
+    assert strategy.turned_head.num_columns == 0  # it was thrown away
+
+
+def test_later_terms_are_those_of_the_paper_with_their_gradients():
+    steps = []
+
+    class Look(EFC):
+        def losses(self, batch, output):
+            terms = super().losses(batch, output)
+            if self.task.is_first:
+                return terms
+            backbone, weight = self.network.backbone, self.network.head.weight()
+            features, labels, *of_new = self._balanced
+            if of_new:
+                features, labels = torch.cat([features, backbone(of_new[0])]), torch.cat([labels, of_new[1]])
+            gap = backbone(batch.images) - self.teacher.network.backbone(batch.images)
+            identity = torch.eye(len(self.feature_matrix))
+            metric = 3.0 * self.feature_matrix + 0.7 * identity
+            expected = {
+                "balanced": F.cross_entropy(features @ weight.T, labels),
+                "features": torch.stack([g @ metric @ g for g in gap]).mean(),
+            }
+            ours = list(backbone.parameters())
+            for name, value in expected.items():
+                torch.testing.assert_close(terms[name], value)
+                found, plain = (
+                    torch.autograd.grad(term, ours, retain_graph=True, materialize_grads=True)
+                    for term in (terms[name], value)
+                )
+                torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
+                steps.append((name, max(float(gradient.abs().max()) for gradient in plain)))
+            return terms
+
+    run(Look(backbone=plain_net, optimizer=SGD, feature_weight=3.0, identity_weight=0.7), max_epochs=1)
+    for name in ("balanced", "features"):
+        sizes = [size for term, size in steps if term == name]
+        assert sum(size > 0.01 for size in sizes) > len(sizes) / 2
+
+
+def moved(means: Tensor, matrix: Tensor, old: Tensor, new: Tensor, sigma: float) -> Tensor:
+    """Where the means go, with the distances of all pairs at hand."""
+    gap = old - means[:, None]  # (c, n, d)
+    d = torch.einsum("cni,ij,cnj->cn", gap, matrix, gap)
+    weight = (-(d - d.min()) / (d.max() - d.min()) / (2 * sigma**2)).softmax(1)
+    return means + weight @ (new - old)
+
+
+class Following:
+    """Works out, when the backbone has learnt a task, where the old means must go, and holds the method to it."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.log = []
+
+    def end_phase(self, phase):
+        if self.teacher and phase.name == "train":
+            self.eval()
+            old, new = (self.features(network)[0].double() for network in (self.teacher.network, self.network))
+            means, matrix = self.gaussians.means.double(), self.feature_matrix.double()
+            self.expected = moved(means, matrix, old, new, self.drift_sigma).float()
+            plain = moved(means, torch.eye(len(matrix)).double(), old, new, self.drift_sigma).float()
+            assert (self.expected - plain).abs().max() > 0.01  # that the distances are those of E shows
+            self.train()
+        super().end_phase(phase)
+
+    def compare(self, where):
+        torch.testing.assert_close(self.gaussians.means[: len(self.expected)], self.expected, rtol=1e-4, atol=1e-5)
+        self.log.append((self.task.index, where))
+
+    def begin_phase(self, phase, epochs, origin):
+        super().begin_phase(phase, epochs, origin)
+        if phase.name == "rebalance":
+            self.compare(phase.name)
+
+    def end_task(self, task):
+        super().end_task(task)
+        if not task.is_first:
+            self.compare("end")
+        features, head = self.features()[0], self.network.head
+        torch.testing.assert_close(
+            self.feature_matrix, empirical_feature_matrix(head(features), head.weight()).float(), rtol=1e-4, atol=1e-6
+        )
+
+
+class FollowingEFC(Following, EFC):
+    pass
+
+
+class FollowingEFCpp(Following, EFCpp):
+    pass
+
+
+def test_old_means_follow_the_drift_in_the_metric_of_the_task_before_and_the_matrix_is_measured_anew():
+    strategy = run(FollowingEFC(backbone=plain_net, optimizer=SGD, drift_sigma=0.3)).strategy
+    assert strategy.log == [(1, "end"), (2, "end")]
+
+
+def test_heads_are_balanced_with_means_that_have_followed_once():
+    options = {"rebalance_epochs": 2, "rebalance_batch_size": 64, "rebalance_optimizer": SGD}
+    strategy = run(FollowingEFCpp(backbone=plain_net, optimizer=SGD, **options)).strategy
+    assert strategy.log == [(task, where) for task in (1, 2) for where in ("rebalance", "end")]
 
 
 @pytest.mark.parametrize("cls", [EFC, partial(EFCpp, rebalance_epochs=2)])

@@ -1,10 +1,13 @@
 from functools import partial
 
+import pytest
 import torch
 from callback_runs import assert_same, assert_same_run, plain_net, run, sgd
 
+from cl_lightning.backbones import MLP
 from cl_lightning.consolidation import Consolidation
 from cl_lightning.network import Network
+from cl_lightning.sensitivity import fisher_diagonal
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.ewc import EWC
 from cl_lightning.stream import PermutedDomains, SingleTask
@@ -37,11 +40,80 @@ def test_a_stiff_penalty_holds_the_weights_that_matter():
     assert moved(stiff) < 0.5 * moved(loose)
 
 
-def test_it_forgets_less_than_finetuning_on_permuted_images():
-    options = {"data": {"scenario": PermutedDomains(tasks=3)}, "max_epochs": 8}
-    ewc = run(EWC(backbone=plain_net, penalty_weight=20.0, labels="exact"), **options)
-    finetune = run(Finetune(backbone=plain_net), **options)
-    assert ewc.matrix.R_ci[2, 0] > finetune.matrix.R_ci[2, 0] + 0.05
+@pytest.mark.parametrize("visible", ["all", "current"])
+@pytest.mark.parametrize(("online", "keep"), [(True, 0.5), (False, 1.0)])
+def test_importances_are_the_fisher_information_of_the_labels_and_classes_asked_for(online, keep, visible):
+    class Look(EWC):
+        def losses(self, batch, output):
+            terms = super().losses(batch, output)
+            if not self.task.is_first:
+                store, weights = self.consolidation.importance, dict(self.network.named_parameters())
+                gaps = {name: weights[name] - anchor for name, anchor in store.anchors.items()}
+                expected = 3.5 * (sum((store.omegas[name] * gaps[name].square()).sum() for name in gaps) + store.offset)
+                torch.testing.assert_close(terms["penalty"], expected)
+            return terms
+
+        def end_task(self, task):
+            before = dict(self.consolidation.importance.omegas)
+            super().end_task(task)
+            columns = None if visible == "all" else torch.arange(task.num_seen) >= task.num_seen - task.num_new
+            batches, weights = list(self.statistics_batches()), dict(self.network.named_parameters())
+            new, other = (
+                fisher_diagonal(self.network, weights, batches, labels=labels, visible=columns)
+                for labels in ("empirical", "predicted")
+            )
+            expected = {name: keep * before[name] + value if name in before else value for name, value in new.items()}
+            torch.testing.assert_close(self.consolidation.importance.omegas, expected)
+            weight = "backbone.layers.1.weight"
+            assert not torch.allclose(new[weight], other[weight], rtol=0.1)
+
+    options = {"penalty_weight": 7.0, "online": online, "decay": 0.5, "labels": "empirical", "visible": visible}
+    run(Look(backbone=plain_net, optimizer=sgd, **options), max_epochs=1)
+
+
+@pytest.mark.parametrize("visible", ["task", "current"])
+def test_rows_of_earlier_classes_gain_no_importance_where_a_loss_does_not_see_them(visible):
+    kept = []
+
+    class Look(EWC):
+        def end_task(self, task):
+            super().end_task(task)
+            kept.append(dict(self.consolidation.importance.omegas))
+
+    run(Look(backbone=plain_net, optimizer=sgd, visible=visible), max_epochs=1)
+    for block in range(3):
+        rows = [omegas[f"head.blocks.{block}.weight"] for omegas in kept[block:]]
+        assert (rows[0] > 0).any()
+        assert all(torch.equal(rows[0], later) for later in rows[1:])
+
+
+def test_importance_is_measured_on_as_many_samples_as_asked_for_and_with_weight_0_on_none():
+    seen = []
+
+    class Counting(EWC):
+        def statistics_batches(self, **options):
+            for batch in super().statistics_batches(**options):
+                seen.append((self.task.index, len(batch)))
+                yield batch
+
+    run(Counting(backbone=plain_net, optimizer=sgd, fisher_samples=20), max_epochs=1)
+    assert [sum(size for task, size in seen if task == t) for t in range(3)] == [20, 20, 20]
+    seen.clear()
+    run(Counting(backbone=plain_net, optimizer=sgd, penalty_weight=0.0), max_epochs=1)
+    assert seen == []
+
+
+def test_a_frozen_backbone_is_not_held():
+    made = run(EWC_SMALL(freeze_backbone=True), max_epochs=1, options={"stop_after_task": 1})
+    blocks = [f"head.blocks.{block}.{kind}" for block in range(2) for kind in ("weight", "bias")]
+    assert list(made.strategy.consolidation.importance.anchors) == blocks
+
+
+def test_it_forgets_far_less_than_finetuning_on_permuted_images():
+    options = {"data": {"scenario": PermutedDomains(tasks=4), "batch_size": 32}, "max_epochs": 5}
+    common = {"backbone": partial(MLP, hidden=(64,)), "optimizer": partial(torch.optim.SGD, lr=0.02)}
+    ewc, finetune = run(EWC(**common, penalty_weight=20.0), **options), run(Finetune(**common), **options)
+    assert ewc.matrix.R_ci[3, 0] > finetune.matrix.R_ci[3, 0] + 0.13
 
 
 def test_it_hardly_helps_in_a_class_incremental_stream():

@@ -3,7 +3,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from callback_runs import NormNet, loop, plain_net, run, sgd
+from callback_runs import NormNet, assert_same_run, loop, plain_net, run, sgd
 from sklearn.svm import LinearSVC
 from torch import Tensor
 from torch.nn import functional as F
@@ -68,6 +68,43 @@ def test_the_nearest_class_is_that_of_a_plain_loop():
     assert nearest_new_class(old, new, "cosine").tolist() == cosine
 
 
+def test_old_classes_are_imitated_by_the_new_ones_that_are_nearest_in_the_measure_asked_for():
+    differ = {}
+
+    class Look(FeTrIL):
+        def feature_pool(self):
+            self.means.means.copy_(normal(*self.means.means.shape))  # so that the measures often differ
+            made = super().feature_pool()
+            features, labels = self.all_features()
+            own = torch.stack([features[labels == c].double().mean(0) for c in self.task.columns])
+            old = self.means.means[self.means.known].double()
+            nearest = {
+                "euclidean": torch.cdist(old, own).argmin(1),
+                "cosine": F.cosine_similarity(old[:, None], own, dim=2).argmax(1),
+            }
+            moved = (old - own[nearest[self.nearest]]).float()
+            torch.testing.assert_close(made.offsets[: len(old)], moved, rtol=1e-4, atol=1e-5)
+            differ[self.nearest] = differ.get(self.nearest, 0) + int((nearest["euclidean"] != nearest["cosine"]).sum())
+            return made
+
+    for nearest in ("euclidean", "cosine"):
+        run(Look(backbone=plain_net, optimizer=sgd, nearest=nearest), max_epochs=1)
+    assert min(differ.values()) > 0
+
+
+def test_a_linear_layer_of_a_later_task_is_learnt_from_scratch():
+    class Spoilt(FeTrIL):
+        @torch.no_grad()
+        def begin_phase(self, phase, epochs, origin):
+            if not self.task.is_first:
+                for parameter in self.network.head.parameters():
+                    parameter.fill_(7.0)
+            super().begin_phase(phase, epochs, origin)
+
+    options = {"backbone": plain_net, "optimizer": sgd, "classifier": "fc", "head_epochs": 1}
+    assert_same_run(*(run(cls(**options), max_epochs=1) for cls in (FeTrIL, Spoilt)))
+
+
 @pytest.mark.parametrize("classifier", ["svm", "fc"])
 def test_the_backbone_is_bit_identical_after_the_first_task(classifier: str):
     made = loop(
@@ -81,14 +118,15 @@ def test_the_backbone_is_bit_identical_after_the_first_task(classifier: str):
     assert all(torch.equal(before[name], after[name]) for name in before)  # buffers of normalisation, too
 
 
-def test_with_one_task_it_is_a_linear_probe():
+@pytest.mark.parametrize("cost", [1.0, 0.01])
+def test_with_one_task_it_is_a_linear_probe(cost: float):
     options = {"data": {"scenario": ClassIncremental(tasks=1)}, "max_epochs": 1}
-    made = run(FeTrIL(backbone=plain_net, freeze_backbone=True), **options)
+    made = run(FeTrIL(backbone=plain_net, freeze_backbone=True, svm_cost=cost), **options)
     assert made.trainer.global_step == 0  # nothing was trained: the backbone is the random one
     strategy = made.strategy.eval()
     features, labels = strategy.all_features()
     unit = F.normalize(features.double(), dim=1)
-    peer = LinearSVC(dual=False, tol=1e-8).fit(unit, labels)
+    peer = LinearSVC(C=cost, dual=False, tol=1e-8).fit(unit, labels)
     head = strategy.network.head
     torch.testing.assert_close(head.weight().double(), torch.tensor(peer.coef_), rtol=1e-4, atol=1e-4)
     data = made.datamodule

@@ -9,10 +9,12 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_lightning.backbones import MLP
 from cl_lightning.batch import Batch, Draw
+from cl_lightning.consolidation import Consolidation
 from cl_lightning.heads import LinearHead
 from cl_lightning.importance import Importance, PathIntegral
-from cl_lightning.network import Output
+from cl_lightning.network import Network, Output
 from cl_lightning.sensitivity import fisher_diagonal, output_norm
 
 
@@ -440,6 +442,130 @@ def test_a_path_goes_on_after_a_restart(tmp_path: Path):
     assert other.steps.item() == 3
     for ours, expected in zip(other.importance(parameters).values(), path.importance(parameters).values(), strict=True):
         assert torch.equal(ours, expected)
+
+
+# --- consolidation ---------------------------------------------------------------------------------------------------
+
+
+def small_network() -> Network:
+    torch.manual_seed(0)
+    net = Network(MLP((2, 4, 4), hidden=(6,)), LinearHead(6)).double()
+    net.head.grow(4)
+    net.head.double()
+    return net
+
+
+def data_of(task: int) -> list[Batch]:
+    return batches(normal(9, 2, 4, 4, seed=task), torch.arange(9) % 4)
+
+
+def copied(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in parameters.items()}
+
+
+def learn(net: Network, part: Consolidation, task: int) -> dict[str, Tensor]:
+    """Two steps of a task; returns the work of its loss, without the penalty, on each weight."""
+    parameters, images, labels = dict(net.named_parameters()), normal(9, 2, 4, 4, seed=task), torch.arange(9) % 4
+    work = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    part.begin_task(net)
+    part.begin_phase(net)
+    for step in range(2):
+        loss = F.cross_entropy(net(images).logits, labels)
+        slopes = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+        net.zero_grad()
+        (loss + part.penalty()).backward()
+        part.before_step()
+        with torch.no_grad():
+            for k, (slope, (name, value)) in enumerate(zip(slopes, parameters.items(), strict=True)):
+                move = 0.3 * normal(*value.shape, seed=100 * task + 10 * step + k)  # uphill for some
+                value += move
+                work[name] -= slope * move
+        part.after_step()
+    return work
+
+
+@torch.no_grad()
+def measured(net: Network, part: Consolidation, work: dict[str, Tensor], start: dict[str, Tensor], task: int) -> Any:
+    """Importances of a task by what the estimators are defined with."""
+    parameters = dict(net.named_parameters())
+    if part.estimator == "fisher":
+        return fisher_diagonal(net, parameters, data_of(task), labels="predicted")
+    if part.estimator == "mas":
+        return output_norm(net, parameters, data_of(task))
+    if part.estimator == "l2":
+        return {name: torch.ones_like(value) for name, value in parameters.items()}
+    kept = {name: value.clamp(min=0) if part.clamp else value for name, value in work.items()}
+    return {name: kept[name] / ((parameters[name] - start[name]).square() + 0.02) for name in work}
+
+
+@pytest.mark.parametrize(
+    ("estimator", "factor", "merge", "clamp"),
+    [
+        ("fisher", 0.5, "decay", True),
+        ("fisher", 0.5, "average", True),
+        ("mas", 0.5, "decay", True),
+        ("si", 1.0, "decay", True),
+        ("si", 1.0, "decay", False),
+        ("l2", 1.0, "decay", True),
+    ],
+)
+def test_the_penalty_is_weight_times_factor_times_the_quadratic_of_decayed_importances(estimator, factor, merge, clamp):
+    net = small_network()
+    part = Consolidation(estimator, 3.0, merge=merge, decay=0.3, labels="predicted", xi=0.02, clamp=clamp)
+    keep, take = (0.0, 1.0) if estimator == "l2" else (0.3, 0.7 if merge == "average" else 1.0)
+    parameters = dict(net.named_parameters())
+    omega = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    for task in range(2):
+        start = copied(parameters)
+        work = learn(net, part, task)
+        part.end_task(net, data_of(task))
+        new = measured(net, part, work, start, task)
+        omega = {name: keep * omega[name] + take * new[name] for name in omega}
+    if estimator == "si":
+        assert any((value < 0).any() for value in omega.values()) == (not clamp)
+    anchor = copied(parameters)
+    net.head.grow(2)  # the rows of a next task are free
+    net.head.double()
+    part.begin_phase(net)
+    with torch.no_grad():
+        for k, parameter in enumerate(net.parameters()):
+            parameter += normal(*parameter.shape, seed=k)
+    expected = 3.0 * factor * quadratic(parameters, anchor, omega)
+    torch.testing.assert_close(part.penalty(), expected)
+    every = list(net.parameters())
+    ours, plain = (
+        torch.autograd.grad(value, every, allow_unused=True, materialize_grads=True)
+        for value in (part.penalty(), expected)
+    )
+    torch.testing.assert_close(ours, plain)
+    assert all((gradient != 0).any() for gradient in plain[: len(parameters)])
+
+
+@pytest.mark.parametrize("labels", ["exact", "sampled", "predicted", "empirical"])
+def test_the_fisher_information_is_that_of_the_labels_and_classes_asked_for(labels):
+    net, visible = small_network(), torch.tensor([True, True, True, False])
+    data = batches(normal(9, 2, 4, 4), torch.arange(9) % 3)
+    part = Consolidation("fisher", labels=labels)
+    part.end_task(net, data, visible)
+    found = {}
+    for kind in ("exact", "sampled", "predicted", "empirical"):
+        found[kind] = fisher_diagonal(net, dict(net.named_parameters()), data, labels=kind, visible=visible)
+    torch.testing.assert_close(part.importance.omegas, found[labels])
+    for kind in found.keys() - {labels}:
+        other = found[kind]["backbone.layers.1.weight"]
+        assert not torch.allclose(part.importance.omegas["backbone.layers.1.weight"], other, rtol=0.01)
+
+
+@pytest.mark.parametrize("estimator", ["fisher", "mas", "si", "l2"])
+def test_with_weight_0_nothing_is_measured(estimator):
+    def no_data():
+        raise AssertionError("data was asked for")
+        yield
+
+    part = Consolidation(estimator, 0.0)
+    part.begin_task(net := small_network())
+    part.end_task(net, no_data())
+    assert not part.importance
 
 
 # --- two processes ---------------------------------------------------------------------------------------------------

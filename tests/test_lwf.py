@@ -1,12 +1,14 @@
+import copy
 from functools import partial
 
 import pytest
 import torch
-from callback_runs import assert_same, assert_same_run, loop, plain_net, run, sgd
+from callback_runs import NormNet, assert_same, assert_same_run, loop, plain_net, run, sgd
 from torch.nn import functional as F
 
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.lwf import LwF
+from cl_lightning.stream import RotatedDomains
 
 LWF = partial(LwF, backbone=plain_net, optimizer=sgd)
 
@@ -76,10 +78,50 @@ def test_the_warm_up_trains_the_new_rows_alone():
             changed = {n for n, v in self.network.named_parameters() if not torch.equal(v, self.before[n])}
             moved.append((self.task.index, phase.name, changed))
 
-    run(Watching(backbone=plain_net, warmup_epochs=1), options={"stop_after_task": 1})
+    run(Watching(backbone=plain_net, optimizer=sgd, warmup_epochs=1), options={"stop_after_task": 1})
     assert [entry[:2] for entry in moved] == [(0, "train"), (1, "warmup"), (1, "train")]
     assert moved[1][2] == {"head.blocks.1.weight", "head.blocks.1.bias"}
     assert len(moved[2][2]) > 2
+
+
+def test_the_warm_up_leaves_statistics_of_normalisation_dropout_and_the_teacher_alone():
+    log = []
+
+    class Watching(LwF):
+        def on_train_start(self):
+            self.asked, self.before = 0, copy.deepcopy(self.network.backbone.state_dict())
+
+        def losses(self, batch, output):
+            modes = {module.training for module in self.network.backbone.modules()}
+            assert modes == {self.phase.name == "train"}
+            return super().losses(batch, output)
+
+        def end_phase(self, phase):
+            now = self.network.backbone.state_dict()
+            moved = [name for name, value in now.items() if not torch.equal(value, self.before[name])]
+            assert len(moved) in (0, len(now))
+            log.append((self.task.index, phase.name, bool(moved), self.asked > 0))
+
+    strategy = Watching(backbone=NormNet, optimizer=sgd, warmup_epochs=1)
+
+    def count(*_):
+        strategy.asked += 1
+
+    strategy.teacher.register_forward_hook(count)
+    run(strategy, max_epochs=1)
+    later = [entry for task in (1, 2) for entry in ((task, "warmup", False, False), (task, "train", True, True))]
+    assert log == [(0, "train", True, False), *later]
+
+
+def test_tasks_without_new_classes_have_no_warm_up():
+    names = []
+
+    class Watching(LwF):
+        def end_phase(self, phase):
+            names.append(phase.name)
+
+    run(Watching(backbone=plain_net, warmup_epochs=1), data={"scenario": RotatedDomains(tasks=2)}, max_epochs=1)
+    assert names == ["train", "train"]
 
 
 @pytest.mark.parametrize("options", [{"distill_weight": -1.0}, {"temperature": 0.0}, {"form": "hinge"}])

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from callback_runs import plain_net, run
 from torch import Tensor
+from torch.nn import functional as F
 
 from cl_lightning.backbones import MLP
 from cl_lightning.callbacks.drift_compensation import DriftCompensation
@@ -15,7 +16,7 @@ from cl_lightning.distributed import rows_norm
 from cl_lightning.measures import last_accuracy
 from cl_lightning.prototypes import class_statistics
 from cl_lightning.strategies.baselines.finetune import Finetune
-from cl_lightning.strategies.exemplar_free.prototype_augmentation import PASS, average_radius
+from cl_lightning.strategies.exemplar_free.prototype_augmentation import _CLASSES, _NOISE, PASS, average_radius
 from cl_lightning.stream import ClassIncremental
 
 ADAM = partial(torch.optim.Adam, lr=1e-3)
@@ -98,6 +99,40 @@ def test_the_first_task_has_turned_images_alone_and_heads_keep_their_old_rows():
     assert strategy.radius.ndim == 0
     assert strategy.radius > 0
     assert strategy.prototypes.known.all()
+
+
+def test_terms_are_those_of_the_paper_with_the_radius_of_the_first_task():
+    seen, radii = [], []
+
+    class Look(PASS):
+        def losses(self, batch, output):
+            terms = super().losses(batch, output)
+            plain, turned = self.network.head, self.turned_head
+            y, c = batch.labels[: batch.draw.total], plain.num_columns
+            z = torch.cat([output.logits, turned(output.features)], dim=1)
+            expected = {"ce": F.cross_entropy(z / 0.3, torch.cat([y, *(c + 3 * y + turn for turn in range(3))]))}
+            if not self.task.is_first:
+                earlier = torch.arange(c - self.task.num_new)
+                old = earlier[batch.draw.fork(_CLASSES).randint(len(earlier))]
+                imitated = self.prototypes.means[old] + radii[0] * batch.draw.fork(_NOISE).randn(16)
+                z = torch.cat([plain(imitated), turned(imitated)], dim=1)
+                gap = output.features - self.teacher(batch.images).features
+                expected |= {"prototypes": 4 * F.cross_entropy(z / 0.3, old), "distill": 7 * gap.norm()}
+            torch.testing.assert_close(terms, expected)
+            seen.append(self.task.index)
+            return terms
+
+        def end_task(self, task):
+            super().end_task(task)
+            features, labels = self.features()
+            traces = [np.trace(np.cov(features[labels == c].double().numpy().T)) for c in task.columns]
+            radii.append(float(np.sqrt(np.mean(traces) / 16)))
+            assert float(self.radius) == pytest.approx(radii[0], rel=1e-5)
+
+    options = {"prototype_weight": 4.0, "distill_weight": 7.0, "temperature": 0.3}
+    run(Look(backbone=plain_net, optimizer=ADAM, **options), max_epochs=1)
+    assert set(seen) == {0, 1, 2}
+    assert min(abs(later - radii[0]) for later in radii[1:]) > 0.01 * radii[0]  # other tasks have others
 
 
 def test_predictions_are_those_of_images_that_are_not_turned():

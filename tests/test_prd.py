@@ -34,19 +34,22 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 # ---------------------------------------------------------------------- the contrastive loss
 
 
-def test_the_contrastive_loss_is_its_definition():
-    rows, labels, t = normal(7, 3), [0, 1, 0, 2, 1, 0, 3], 0.2
-    z = [row / row.norm() for row in rows]
-    of_row = []
-    for i in range(7):
-        positives = [p for p in range(7) if p != i and labels[p] == labels[i]]
+def contrast(rows: Tensor, labels: list[int], t: float) -> float:
+    """The contrastive loss, pair by pair."""
+    z, every, of_row = [row / row.norm() for row in rows.double()], range(len(labels)), []
+    for i in every:
+        positives = [p for p in every if p != i and labels[p] == labels[i]]
         if positives:
-            total = sum(math.exp(z[i] @ z[a] / t) for a in range(7) if a != i)
+            total = sum(math.exp(z[i] @ z[a] / t) for a in every if a != i)
             logs = [float(z[i] @ z[p] / t) - math.log(total) for p in positives]
             of_row.append(-sum(logs) / len(logs))
-    expected = t / 0.07 * sum(of_row) / len(of_row)
-    assert len(of_row) == 5
-    assert float(supervised_contrastive(rows, torch.tensor(labels), t)) == pytest.approx(expected)
+    return t / 0.07 * sum(of_row) / len(of_row)
+
+
+def test_the_contrastive_loss_is_its_definition():
+    rows, labels = normal(7, 3), [0, 1, 0, 2, 1, 0, 3]
+    loss = supervised_contrastive(rows, torch.tensor(labels), 0.2)
+    assert float(loss) == pytest.approx(contrast(rows, labels, 0.2))
 
 
 def test_the_contrastive_loss_knows_neither_order_nor_length_nor_a_common_turn():
@@ -221,6 +224,51 @@ def test_the_first_step_of_a_task_has_no_relation_loss_and_the_first_task_has_no
         if task > 0:
             assert abs(float(steps[0].terms["distill"])) < 1e-5
             assert float(steps[-1].terms["distill"]) > 1e-3
+
+
+@pytest.mark.parametrize("axis", ["samples", "prototypes"])
+def test_the_terms_of_a_step_are_those_of_the_paper(axis):
+    alpha, beta, tau, t, seen = 3.0, 5.0, 0.4, 0.3, []
+
+    class Learning(PRD):
+        def losses(self, batch, output):
+            terms = super().losses(batch, output)
+            features, rows = output.features.detach().double(), self.network.head.weight().detach().double()
+            angles = F.cosine_similarity(features, rows[batch.labels], dim=1)
+            expected = {
+                "contrast": contrast(self.projection(output.features).detach(), batch.labels.tolist(), tau),
+                "prototypes": alpha * float((1 - angles).mean()),
+            }
+            if not self.task.is_first:
+                before, sizes = self.teacher.network, [4, 3][: self.task.index]
+                old = before.head.weight().double()
+                taught = before.backbone(batch.images).detach().double() @ (old / old.norm(dim=1, keepdim=True)).T
+                scores = features @ (rows / rows.norm(dim=1, keepdim=True)).T[:, : len(old)]
+                distill = 0.0
+                for new, kept in zip(scores.split(sizes, 1), taught.split(sizes, 1), strict=True):
+                    pairs = zip(new.T, kept.T, strict=True) if axis == "samples" else zip(new, kept, strict=True)
+                    values = [kl((b / t).softmax(0), (a / t).softmax(0)) for a, b in pairs]
+                    distill += sum(values) / len(values)
+                expected["distill"] = beta * distill
+            assert {name: float(term.detach()) for name, term in terms.items()} == pytest.approx(expected, 1e-3, 1e-6)
+            seen.append(expected)
+            return terms
+
+    options = {"contrast_temperature": tau, "distill_temperature": t, "relation_axis": axis}
+    options |= {"prototype_weight": alpha, "distill_weight": beta, "projection_hidden": 16, "projection_size": 8}
+    fast = partial(torch.optim.SGD, lr=0.3)
+    run(Learning(backbone=plain_net, optimizer=fast, **options), limit_train_batches=4, data={"batch_size": 8})
+    assert len(seen) == 3 * 2 * 4
+    assert max(terms.get("distill", 0) for terms in seen) > 0.1
+
+
+def test_the_teacher_is_asked_only_where_its_answer_counts():
+    asked = {}
+    for weight in (0.0, 1.0):
+        strategy = SMALL(distill_weight=weight)
+        strategy.teacher.register_forward_hook(lambda *_, weight=weight: asked.update({weight: True}))
+        run(strategy, max_epochs=1)
+    assert asked == {1.0: True}
 
 
 def test_prototypes_have_a_group_of_their_own():
