@@ -292,7 +292,8 @@ PROTOCOLS = {
         "CIFAR-100, 10 tasks, a small ViT for 32 x 32 pixels",
         "200 training images of each class and 50 test images; 2.75 M parameters, pretrained on Tiny-ImageNet, class "
         "orders drawn by the seed, 3 epochs per task, bf16-mixed, where a method trains in each task (LAE one more, "
-        "of the head alone), 20 in the first task where it trains in that alone, batches of 32.",
+        "of the head alone), 20 in the first task where it trains in that alone, batches of 32. In L2P "
+        "the same 4 of 10 prompts take all images from the first epoch on (`prompts/used` is 4.0).",
         f"{VIT} {subset(orders(10), 200, 50)} --data.batch_size 32 --trainer.precision bf16-mixed",
         methods={
             **{name: CLOSED[name] for name in ("SimpleCIL", "LDA", "G-ACIL")},
