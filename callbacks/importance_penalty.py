@@ -98,12 +98,10 @@ class ImportancePenalty(ContinualCallback):
         return {"penalty": self.consolidation.penalty()}
 
     def on_task_start(self, trainer: Trainer, strategy: "ContinualStrategy", task: Task) -> None:
-        self.consolidation.backbone_is_frozen = strategy.freeze_backbone
         self.consolidation.begin_task(strategy.network, anchor_now=self.hold_initial and task.is_first)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.consolidation.to(pl_module.device)
-        self.consolidation.backbone_is_frozen = pl_module.freeze_backbone  # type: ignore[assignment]
         skips = getattr(trainer.precision_plugin, "scaler", None) is not None
         self.consolidation.begin_phase(pl_module.network, skips=skips)  # type: ignore[arg-type]
 

@@ -78,14 +78,13 @@ class Consolidation(nn.Module):
         self.estimator, self.weight, self.merge, self.decay = estimator, weight, merge, decay
         self.labels, self.per_sample, self.on, self.xi, self.samples = labels, per_sample, on, xi, samples
         self.clamp = clamp
-        self.backbone_is_frozen = False
         self.importance = Importance()
         self.path = PathIntegral() if estimator == "si" else None
         self._held: dict[str, nn.Parameter] = {}
 
     def parameters_of(self, network: Network) -> dict[str, nn.Parameter]:
         """The parameters that are held, by their names in the network; none of a backbone that does not move."""
-        parts = {"backbone": not self.backbone_is_frozen, "head": self.on == "all"}
+        parts = {"backbone": not network.backbone_is_frozen, "head": self.on == "all"}
         return {name: p for name, p in network.named_parameters() if parts[name.partition(".")[0]]}
 
     def begin_task(self, network: Network, *, anchor_now: bool = False) -> None:

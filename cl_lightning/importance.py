@@ -21,25 +21,17 @@ class TensorsByName(nn.Module):
     come from the state dict that is loaded.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._keys: dict[str, dict[str, str]] = {}  # of the buffers of a kind, by name
-
     def _get(self, kind: str) -> dict[str, Tensor]:
         start = f"{kind}/"
-        if (keys := self._keys.get(kind)) is None:  # looked up in each step: names are taken apart once
-            keys = {key.removeprefix(start).replace("/", "."): key for key in self._buffers if key.startswith(start)}
-            self._keys[kind] = keys
-        return {name: buffer for name, key in keys.items() if (buffer := self._buffers[key]) is not None}
+        buffers = ((key, buffer) for key, buffer in self._buffers.items() if buffer is not None)
+        return {key.removeprefix(start).replace("/", "."): b for key, b in buffers if key.startswith(start)}
 
     def _set(self, kind: str, name: str, value: Tensor) -> None:
         if "/" in name:
             raise ValueError(f"{type(self).__name__}: {name!r} is the name of a parameter; it may not contain '/'")
         self.register_buffer(f"{kind}/{name.replace('.', '/')}", value.detach().clone())
-        self._keys.pop(kind, None)
 
     def _clear(self) -> None:
-        self._keys = {}
         for key in [key for key in self._buffers if "/" in key]:
             del self._buffers[key]
 

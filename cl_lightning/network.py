@@ -27,12 +27,19 @@ def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class Network(nn.Module):
-    """Backbone, then head: images ``(B, C, H, W)`` to :class:`Output`."""
+    """Backbone, then head: images ``(B, C, H, W)`` to :class:`Output`.
 
-    def __init__(self, backbone: nn.Module, head: Head) -> None:
+    Args:
+        backbone: Gives features.
+        head: Maps them to logits.
+        backbone_is_frozen: Whether the backbone stays as it was built, in all tasks.
+    """
+
+    def __init__(self, backbone: nn.Module, head: Head, *, backbone_is_frozen: bool = False) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.backbone_is_frozen = backbone_is_frozen
 
     def forward(self, images: Tensor) -> Output:
         features = self.backbone(images)

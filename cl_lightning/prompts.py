@@ -180,7 +180,11 @@ class PromptPool(Prompts):
 
     def votes(self, query: Tensor) -> Tensor:
         """How many of the queries select each prompt, int64 ``(M,)``."""
-        return self.select(query).flatten().bincount(minlength=len(self.keys))
+        return self._counts(self.select(query))
+
+    def _counts(self, ids: Tensor) -> Tensor:
+        """How often each prompt is among ids, int64 ``(M,)``; bincount would wait for a GPU."""
+        return torch.zeros_like(self.selections).index_add_(0, ids.flatten(), torch.ones_like(ids).flatten())
 
     def take_matched(self) -> Tensor:
         """``1/B sum_i sum_{m in S_i} cos(q_i, k_m)`` of the last pass that was trained, a scalar."""
@@ -197,7 +201,7 @@ class PromptPool(Prompts):
         trains = self.training and torch.is_grad_enabled()
         self._matched = near.sum(dim=1).mean() if trains else None
         if trains:
-            self.selections += ids.flatten().bincount(minlength=len(self.keys)) * (len(query) if ids.dim() == 1 else 1)
+            self.selections += self._counts(ids.expand(len(query), -1))
         cast(PromptSite, self.sites[0]).tokens = self.prompts[ids].flatten(-3, -2)  # (N L, d) or (B, N L, d)
 
     def forget(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_lightning.distributed import all_sum, is_distributed
+from cl_lightning.losses import full_precision
 
 Metric = Literal["euclidean", "cosine"]
 
@@ -329,7 +330,7 @@ class Prototypes(nn.Module):
 
         In float32 at least: in half precision the scores of many classes would be equal.
         """
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        features = full_precision(features)
         scores = features.new_full((len(features), num_classes), -torch.inf)
         columns = self.known.nonzero().squeeze(1)
         if len(columns):

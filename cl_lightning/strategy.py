@@ -236,7 +236,7 @@ class ContinualStrategy(LightningModule):
         head, frozen = self.network.head, set[int]()
         if self.visible == "current" and not self._old_logits_used():
             # Rows that no loss reaches would still move by weight decay and momentum: they are left out.
-            of_task = torch.split(self.task_columns[-1], head.block_sizes())
+            of_task = torch.split(self.task_columns[-1].cpu(), head.block_sizes())
             unseen = [block for block, columns in zip(head.blocks, of_task, strict=True) if not columns.any()]
             frozen = {id(parameter) for block in unseen for parameter in block.parameters()}
         yield from (parameter for parameter in head.parameters() if id(parameter) not in frozen)
@@ -499,7 +499,8 @@ class ContinualStrategy(LightningModule):
         """Make the network for a shape of image; the head has no columns yet."""
         self.image_shape = image_shape
         backbone = self.build_backbone(image_shape)
-        self.network = Network(backbone, self.build_head(backbone.num_features))
+        head = self.build_head(backbone.num_features)
+        self.network = Network(backbone, head, backbone_is_frozen=self.freeze_backbone)
 
     @property
     def is_built(self) -> bool:

@@ -99,6 +99,9 @@ class ContinualDataModule(LightningDataModule):
             )
         if interpolation not in ("bilinear", "bicubic"):
             raise ValueError(f"{type(self).__name__}: interpolation is {interpolation!r}; use bilinear or bicubic")
+        if interpolation != "bilinear" and resize is None:
+            name = type(self).__name__
+            raise ValueError(f"{name}: interpolation is {interpolation!r}, but nothing is scaled; give resize")
         self.resize, self.center_crop, self.interpolation = resize, center_crop, interpolation
         self._given = (mean, std)
         self._measured: tuple[list[float], list[float]] | None = None

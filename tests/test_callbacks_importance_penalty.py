@@ -122,9 +122,14 @@ def test_importances_are_merged_as_in_the_papers_unless_told_otherwise(estimator
 @pytest.mark.parametrize("estimator", ["fisher", "mas", "si", "l2"])
 def test_a_frozen_backbone_is_not_held(estimator):
     callback = ImportancePenalty(estimator=estimator)
-    run(finetune(freeze_backbone=True), callback, max_epochs=1, options={"stop_after_task": 1})
+    made = run(finetune(freeze_backbone=True), callback, max_epochs=1, options={"stop_after_task": 1})
     blocks = [f"head.blocks.{block}.{kind}" for block in range(2) for kind in ("weight", "bias")]
     assert list(callback.consolidation.importance.anchors) == blocks
+    fresh = ImportancePenalty(estimator="fisher")  # as in a run that goes on where a task ends
+    made.strategy.task = made.stream.tasks[1]
+    made.datamodule.begin(made.strategy.task)
+    fresh.on_task_end(made.trainer, made.strategy, made.strategy.task)
+    assert list(fresh.consolidation.importance.anchors) == blocks
 
 
 @pytest.mark.parametrize("visible", ["task", "current"])
@@ -214,9 +219,7 @@ def test_initial_rows_of_the_head_are_not_held():
     callback = ImportancePenalty(estimator="l2", hold_initial=True)
     network = Network(plain_net((1, 8, 8)), LinearHead(16))
     network.head.grow(4)
-    callback.on_task_start(
-        None, SimpleNamespace(network=network, freeze_backbone=False), SimpleNamespace(is_first=True)
-    )
+    callback.on_task_start(None, SimpleNamespace(network=network), SimpleNamespace(is_first=True))
     names = callback.consolidation.importance.anchors
     assert names
     assert all(name.startswith("backbone.") for name in names)

@@ -121,6 +121,7 @@ def names_of(data: ImageFolder, *, train: bool) -> set[str]:
         ({"workers": -1}, "Toy: workers is -1; it must be at least 0"),
         ({"resize": 0}, "Toy: resize is 0; it must be at least 1"),
         ({"center_crop": 5}, "Toy: center_crop is 5, resize None"),
+        ({"interpolation": "bicubic"}, "Toy: interpolation is 'bicubic', but nothing is scaled; give resize"),
         ({"resize": 8, "interpolation": "cubic"}, "Toy: interpolation is 'cubic'; use bilinear or bicubic"),
         ({"val_fraction": 1.0}, r"Toy: val_fraction is 1\.0; it must lie in \[0, 1\)"),
         ({"mean": [128.0]}, "divide by 255"),

@@ -72,7 +72,6 @@ class EWC(ContinualStrategy):
             on=on,
             samples=fisher_samples,
         )
-        self.consolidation.backbone_is_frozen = self.freeze_backbone
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)

@@ -86,10 +86,8 @@ class LwF(ContinualStrategy):
         return terms
 
     def phases(self, task: Task) -> list[Phase]:
-        warmup = (
-            [Phase(WARMUP, self.warmup_epochs)] if self.warmup_epochs and task.num_new and not task.is_first else []
-        )
-        return [*warmup, Phase()]
+        warms_up = self.warmup_epochs > 0 and task.num_new > 0 and not task.is_first
+        return [Phase(WARMUP, self.warmup_epochs), Phase()] if warms_up else [Phase()]
 
     def frozen(self) -> Iterable[nn.Module]:
         return [self.network.backbone] if self.phase.name == WARMUP else super().frozen()

@@ -127,7 +127,7 @@ class PCR(ContinualStrategy):
         return joint
 
     def views(self, part: Batch) -> tuple[Batch, Batch]:
-        """The samples, which are un-augmented, and strongly augmented."""
+        """The samples as they come, un-augmented, and strongly augmented."""
         transform = self.transforms or strong_augmentation(*part.raw.shape[-2:])
         context = Context(indices=part.indices, epoch=self.epoch, seed=self.seed)
         strong = transform(part.raw, part.draw.fork(_VIEW), context)

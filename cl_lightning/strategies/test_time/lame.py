@@ -86,9 +86,9 @@ class LaplacianAdjustment(OutputHead):
         self, affinity: Affinity = "knn", neighbours: int = 5, *, symmetric: bool = False, iterations: int = 100
     ) -> None:
         if affinity not in ("knn", "rbf", "linear"):
-            raise ValueError(f"LAME: affinity is {affinity!r}; use knn, rbf or linear")
+            raise ValueError(f"LaplacianAdjustment: affinity is {affinity!r}; use knn, rbf or linear")
         if neighbours < 1 or iterations < 1:
-            raise ValueError(f"LAME: neighbours={neighbours}, iterations={iterations}; at least 1 each")
+            raise ValueError(f"LaplacianAdjustment: neighbours={neighbours}, iterations={iterations}; at least 1 each")
         self.affinity: Affinity = affinity
         self.neighbours, self.symmetric, self.iterations = neighbours, symmetric, iterations
 
@@ -108,10 +108,7 @@ class LAME(TestTimeAdaptation):
     """Predictions of a batch, made alike where features are; nothing is trained.
 
     Args:
-        affinity: ``knn``, ``rbf`` or ``linear``, see above.
-        neighbours: k, at least 1.
-        symmetric: With ``knn``, whether W is made symmetric.
-        iterations: At least 1.
+        affinity, neighbours, symmetric, iterations: Of ``LaplacianAdjustment``.
         kwargs: Of ``TestTimeAdaptation``.
     """
 
