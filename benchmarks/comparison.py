@@ -7,8 +7,8 @@
 DIR holds ``fashion_mnist.npz``, ``cifar100.npz`` and ``cifar10_test.npz`` (x_train, y_train, x_test, y_test,
 class_names; the last one without training images), and weights in ``models``. Runs that are done are passed over, one
 that was stopped goes on from its last checkpoint. Methods have the options of their configs in
-``experiments/methods`` and what is said here beside them; epochs, batches, network and memory are those of the
-protocol. No option was chosen by these test data.
+``experiments/methods`` and what ``benchmarks/protocols.py`` says beside them; epochs, batches, network and memory are
+those of the protocol. No option was chosen by these test data.
 """
 
 import argparse
@@ -20,9 +20,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.protocols import PROTOCOLS, rows_of
 from cl_lightning.report import comparison as measures
 from cl_lightning.report import runs as records
 from cl_lightning.report.statistics import estimate
@@ -31,348 +31,24 @@ from cl_lightning.report.tables import column
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/comparison")
 SEEDS = (0, 1, 2)
-COLUMNS = (
-    measures.LAST,
-    measures.INCREMENTAL,
-    measures.FORGETTING,
-    measures.KNOWN,
-    measures.SECONDS,
-    measures.BYTES,
-)
 INTRODUCTION = """# Results
 
 All methods on the same protocols: mean and half-width of the 95 % interval over the seeds, on the CPU. Time is that of
 the quickest run, with evaluation; it depends on what else the machine did. A run is
 `python -m cl_lightning fit METHOD OWN SHARED --seed_everything SEED`, with the options told under each table;
 `python -m benchmarks.comparison run PROTOCOL --data DIR` runs all, and `table` in place of `run` writes this page."""
-FEW_SHOT = (
-    measures.LAST,
-    measures.INCREMENTAL,
-    *(
-        measures.Measure(name, title, "percent", True, lambda run, name=name: run.last.get(name))  # type: ignore[misc]
-        for name, title in (
-            ("base_accuracy", "base"),
-            ("novel_accuracy", "novel"),
-            ("harmonic_accuracy", "harmonic mean"),
-            ("performance_drop", "performance drop"),
-        )
-    ),
-    measures.SECONDS,
-)
-
-
-def of_curves(name: str, title: str) -> measures.Measure:
-    """A measure of continual evaluation."""
-    return measures.Measure(name, title, "percent", True, lambda run: run.curves and run.curves.measures.get(name))
-
-
-GAP = (
-    measures.LAST,
-    of_curves("worst_case_accuracy", "WC-ACC"),
-    of_curves("min_accuracy", "min-ACC"),
-    measures.SECONDS,
-)
-TEST_TIME = (measures.ONLINE, measures.SECONDS, measures.BYTES)
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What all methods have in common.
-
-    Attributes:
-        title: In the page.
-        says: What a reader has to know.
-        options: Of the command.
-        online: Whether it is a single pass over small batches.
-        methods: Rows; None for those that learn from scratch.
-        columns: Measures.
-        detail: Name of a matrix or a measure of the results, one number per task, that gets a table of its own.
-    """
-
-    title: str
-    says: str
-    options: str
-    online: bool = False
-    methods: "dict[str, Method] | None" = None
-    columns: tuple[measures.Measure, ...] = COLUMNS
-    detail: str | None = None
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the tables.
-
-    Attributes:
-        config: In ``experiments/methods``.
-        options: Beside those of the config.
-        online: Whether it is made for a single pass over small batches too; False for methods with phases of many
-            epochs.
-    """
-
-    config: str
-    options: str = ""
-    online: bool = True
-
-
-FASHION = "--data NpzData --data.path {data}/fashion_mnist.npz --data.mean [0.286] --data.std [0.353]"
-CNN = (
-    '--model.backbone Timm --model.backbone.name mobilenetv2_100 --model.backbone.kwargs \'{{"pad_type":"same"}}\' '
-    "--model.backbone.weights {data}/models/mobilenetv2_100_imagenet_fp16.pt"
-)
-CNN_STREAM = (
-    f"--config experiments/data/cifar100_10x10_npz_imagenet.yaml {CNN} --data.path {{data}}/cifar100.npz "
-    "--data.resize 96 --data.mean [0.5] --data.std [0.5]"
-)
-VIT = "--config experiments/data/cifar100_10x10_npz_imagenet.yaml --data.path {data}/cifar100.npz"
-RESNET56 = (
-    "--model.backbone ResNet56 --model.backbone.weights {data}/models/cifar10_resnet56.pt "
-    "--model.source_head {data}/models/cifar10_resnet56.pt"
-)
-STREAM = "--config experiments/data/cifar10c_npz.yaml --data.base.path {data}/cifar10_test.npz --data.samples 1000"
-FIVE = "--data.scenario ClassIncremental --data.scenario.tasks 5"
-OFFLINE = f"{FASHION} {FIVE} --data.batch_size 128"
-
-
-def orders(tasks: int) -> str:
-    """Options for equal tasks in an order that the seed draws."""
-    return f"--data.scenario ClassIncremental --data.scenario.tasks {tasks} --data.scenario.class_order random"
-
-
-def subset(scenario: str, per_class: int, test_per_class: int) -> str:
-    """Options for some samples of each class, of a scenario's options."""
-    inner = scenario.replace("--data.scenario", "--data.scenario.base")
-    return (
-        f"--data.scenario Subset {inner} --data.scenario.per_class {per_class} "
-        f"--data.scenario.test_per_class {test_per_class}"
-    )
-
-
-def online(scenario: str) -> str:
-    """Options for one pass in batches of 10, of a scenario's options, with the learning rate of online papers."""
-    return (
-        f"--data.batch_size 10 --data.scenario Online {scenario.replace('--data.scenario', '--data.scenario.base')} "
-        "--model.optimizer torch.optim.SGD --model.optimizer.lr 0.1"
-    )
-
-
-MLP = "--model.backbone MLP"
-SLIM = "--model.backbone SlimResNet18 --trainer.precision bf16-mixed"
-
-MEMORY = "--model.memory_size {memory}"
-METHODS = {
-    "Finetune": Method("finetune"),
-    "Joint": Method("joint", online=False),
-    "LwF": Method("lwf"),
-    "LwF.MC": Method("lwf_mc"),
-    "EWC": Method("ewc", "--model.fisher_samples 2000"),
-    "SI": Method("finetune_si"),
-    "SDC": Method("sdc"),
-    "PASS": Method("pass", online=False),
-    "EFC": Method("efc", online=False),
-    "EFC++": Method("efc_pp", online=False),
-    "FeTrIL": Method("fetril", online=False),
-    "PRD": Method("prd", online=False),
-    "ER": Method("er", MEMORY),
-    "ER + EMA": Method("er_ema", f"{MEMORY} --trainer.callbacks.momentum 0.99"),
-    "DER++": Method("derpp", MEMORY),
-    "A-GEM": Method("agem", MEMORY),
-    "GEM": Method("gem", f"{MEMORY} --model.replay_size 100"),
-    "PCR": Method("pcr", MEMORY),
-    "iCaRL": Method("icarl", MEMORY, online=False),
-    "BiC": Method("bic", MEMORY, online=False),
-    "WA": Method("wa", MEMORY, online=False),
-    "FOSTER": Method("foster", MEMORY, online=False),
-}
-
-CLOSED = {
-    "SimpleCIL": Method("simplecil_vit32"),
-    "NMC": Method("simplecil_vit32", "--model.metric euclidean"),
-    "LDA": Method(
-        "fsa_vit32", "--model.adapt false --model.head LDAHead --model.head.covariance within --model.head.ridge 0.01"
-    ),
-    "RanPAC without phase 1": Method("ranpac_vit32", "--model.adapt false --model.projection 2000"),
-    "G-ACIL": Method("gacil_vit32", "--model.projection 2000"),
-}
-ADAPTED = {
-    "FSA": Method("fsa_vit32"),
-    "APER": Method("aper_vit32"),
-    "RanPAC": Method("ranpac_vit32", "--model.projection 2000"),
-    "SLCA": Method("slca_vit32", "--trainer.max_epochs {epochs}"),
-    "LAE": Method("lae_vit32", "--trainer.max_epochs {epochs}"),
-    "L2P": Method("l2p_vit32", "--trainer.max_epochs {epochs}"),
-    "CODA-Prompt": Method("coda_prompt_vit32", "--trainer.max_epochs {epochs}"),
-}
-STEPLESS = {"prototypes (ProtoCosine)": Method("proto_cosine"), "TEEN": Method("teen")}
-ADAPTING = {
-    "source": Method("source_cifar10"),
-    "batch statistics": Method("source_cifar10", "--model BNAdapt"),
-    "Tent": Method("source_cifar10", "--model Tent"),
-    "EATA": Method("source_cifar10", "--model EATA"),
-    "CoTTA": Method("source_cifar10", "--model CoTTA"),
-    "LAME": Method("source_cifar10", "--model LAME"),
-    "LAME (rbf)": Method("source_cifar10", "--model LAME --model.affinity rbf"),
-}
-LEARNING = ("Tent", "EATA", "CoTTA")  # the others have nothing to reset
-
-PROTOCOLS = {
-    "fashion_mlp": Protocol(
-        "Split-Fashion-MNIST, 5 tasks of 2 classes, MLP, offline",
-        "MLP 784-400-400, 3 epochs per task, batches of 128, no augmentation, a memory of 500 where there is one. They "
-        "are too few for the second phase of FOSTER: with 1,500 images of each class the boosted network has 73.9, the "
-        "student that is kept 67.3 after 3 epochs and 77.3 after 12 (seed 0).",
-        f"{OFFLINE} {MLP} --trainer.max_epochs 3",
-    ),
-    "fashion_mlp_online": Protocol(
-        "Split-Fashion-MNIST, 5 tasks of 2 classes, MLP, online",
-        "MLP 784-400-400, one pass in batches of 10 by SGD with learning rate 0.1, no augmentation (but PCR's), a "
-        "memory of 500 where there is one.",
-        f"{FASHION} {online(FIVE)} {MLP} --trainer.max_epochs 1",
-        online=True,
-    ),
-    "fashion_mlp_gap": Protocol(
-        "Split-Fashion-MNIST, 5 tasks of 2 classes, MLP, online: the stability gap",
-        "As above, evaluated every 25 steps on 100 test images of each task: what the accuracy on old tasks falls to "
-        "when a new one begins, and what a running average of the weights does to that. min-ACC: mean over old tasks "
-        "of the least accuracy after they ended; WC-ACC: worst-case accuracy (De Lange et al., arXiv:2205.13452).",
-        f"{FASHION} {online(FIVE)} {MLP} --trainer.max_epochs 1 --trainer.callbacks+=ContinualEvaluation "
-        "--trainer.callbacks.every_n_steps 25 --trainer.callbacks.samples 100",
-        methods={name: METHODS[name] for name in ("Finetune", "ER", "ER + EMA")},
-        columns=GAP,
-    ),
-    "fashion_slim": Protocol(
-        "Split-Fashion-MNIST, 5 tasks of 2 classes, slim ResNet-18, offline",
-        "500 training images of each class and 200 test images, slim ResNet-18, 3 epochs per task in bf16-mixed, "
-        "batches of 128, a memory of 500 where there is one.",
-        f"{FASHION} {subset(FIVE, 500, 200)} --data.batch_size 128 {SLIM} --trainer.max_epochs 3",
-    ),
-    "fashion_slim_online": Protocol(
-        "Split-Fashion-MNIST, 5 tasks of 2 classes, slim ResNet-18, online",
-        "500 training images of each class and 200 test images, slim ResNet-18, one pass in batches of 10 by SGD "
-        "with learning rate 0.1 in bf16-mixed, a memory of 500 where there is one.",
-        f"{FASHION} {online(subset(FIVE, 500, 200))} {SLIM} --trainer.max_epochs 1",
-        online=True,
-    ),
-    "cifar100_b50": Protocol(
-        "CIFAR-100, 50 classes and 5 tasks of 10, ResNet-32",
-        "50 training images of each class and 50 test images, ResNet-32, 3 epochs per task in bf16-mixed, batches of "
-        "128, crops and mirror images, the class order of numpy's seed 1993, a memory of 2000 where there is one. "
-        "Published runs take all 500 images of a class and 70 to 200 epochs: these rows show that all methods run on "
-        "the protocol, and not what they reach.",
-        "--config experiments/data/cifar100_b50_inc10_npz.yaml --data.path {data}/cifar100.npz "
-        + subset(
-            "--data.scenario ClassIncremental --data.scenario.first 50 --data.scenario.increment 10 "
-            "--data.scenario.class_order 1993",
-            50,
-            50,
-        )
-        + " --model.backbone ResNet32 --trainer.precision bf16-mixed --trainer.max_epochs 3",
-    ),
-    **{
-        f"cifar100_cnn{suffix}": Protocol(
-            f"CIFAR-100, {tasks} tasks, frozen MobileNetV2 at 96 x 96 pixels",
-            "Weights of ImageNet-1k, class orders drawn by the seed; features from a store (`loop.feature_cache`): the "
-            "time of a first row is that of the pass over all images, where it had to be made.",
-            f"{CNN_STREAM} {orders(tasks)} --loop.feature_cache {{runs}}/features",
-            methods=CLOSED,
-        )
-        for suffix, tasks in (("", 10), ("_5", 5), ("_20", 20))
-    },
-    "cifar100_cnn_trained": Protocol(
-        "CIFAR-100, 10 tasks, trained MobileNetV2 at 96 x 96 pixels",
-        "As above with 100 training images of each class and 20 test images, batches of 32 in bf16-mixed: 5 epochs in "
-        "the first task (FSA), 2 epochs in each (SLCA).",
-        f"{CNN_STREAM} {subset(orders(10), 100, 20)} --data.batch_size 32 --trainer.precision bf16-mixed",
-        methods={
-            **{name: CLOSED[name] for name in ("SimpleCIL", "LDA")},
-            "FSA": Method("fsa_vit32", "--model.session_epochs 5"),
-            "SLCA": ADAPTED["SLCA"],
-        },
-    ),
-    "cifar100_vit": Protocol(
-        "CIFAR-100, 10 tasks, a small ViT for 32 x 32 pixels",
-        "200 training images of each class and 50 test images; 2.75 M parameters, pretrained on Tiny-ImageNet, class "
-        "orders drawn by the seed, 3 epochs per task, bf16-mixed, where a method trains in each task (LAE one more, "
-        "of the head alone), 20 in the first task where it trains in that alone, batches of 32. In L2P "
-        "the same 4 of 10 prompts take all images from the first epoch on (`prompts/used` is 4.0).",
-        f"{VIT} {subset(orders(10), 200, 50)} --data.batch_size 32 --trainer.precision bf16-mixed",
-        methods={
-            **{name: CLOSED[name] for name in ("SimpleCIL", "LDA", "G-ACIL")},
-            **ADAPTED,
-        },
-    ),
-    "cifar100_few_shot": Protocol(
-        "CIFAR-100, 60 classes and 8 sessions of 5 classes with 5 images, ResNet-20",
-        "4 epochs of the base session in bf16-mixed (published: 100 to 600), the images of the sessions drawn by the "
-        "seed. Base and novel are mean accuracies per class after the last session. So short a base session leaves the "
-        "features of all classes in nearly one direction (two base prototypes have a cosine of 0.81 on average): the "
-        "weights of TEEN spread over 25 of the 60 base classes, and it moves new prototypes to the mean of all, which "
-        "helps none of them. Its gain in the paper is with 600 epochs.",
-        "--config experiments/data/cifar100_fscil_npz.yaml --data.path {data}/cifar100.npz --model.backbone ResNet20 "
-        "--trainer.max_epochs 4 --trainer.precision bf16-mixed",
-        methods=STEPLESS,
-        columns=FEW_SHOT,
-        detail="average_accuracy",
-    ),
-    **{
-        name: Protocol(
-            f"CIFAR-10-C from the first 1,000 test images, severity 5, {title}, ResNet-56",
-            f"15 corruptions, of which frost is a synthetic one, {says}. Online error: of predictions before the "
-            f"network learns from the batch, the mean over corruptions.{why}",
-            f"{STREAM} {RESNET56} --trainer.precision bf16-mixed {options}",
-            methods={name: row for name, row in ADAPTING.items() if "reset" not in options or name in LEARNING},
-            columns=TEST_TIME,
-            detail="online_error",
-        )
-        for name, title, says, options, why in (
-            (
-                "cifar10c",
-                "continual",
-                "one after another without reset, batches of 200",
-                "",
-                " LAME makes neighbours of a batch agree, which hurts where classes come mixed: a little with its 5 "
-                "nearest neighbours, much with the rbf kernel, by which the whole batch has a say (published, with "
-                "another network: 64.3).",
-            ),
-            (
-                "cifar10c_reset",
-                "reset",
-                "each from the source network, batches of 200; methods that are not here have nothing to reset",
-                "--model.reset domain",
-                "",
-            ),
-            (
-                "cifar10c_sorted",
-                "sorted by class",
-                "without reset, batches of 200",
-                "--data.order sorted",
-                " Statistics of a batch of few classes are not those of the domain: what normalises by them fails. "
-                "Here neighbours are of one class, which is what LAME is for.",
-            ),
-            (
-                "cifar10c_one",
-                "batches of 1",
-                "without reset, 200 images each",
-                "--data.samples 200 --data.batch_size 1",
-                " Normalised by a single image predictions are poor, and to make them surer ends in one class for all "
-                "(Tent). They are also so unsure that EATA finds no reliable one and never takes a step. LAME has no "
-                "neighbours.",
-            ),
-        )
-    },
-}
 
 
 def parts(protocol: str, method: str, data: str) -> tuple[str, str, str]:
     """The method's config, the options that all rows share, and those of this one."""
-    row = rows_of(protocol)[method]
-    memory = 2000 if protocol.startswith("cifar") else 500
-    epochs = 2 if protocol == "cifar100_cnn_trained" else 3
+    row, shared_by = rows_of(protocol)[method], PROTOCOLS[protocol]
     texts = (
         f"--config experiments/methods/{row.config}.yaml",
-        f"{PROTOCOLS[protocol].options} --trainer.accelerator cpu",
+        f"{shared_by.options} --trainer.accelerator cpu",
         row.options,
     )
-    filled = (text.format(data=data, memory=memory, epochs=epochs, runs=RUNS) for text in texts)
+    values = {"data": data, "memory": shared_by.memory, "epochs": shared_by.epochs, "runs": RUNS}
+    filled = (text.format(**values) for text in texts)
     config, shared, own = (" ".join(text.split()) for text in filled)
     return config, shared, own
 
@@ -385,11 +61,6 @@ def command(protocol: str, method: str, data: str) -> str:
 
 def folder(protocol: str, method: str, seed: int, runs: Path) -> Path:
     return runs / protocol / re.sub(r"\W+", "_", method.lower()) / str(seed)
-
-
-def rows_of(protocol: str) -> dict[str, Method]:
-    """The methods that a protocol is for."""
-    return PROTOCOLS[protocol].methods or METHODS
 
 
 def chosen(protocol: str, only: Sequence[str] = ()) -> list[str]:
