@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cl_lightning.callbacks._snapshot import Snapshot
-from cl_lightning.distributed import all_gather_rows
+from cl_lightning.distributed import all_gather_together
 from cl_lightning.hooks import ContinualCallback
 from cl_lightning.prototypes import Prototypes, kernel_drift
 from cl_lightning.stream import Task
@@ -87,7 +87,7 @@ class DriftCompensation(ContinualCallback):
         before = self.before.to(strategy.device).network
         if before is None or self._means is None or self._counts is None:
             return
-        old, new = (all_gather_rows(strategy.features(network)[0]) for network in (before, strategy.network))
+        old, new = all_gather_together(strategy.features(network)[0] for network in (before, strategy.network))
         prototypes, drift = self._prototypes(strategy), spherical_drift if self.normalise else kernel_drift
         earlier = self._counts.to(strategy.device)
         columns = earlier.nonzero().squeeze(1)

@@ -269,7 +269,8 @@ def reset_peaks(device: torch.device) -> None:
     """Start the peaks of memory of this process, and of ``device``, from what is in use now."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak alone
-    if device.type == "cuda":
+    # Before a process has touched its GPU nothing is allocated, and to reset that is an error.
+    if device.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.reset_peak_memory_stats(device)
 
 

@@ -77,7 +77,14 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     Returns:
         ``(sum of n, ...)``, the same on every process, without gradient.
     """
-    return torch.cat(_gather_parts(tensor)) if is_distributed() else tensor.detach()
+    return all_gather_together([tensor])[0]
+
+
+def all_gather_together(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """As :func:`all_gather_rows` for tensors of as many rows each, whose number is asked for, and waited for, once."""
+    if not is_distributed():
+        return [tensor.detach() for tensor in tensors]
+    return [torch.cat(parts) for parts in _gather_parts(tensors)]
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
@@ -95,21 +102,25 @@ def gather_rows(tensor: Tensor) -> Tensor:
     """
     if not is_distributed():
         return tensor
-    parts = _gather_parts(tensor)
+    [parts] = _gather_parts([tensor])
     parts[rank()] = tensor.detach() + world_size() * (tensor - tensor.detach())
     return torch.cat(parts)
 
 
-def _gather_parts(tensor: Tensor) -> list[Tensor]:
-    tensor = tensor.detach().contiguous()
-    counts = torch.zeros(world_size(), dtype=torch.int64, device=tensor.device)
-    counts[rank()] = tensor.shape[0]
+def _gather_parts(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The rows of each process, of each of the tensors; all of them have the same number of rows."""
+    mine = [tensor.detach().contiguous() for tensor in tensors]
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=mine[0].device)
+    counts[rank()] = mine[0].shape[0]
     sizes: list[int] = all_sum(counts).tolist()
-    padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
-    padded[: tensor.shape[0]] = tensor
-    gathered = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(gathered, padded)
-    return [rows[:size] for rows, size in zip(gathered, sizes, strict=True)]
+    found = []
+    for tensor in mine:
+        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+        padded[: tensor.shape[0]] = tensor
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        found.append([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
+    return found
 
 
 def rows_norm(rows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_lightning.distributed import all_gather_rows
+from cl_lightning.distributed import all_gather_together
 from cl_lightning.memory import Herding, Memory, check_replay, grouped, herd
 from cl_lightning.prototypes import Prototypes
 from cl_lightning.stream import Task
@@ -62,7 +62,7 @@ def update_exemplars(strategy: "ContinualStrategy", memory: Memory) -> None:
     """
     if memory.size == 0:
         return
-    features, labels, indices = (all_gather_rows(rows) for rows in strategy.indexed_features())
+    features, labels, indices = all_gather_together(strategy.indexed_features())
     order = indices.argsort()
     features, labels, indices = features[order], labels[order], indices[order]
     held = grouped(memory.labels, memory.tasks, "both").to(labels.device)

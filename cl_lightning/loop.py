@@ -307,6 +307,7 @@ class TaskLoop:
             self._seed()
             self.strategy.build(self.datamodule.image_shape)
         self.datamodule.feature_views = self.options.feature_views
+        self.datamodule.pin_memory = self.trainer.strategy.root_device.type == "cuda"
         if self.options.channels_last:
             self.datamodule.channels_last = True
             self.strategy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

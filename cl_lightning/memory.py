@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_lightning.batch import Batch, Draw
-from cl_lightning.distributed import all_gather_rows, world_size
+from cl_lightning.distributed import all_gather_rows, all_gather_together, world_size
 
 Group = Literal["class", "task", "both"]
 
@@ -225,7 +225,8 @@ class Memory(nn.Module):
         rows = {"images": images, "labels": labels, "tasks": tasks, **fields}
         self._check(rows)
         if not gathered:
-            rows = {name: all_gather_rows(value.to(self._anchor.device)) for name, value in rows.items()}
+            mine = (value.to(self._anchor.device) for value in rows.values())
+            rows = dict(zip(rows, all_gather_together(mine), strict=True))
         count = rows["images"].shape[0]
         rows["keys"] = self.policy.keys(count, int(self.num_seen), draw)
         self.num_seen += count

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cl_lightning.distributed import is_distributed, sum_over_processes
+from cl_lightning.losses import full_precision
 
 Statistics = Literal["running", "batch", "mix", "collect"]
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -76,7 +77,7 @@ class AdaptiveBatchNorm(_BatchNorm):
         return F.batch_norm(x, *running, self.weight, self.bias, training=True, momentum=self.rate, eps=self.eps)
 
     def _by_sums(self, x: Tensor, how: Statistics) -> Tensor:
-        values, axes = x.to(torch.promote_types(x.dtype, torch.float32)), (0, *range(2, x.dim()))
+        values, axes = full_precision(x), (0, *range(2, x.dim()))
         own = values.new_full((1,), x.numel() // x.shape[1])
         sums = sum_over_processes(torch.cat([values.sum(axes), own]))
         count = sums[-1:].detach()

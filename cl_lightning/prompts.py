@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_lightning.backbones import Backbone, ImageShape
+from cl_lightning.losses import full_precision
 from cl_lightning.peft import Peft, PrefixSite, PromptSite, blocks_of
 
 
@@ -75,8 +76,7 @@ class PromptedBackbone(Backbone):
     @torch.no_grad()
     def query(self, images: Tensor) -> Tensor:
         """Features ``(B, d)`` of the backbone as it is, at least float32."""
-        query: Tensor = self.base(images)
-        return query.to(torch.promote_types(query.dtype, torch.float32))
+        return full_precision(self.base(images))
 
     def look_ahead(self, images: Tensor) -> Tensor:
         """As ``query``, for a step that needs it before its forward pass, which takes it over for the same images."""

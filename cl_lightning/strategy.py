@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cl_lightning.backbones import MLP, Backbone, ImageShape
 from cl_lightning.batch import Batch, mix
 from cl_lightning.closed_form import ClosedFormHead
-from cl_lightning.distributed import all_gather_rows, all_names, all_sum, rank, world_size
+from cl_lightning.distributed import all_gather_together, all_names, all_sum, rank, world_size
 from cl_lightning.feature_cache import KEYS, STORED, FeatureCache, FeatureStore
 from cl_lightning.features import FeaturePool
 from cl_lightning.heads import Head, LinearHead
@@ -353,8 +353,7 @@ class ContinualStrategy(LightningModule):
             network: Network to take them from; None for the strategy's own.
             augment: Key of the random numbers to augment with; None to augment nothing.
         """
-        parts = (all_gather_rows(part) for part in self.indexed_features(network, augment=augment))
-        features, labels, indices = parts
+        features, labels, indices = all_gather_together(self.indexed_features(network, augment=augment))
         order = indices.argsort()
         return features[order], labels[order]
 

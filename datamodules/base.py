@@ -91,7 +91,7 @@ class ContinualDataModule(LightningDataModule):
             raise ValueError(f"{type(self).__name__}: val_fraction is {val_fraction}; it must lie in [0, 1)")
         self.scenario = scenario
         self.batch_size, self.val_fraction, self._eval_batch_size = batch_size, val_fraction, eval_batch_size
-        self.channels_last, self.feature_views = False, 0
+        self.channels_last, self.feature_views, self.pin_memory = False, 0, False
         if center_crop is not None and not 1 <= center_crop <= (resize or 0):
             raise ValueError(
                 f"{type(self).__name__}: center_crop is {center_crop}, resize {resize}; it must be at least 1 and at "
@@ -593,7 +593,7 @@ class ContinualDataModule(LightningDataModule):
                 hidden=self._hidden() if kind == "train" else None,  # only the strategy must not see them
                 shift=Shifts(self.stream) if shifted else None,
                 workers=self.workers,
-                pin_memory=torch.cuda.is_available(),
+                pin_memory=self.pin_memory,
             )
         return self._loaders[kind]
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from cl_lightning.backbones import ImageShape
 from cl_lightning.batch import Batch
-from cl_lightning.distributed import all_gather_rows, all_sum
+from cl_lightning.distributed import all_gather_together, all_sum
 from cl_lightning.heads import Head, LinearHead
 from cl_lightning.losses import cross_entropy, feature_distillation
 from cl_lightning.network import Output, batch_norms
@@ -191,7 +191,7 @@ class EFC(ContinualStrategy):
         images, labels = previous.images, previous.labels
         rows = (drawn >= self._num_old).nonzero().squeeze(1)
         if previous.draw.total != batch.draw.total:  # the last batch of an epoch: no row for each row on each process
-            images, labels = all_gather_rows(images), all_gather_rows(labels)
+            images, labels = all_gather_together([images, labels])
             rows = (rows + batch.draw.start) % previous.draw.total
         rows = rows.to(self.device)
         return imitations, labels_of_old, images[rows], labels[rows]
@@ -210,7 +210,7 @@ class EFC(ContinualStrategy):
         """Move the means of old classes as the task's images have moved; ``features`` are those of this process now."""
         if not self.teacher or self.teacher.network is None:
             return
-        before, after = (all_gather_rows(part) for part in (self.features(self.teacher.network)[0], features))
+        before, after = all_gather_together([self.features(self.teacher.network)[0], features])
         known = self.gaussians.known.nonzero().squeeze(1)
         means = self.gaussians.means[known]
         self.gaussians.means[known] += kernel_drift(

@@ -35,7 +35,12 @@ from cl_lightning.backbones import ImageShape
 from cl_lightning.batch import Batch, cat
 from cl_lightning.distributed import gather_rows, world_size
 from cl_lightning.heads import CosineHead
-from cl_lightning.losses import cosine_feature_distillation, softmax_distillation, supervised_contrastive
+from cl_lightning.losses import (
+    cosine_feature_distillation,
+    full_precision,
+    softmax_distillation,
+    supervised_contrastive,
+)
 from cl_lightning.network import Output
 from cl_lightning.strategy import ContinualStrategy, HeadFactory
 from cl_lightning.stream import Task
@@ -49,8 +54,8 @@ _VIEW = 0x92D  # salt of the second view
 def relation_scores(features: Tensor, prototypes: Tensor) -> Tensor:
     """``f_i . P_c / ||P_c||`` of features ``(B, d)`` and prototypes ``(C, d)``: ``(B, C)``, float32 at least."""
     with torch.autocast(features.device.type, enabled=False):
-        dtype = torch.promote_types(features.dtype, torch.float32)
-        return features.to(dtype) @ F.normalize(prototypes.to(dtype), dim=1).T
+        features = full_precision(features)
+        return features @ F.normalize(prototypes.to(features.dtype), dim=1).T
 
 
 def relation_distillation(

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_lightning.distributed import all_gather_rows, rank
+from cl_lightning.distributed import all_gather_together, rank
 from cl_lightning.losses import full_precision
 from cl_lightning.network import Output
 from cl_lightning.strategies.test_time.base import OutputHead, TestTimeAdaptation
@@ -96,9 +96,9 @@ class LaplacianAdjustment(OutputHead):
     def __call__(self, output: Output) -> Tensor:
         """log Z ``(B, C)`` of this process's rows."""
         with torch.autocast(output.logits.device.type, enabled=False):
-            q = all_gather_rows(full_precision(output.logits).softmax(dim=1))
-            features = all_gather_rows(full_precision(output.features))
-            owners = all_gather_rows(torch.full((len(output.logits),), rank(), device=q.device))
+            q, features = full_precision(output.logits).softmax(dim=1), full_precision(output.features)
+            owners = torch.full((len(q),), rank(), device=q.device)
+            q, features, owners = all_gather_together([q, features, owners])
             weights = affinities(features, self.affinity, self.neighbours, symmetric=self.symmetric)
             z = adjusted(q, weights, self.iterations)
         return (z[owners == rank()] + _TINY).log()
