@@ -225,7 +225,7 @@ PROTOCOLS = {
     ),
     "cifar100_b50": Protocol(
         "CIFAR-100, 50 classes and 5 tasks of 10, ResNet-32",
-        "100 training images of each class and 50 test images, ResNet-32, 4 epochs per task in bf16-mixed, batches of "
+        "100 training images of each class and 50 test images, ResNet-32, 3 epochs per task in bf16-mixed, batches of "
         "32, crops and mirror images, the class order of numpy's seed 1993, a memory of 2000 where there is one. "
         "Published runs take all 500 images of a class and 70 to 200 epochs: these rows show that all methods run on "
         "the protocol, and not what they reach.",
@@ -237,7 +237,7 @@ PROTOCOLS = {
             50,
         )
         + " --data.batch_size 32 --model.backbone ResNet32 --trainer.precision bf16-mixed --loop.channels_last true "
-        "--trainer.max_epochs 4",
+        "--trainer.max_epochs 3",
         memory=2000,
     ),
     **{
