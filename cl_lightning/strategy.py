@@ -543,8 +543,22 @@ class ContinualStrategy(LightningModule):
             # Another process has what there is; this one takes part with gradients of zero.
             self._num_recorded += 1
             return sum_of_zeros(parameter for parameter in self.parameters() if parameter.requires_grad)
-        of_features = self.phase.on_features
-        if of_features or STORED in batch.extra:
+        try:
+            terms = self._loss_terms(batch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                f"task {self.task.name!r}: a step has one image on this process, of which batch normalisation has no "
+                "statistics; give --data.drop_last true, or another --data.batch_size"
+            ) from error
+        self._record(terms, batch.weight)
+        loss = functools.reduce(operator.add, terms.values())
+        return loss if batch.weight == 1.0 else loss * batch.weight
+
+    def _loss_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """Terms of the loss of a prepared batch, by name."""
+        if self.phase.on_features or STORED in batch.extra:
             output = Output(batch.images, self.network.head(batch.images))
         else:
             output = self.network(batch.images)
@@ -556,9 +570,7 @@ class ContinualStrategy(LightningModule):
             if doubled := terms.keys() & more.keys():
                 raise ValueError(f"{type(callback).__name__}: the loss term {min(doubled)!r} exists already")
             terms.update(more)
-        self._record(terms, batch.weight)
-        loss = functools.reduce(operator.add, terms.values())
-        return loss if batch.weight == 1.0 else loss * batch.weight
+        return terms
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout and the like draw from the global generators: they start each step from a known place, so that a

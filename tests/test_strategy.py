@@ -4,9 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from callback_runs import loop, plain_net, run, sgd
+from callback_runs import NormNet, loop, plain_net, run, sgd
 from torch import nn
 
+from cl_lightning import testing
 from cl_lightning.backbones import MLP
 from cl_lightning.heads import PrototypeHead
 from cl_lightning.schedules import StepsOverPhase
@@ -14,6 +15,7 @@ from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.baselines.joint import Joint
 from cl_lightning.strategy import ContinualStrategy, Phase
 from cl_lightning.stream import Blurry, ClassIncremental
+from cl_lightning.testing import Subject, TinyDigits
 
 FINETUNE = partial(Finetune, backbone=plain_net, optimizer=sgd)
 
@@ -188,6 +190,13 @@ def test_two_terms_of_one_name_are_refused():
 
     with pytest.raises(ValueError, match="Doubled: the loss term 'ce' exists already"):
         run(FINETUNE(), Doubled())
+
+
+def test_a_step_of_one_image_that_batch_normalisation_cannot_take_is_told():
+    subject = Subject(partial(Finetune, backbone=NormNet))  # the last batch of the first task has one image
+    with pytest.raises(ValueError, match=r"task '.+': a step has one image.*drop_last true"):
+        testing.run(subject)
+    testing.run(Subject(subject.factory, data=partial(TinyDigits, drop_last=True)))
 
 
 def test_an_unknown_visible_mode_and_joint_with_current_are_refused():
