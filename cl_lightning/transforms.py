@@ -352,7 +352,8 @@ class RandAugment(Transform):
     """Each image changed by ``num_ops`` operations drawn for it (Cubuk et al. 2020, arXiv:1909.13719).
 
     The fourteen operations, their ranges and signs are torchvision's, none is left out; geometry takes the nearest
-    pixel and fills with black. A batch costs some hundred small kernels, whatever its size.
+    pixel and fills with black. Of bytes each operation gives bytes. A batch costs some hundred small kernels, whatever
+    its size.
 
     Args:
         num_ops: Operations per image, drawn with replacement.
@@ -375,10 +376,10 @@ class RandAugment(Transform):
         chosen = draw.fork(0).randint(len(operations), self.num_ops)  # (B, num_ops)
         negative = signed[chosen] & (draw.fork(1).rand(self.num_ops) < 0.5)
         amounts = torch.where(negative, -most[chosen], most[chosen])
-        result = _float(images)
+        result = images if images.dtype == torch.uint8 else _float(images)  # bytes are moved in a quarter of the time
         for place in range(self.num_ops):
             result = _each(result, chosen[:, place], operations, amounts[:, place])
-        return _like(result, images)
+        return result.to(images.dtype)
 
 
 def permute_pixels(images: Tensor, seed: int) -> Tensor:
@@ -557,9 +558,10 @@ def _each(images: Tensor, chosen: Tensor, operations: Sequence[Operation], amoun
     counts = torch.bincount(chosen + 1, minlength=len(operations) + 1).tolist()  # rows that are left alone come first
     place = order.to(images.device, non_blocking=True)
     parts = torch.split(images.index_select(0, place), counts)
-    sizes = torch.split(_rows(amounts[order], images).to(images.dtype), counts)
+    dtype = images.dtype if images.is_floating_point() else torch.float32
+    sizes = torch.split(_rows(amounts[order], images).to(dtype), counts)
     changed = [
-        operation(part, size)
+        _like(operation(_float(part), size), part)
         for operation, part, size in zip(operations, parts[1:], sizes[1:], strict=True)
         if len(part)
     ]
