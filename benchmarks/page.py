@@ -29,6 +29,9 @@ def write(name: str | None = None, results: dict[str, Any] | None = None) -> Non
     for each in BENCHMARKS:
         if found := stored(each):
             parts.append(importlib.import_module(f"benchmarks.{each}").section(found).strip())
+    parts.append(
+        importlib.import_module("benchmarks.goals").section({each: stored(each) for each in BENCHMARKS}).strip()
+    )
     (DOCS / "benchmarks.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

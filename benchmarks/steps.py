@@ -213,7 +213,9 @@ def section(results: dict[str, dict[str, Any]]) -> str:
     heads = ["row", "network", "batch", "plain (ms)", "here (ms)", "ratio", "goal"]
     text = SECTION.format(rows=table(heads, rows))
     if profiled := {name: part["profile"] for name, part in results.items() if "profile" in part}:
-        owners = sorted({owner for part in profiled.values() for owner in part}, key=lambda owner: owner != KERNELS)
+        owners = sorted(
+            {owner for part in profiled.values() for owner in part}, key=lambda owner: (owner != KERNELS, owner)
+        )
         lines = [[name, *(f"{100 * part.get(owner, 0):.0f}" for owner in owners)] for name, part in profiled.items()]
         text += "\n" + PROFILE.format(rows=table(["row", *owners], lines))
     return text
