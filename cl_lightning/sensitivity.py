@@ -255,7 +255,9 @@ def fisher_diagonal(
             e = (some[:, None] == every).to(p.dtype)  # (K, C)
             return p[:, some, None].sqrt() * (e - p[:, None, :])
         if labels == "sampled":  # y is the number of classes whose cumulated probability is not above u
-            y = (p.cumsum(dim=1)[:, :-1] <= uniform[:, None]).sum(dim=1)
+            # A product with ones is the same on a GPU at each call, where a cumulated sum is not.
+            up_to = torch.ones(p.shape[1], p.shape[1] - 1, dtype=torch.float64, device=p.device).triu()
+            y = (p.double() @ up_to <= uniform[:, None]).sum(dim=1)
         else:
             y = true if labels == "empirical" else p.argmax(dim=1)
         return ((y[:, None] == every).to(p.dtype) - p)[:, None, :]
