@@ -11,6 +11,7 @@ import forks
 import pytest
 import torch
 from callback_runs import NormNet, StopAt, loop, plain_net, run, sgd
+from lightning.pytorch import Callback
 from torch import nn
 
 from cl_lightning import results
@@ -225,10 +226,26 @@ def test_samples_that_a_loader_mixes_in_are_no_images_of_the_stream(tmp_path):
     assert content["cost"]["samples"] == [2 * (count + (40 if task else 0)) for task, count in enumerate(train)]
 
 
+class Paying(Callback):
+    """Notes where the seconds of training steps and of validation batches go."""
+
+    def __init__(self):
+        self.loop, self.noted = None, []
+
+    def on_train_batch_start(self, *_):
+        self.noted.append(("step", self.loop.meter._kind))
+
+    def on_validation_batch_start(self, *_):
+        self.noted.append(("validation", self.loop.meter._kind))
+
+
 def test_validation_is_evaluation():
-    made = run(er(), data={"val_fraction": 0.2}, max_epochs=1)
-    without = run(er(), max_epochs=1)
-    assert made.meter.tasks[0].evaluation > without.meter.tasks[0].evaluation
+    paying = Paying()
+    made = paying.loop = loop(er(), paying, data={"val_fraction": 0.2}, max_epochs=2)
+    made.fit()
+    assert set(paying.noted) == {("step", "training"), ("validation", "evaluation")}
+    assert paying.noted[-1][0] == "validation"
+    assert made.meter.tasks[0].evaluation > 0
 
 
 def test_seconds_go_to_one_kind_at_a_time():
