@@ -29,7 +29,6 @@ WHY = {
     "training, 30 tasks of Finetune": "as with 100 tasks",
     "training, 30 tasks of ER": "as with 100 tasks",
 }
-SECOND = feature_store.SECOND
 
 
 class Goal(NamedTuple):
@@ -57,7 +56,7 @@ def goals(stored: dict[str, dict[str, Any]]) -> Iterator[Goal]:
     for name, part in stored[data_path.NAME].get("rows", {}).items():
         yield Goal(f"{data_path.ROWS[name].title} in the data path", part["ratio"], part["goal"], most=False)
     for part in stored[feature_store.NAME].values():
-        ratio = part["rows"][SECOND]["learning_ratio"]
+        ratio = part["rows"][feature_store.SECOND]["learning_ratio"]
         yield Goal("a second method from the feature store", ratio, feature_store.GOAL, most=False)
     for part in stored[scaling.NAME].get("streams", []):
         name = f"training, {part['tasks']} tasks of {part['method']}"

@@ -59,7 +59,7 @@ class _Quadratic(torch.autograd.Function):
         gaps = torch._foreach_sub(parameters, anchors)
         pulls = torch._foreach_mul(gaps, omegas)
         ctx.save_for_backward(*pulls)
-        # Inner products write nothing: a third of the time of their products and sums.
+        # Inner products write nothing, where products would be written, and then summed.
         return torch.stack([torch.dot(g.flatten(), p.flatten()) for g, p in zip(gaps, pulls, strict=True)]).sum()
 
     @staticmethod

@@ -31,27 +31,26 @@ _COPIES = (aten._to_copy.default, aten.copy_.default)
 _INDEXED = ("aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 _WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim")
 _STEP = ("on_train_batch_start", "training_step", "on_before_optimizer_step", "optimizer_step", "on_train_batch_end")
+_OURS = ("/cl_lightning/", "/callbacks/", "/datamodules/", "/tests/test_")
 
 waits: Counter[str] = Counter()
 """How often a step had to wait for the device, by the function of the package or of a test that asked."""
 
 
 def _note_wait() -> None:
-    """Count a wait, where a training step asks for it and no checkpoint is written in it."""
+    """Count a wait, where a training step asks for it, not the probe of a test, and no checkpoint is written in it."""
     frame: Any = sys._getframe(1)
     names, asking = [], None
     while frame is not None:
         code = frame.f_code
         names.append(code.co_name)
-        if (
-            asking is None
-            and code.co_name[0] != "<"
-            and any(part in code.co_filename for part in ("/cl_lightning/", "/callbacks/", "/test_"))
-        ):
-            asking = code.co_name
+        if asking is None and code.co_name[0] != "<" and any(part in code.co_filename for part in _OURS):
+            asking = code
         frame = frame.f_back
-    if asking is not None and any(name in _STEP for name in names) and "save" not in names:
-        waits[asking] += 1
+    if asking is None or "/testing/" in asking.co_filename or "save" in names:
+        return
+    if any(name in _STEP for name in names):
+        waits[asking.co_name] += 1
 
 
 class Remote(Tensor):

@@ -226,6 +226,15 @@ def test_samples_that_a_loader_mixes_in_are_no_images_of_the_stream(tmp_path):
     assert content["cost"]["samples"] == [2 * (count + (40 if task else 0)) for task, count in enumerate(train)]
 
 
+def test_peaks_of_a_gpu_that_this_process_has_not_touched_are_not_reset(monkeypatch):
+    def reset(device):
+        raise RuntimeError("Invalid device argument: did you call init?")  # as torch does
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    reset_peaks(torch.device("cuda", 1))
+
+
 class Paying(Callback):
     """Notes where the seconds of training steps and of validation batches go."""
 
