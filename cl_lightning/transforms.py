@@ -11,20 +11,17 @@ uint8 results are rounded once per transform, where torchvision cuts off after e
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from cl_lightning import pixels
 from cl_lightning.batch import Draw, mix
-
-Border = Literal["zeros", "reflect"]
-Interpolation = Literal["nearest", "bilinear"]
-Operation = Callable[[Tensor, Tensor], Tensor]  # of float images (B, C, H, W) in [0, 1], with an amount (B, 1, 1, 1)
-Row = tuple[Tensor | float, Tensor | float, Tensor | float]
+from cl_lightning.pixels import Border, Interpolation
 
 
 @dataclass(frozen=True)
@@ -91,6 +88,8 @@ def described(value: Any) -> str:
         return f"{type(value).__module__}.{type(value).__qualname__}{described(options)}"
     if isinstance(value, dict):
         return f"{{{', '.join(f'{key}: {described(part)}' for key, part in value.items())}}}"
+    if isinstance(value, Tensor):
+        return described(value.tolist())  # a tensor's own text leaves digits out
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(described, value))}]"
     return repr(value)
@@ -155,7 +154,7 @@ class RandomCrop(Transform):
         height, width = images.shape[-2:]
         fits = self.mode == "zeros" or self.padding < min(height, width)
         _require(self, fits, f"padding {self.padding}, images {height} x {width}; reflect needs less padding than that")
-        return shift_images(images, draw.randint(2 * self.padding + 1, 2) - self.padding, self.mode)
+        return pixels.shift_images(images, draw.randint(2 * self.padding + 1, 2) - self.padding, self.mode)
 
 
 class RandomHorizontalFlip(Transform):
@@ -166,7 +165,7 @@ class RandomHorizontalFlip(Transform):
         self.p = p
 
     def apply(self, images: Tensor, draw: Draw, context: Context | None) -> Tensor:
-        return _choose(draw.rand() < self.p, images.flip(-1), images)
+        return pixels.choose(draw.rand() < self.p, images.flip(-1), images)
 
 
 class RandomVerticalFlip(Transform):
@@ -177,7 +176,7 @@ class RandomVerticalFlip(Transform):
         self.p = p
 
     def apply(self, images: Tensor, draw: Draw, context: Context | None) -> Tensor:
-        return _choose(draw.rand() < self.p, images.flip(-2), images)
+        return pixels.choose(draw.rand() < self.p, images.flip(-2), images)
 
 
 class AlternatingFlip(Transform):
@@ -194,7 +193,7 @@ class AlternatingFlip(Transform):
         indices = context.indices.to(images.device, non_blocking=True)
         fresh = (draw.rand() < 0.5).to(images.device, non_blocking=True)
         mirrored = torch.where(indices < 0, fresh, _coin(indices, context.seed) ^ (context.epoch % 2 == 1))
-        return _choose(mirrored, images.flip(-1), images)
+        return pixels.choose(mirrored, images.flip(-1), images)
 
 
 class RandomResizedCrop(Transform):
@@ -224,7 +223,7 @@ class RandomResizedCrop(Transform):
 
     def apply(self, images: Tensor, draw: Draw, context: Context | None) -> Tensor:
         height, width = images.shape[-2:]
-        return resized_crop(images, self.boxes(draw, height, width), self.size, self.antialias)
+        return pixels.resized_crop(images, self.boxes(draw, height, width), self.size, self.antialias)
 
     def boxes(self, draw: Draw, height: int, width: int) -> Tensor:
         """Top, left, height and width of each row's box in pixels, int64 ``(B, 4)``."""
@@ -261,7 +260,8 @@ class RandomRotation(Transform):
 
     def apply(self, images: Tensor, draw: Draw, context: Context | None) -> Tensor:
         angle = self.low + (self.high - self.low) * draw.rand()
-        return _like(_rotate(_float(images), _rows(angle, images), self.interpolation), images)
+        turned = pixels.rotate(pixels.values_of(images), pixels.beside(angle, images), self.interpolation)
+        return pixels.like(turned, images)
 
 
 class Cutout(Transform):
@@ -280,10 +280,20 @@ class Cutout(Transform):
     def apply(self, images: Tensor, draw: Draw, context: Context | None) -> Tensor:
         inside = []
         for axis, length in enumerate(images.shape[-2:]):
-            start = _rows(draw.fork(axis).randint(length) - self.size // 2, images)
-            offset = torch.arange(length, device=images.device) - start  # (B, 1, 1, length)
+            start = (draw.fork(axis).randint(length) - self.size // 2).to(images.device, non_blocking=True)
+            offset = torch.arange(length, device=images.device) - start[:, None, None, None]  # (B, 1, 1, length)
             inside.append((offset >= 0) & (offset < self.size))
         return images * ~(inside[0].mT & inside[1])  # several times as fast as masked_fill on a CPU
+
+
+# Part of the jitter: column of its amount, what changes nothing, the least and the greatest allowed.
+_JITTER = {
+    "brightness": (0, 1.0, 0.0, math.inf),
+    "contrast": (2, 1.0, 0.0, math.inf),
+    "saturation": (1, 1.0, 0.0, math.inf),
+    "hue": (3, 0.0, -0.5, 0.5),
+}
+_HUE = _JITTER["hue"][0]
 
 
 class ColorJitter(Transform):
@@ -307,10 +317,9 @@ class ColorJitter(Transform):
     ) -> None:
         _require(self, 0 <= p <= 1, f"p {p}; a probability within [0, 1] is allowed")
         self.p = p
-        self.operations: list[Operation] = []
-        bounds = []
+        columns, bounds = [], []
         given = zip((brightness, contrast, saturation, hue), _JITTER.items(), strict=True)
-        for value, (name, (operation, neutral, least, most)) in given:
+        for value, (name, (column, neutral, least, most)) in given:
             if isinstance(value, Sequence):
                 low, high = value[0], value[1]
             else:
@@ -318,20 +327,28 @@ class ColorJitter(Transform):
             message = f"a number from 0 or a rising pair within [{least}, {most}] is allowed"
             _require(self, least <= low <= high <= most, f"{name} {value}; {message}")
             if (low, high) != (neutral, neutral):
-                self.operations.append(operation)
-                bounds.append((low, high))
-        self.bounds = torch.tensor(bounds).reshape(-1, 2)
+                columns.append(column)
+                bounds.append((low - neutral, high - neutral))
+        self.columns, self.bounds = torch.tensor(columns, dtype=torch.int64), torch.tensor(bounds).reshape(-1, 2)
+        self.hue = _HUE in columns
 
     def apply(self, images: Tensor, draw: Draw, context: Context | None) -> Tensor:
         low, high = self.bounds.unbind(dim=1)
-        amounts = low + (high - low) * draw.fork(0).rand(len(low))  # (B, operations)
+        amounts = low + (high - low) * draw.fork(0).rand(len(low))  # (B, parts)
         order = draw.fork(1).rand(len(low)).argsort(dim=1)
-        chosen = torch.where(draw.fork(2).rand(1) < self.p, order, -1)
-        result = _float(images)
-        for place in range(len(low)):
-            amount = amounts.gather(1, order[:, place : place + 1]).squeeze(1)
-            result = _each(result, chosen[:, place], self.operations, amount)
-        return _like(result, images)
+        changed = draw.fork(2).rand(1) < self.p
+        amounts = torch.where(changed, amounts.gather(1, order), 0.0)
+        values, white = pixels.values_of(images), pixels.white_of(images)
+        for column, amount in zip(torch.split(self.columns[order], 1, 1), torch.split(amounts, 1, 1), strict=True):
+            spread = torch.zeros(len(images), len(_JITTER)).scatter_(1, column, amount)
+            colours = pixels.beside(spread[:, :_HUE], images)
+            values = pixels.brightness_saturation_or_contrast(values, colours, white)
+            if self.hue:
+                turned = ((column == _HUE) & changed).squeeze(1).nonzero().squeeze(1)  # on the CPU
+                rows = turned.to(images.device, non_blocking=True)
+                shift = pixels.beside(amount[turned], images)
+                values.index_copy_(0, rows, pixels.hue(values.index_select(0, rows), shift))
+        return pixels.like(values, images)
 
 
 class RandomGrayscale(Transform):
@@ -344,16 +361,46 @@ class RandomGrayscale(Transform):
         self.p = p
 
     def apply(self, images: Tensor, draw: Draw, context: Context | None) -> Tensor:
-        grey = _like(_grey(_float(images)), images)
-        return _choose(draw.rand() < self.p, grey.expand_as(images), images)
+        grey = pixels.like(pixels.luma(pixels.values_of(images)), images)
+        return pixels.choose(draw.rand() < self.p, grey.expand_as(images), images)
+
+
+# Name: amount at full strength, whether its sign is random, as in torchvision.
+OPERATIONS: dict[str, tuple[float, bool]] = {
+    "Identity": (0.0, False),
+    "ShearX": (0.3, True),
+    "ShearY": (0.3, True),
+    "TranslateX": (150 / 331, True),
+    "TranslateY": (150 / 331, True),
+    "Rotate": (30.0, True),
+    "Brightness": (0.9, True),
+    "Color": (0.9, True),
+    "Contrast": (0.9, True),
+    "Sharpness": (0.9, True),
+    "Posterize": (4.0, False),
+    "Solarize": (1.0, False),
+    "AutoContrast": (0.0, False),
+    "Equalize": (0.0, False),
+}
+# What does them, in that order but for the first, and how many of them.
+FAMILIES: tuple[tuple[pixels.Operation, int], ...] = (
+    (pixels.shear_shift_or_turn, 5),
+    (pixels.brightness_saturation_or_contrast, 3),
+    (pixels.sharpness, 1),
+    (pixels.posterize, 1),
+    (pixels.solarize, 1),
+    (pixels.autocontrast, 1),
+    (pixels.equalize, 1),
+)
+_FAMILY = torch.tensor([-1, *(place for place, (_, count) in enumerate(FAMILIES) for _ in range(count))])
 
 
 class RandAugment(Transform):
     """Each image changed by ``num_ops`` operations drawn for it (Cubuk et al. 2020, arXiv:1909.13719).
 
     The fourteen operations, their ranges and signs are torchvision's, none is left out; geometry takes the nearest
-    pixel and fills with black. Of bytes each operation gives bytes. A batch costs some hundred small kernels, whatever
-    its size.
+    pixel and fills with black. Of bytes each operation gives bytes. A batch costs
+    some hundred small kernels, whatever its size.
 
     Args:
         num_ops: Operations per image, drawn with replacement.
@@ -370,211 +417,35 @@ class RandAugment(Transform):
         self.num_ops, self.strength = num_ops, magnitude / (num_magnitude_bins - 1)
 
     def apply(self, images: Tensor, draw: Draw, context: Context | None) -> Tensor:
-        operations = [operation for operation, _, _ in OPERATIONS.values()]
-        most = torch.tensor([most for _, most, _ in OPERATIONS.values()]) * self.strength
-        signed = torch.tensor([signed for _, _, signed in OPERATIONS.values()])
-        chosen = draw.fork(0).randint(len(operations), self.num_ops)  # (B, num_ops)
+        most = torch.tensor([most for most, _ in OPERATIONS.values()]) * self.strength
+        signed = torch.tensor([signed for _, signed in OPERATIONS.values()])
+        chosen = draw.fork(0).randint(len(OPERATIONS), self.num_ops)  # (B, num_ops)
         negative = signed[chosen] & (draw.fork(1).rand(self.num_ops) < 0.5)
         amounts = torch.where(negative, -most[chosen], most[chosen])
-        result = images if images.dtype == torch.uint8 else _float(images)  # bytes are moved in a quarter of the time
+        result = images if images.dtype == torch.uint8 else pixels.values_of(images)  # bytes: a quarter of the moving
         for place in range(self.num_ops):
-            result = _each(result, chosen[:, place], operations, amounts[:, place])
+            result = change(result, chosen[:, place], amounts[:, place])
         return result.to(images.dtype)
 
 
-def permute_pixels(images: Tensor, seed: int) -> Tensor:
-    """Images ``(..., H, W)`` with their pixels rearranged, in the same way for all images and channels of a seed."""
-    generator = torch.Generator().manual_seed(mix(seed))
-    order = torch.randperm(images.shape[-2] * images.shape[-1], generator=generator).to(images.device)
-    return images.flatten(-2).index_select(-1, order).view(images.shape)
-
-
-def rotate_images(images: Tensor, degrees: float, interpolation: Interpolation = "bilinear") -> Tensor:
-    """Images ``(..., H, W)``, uint8 or in [0, 1], turned counter-clockwise about their centre, black outside."""
-    flat = _float(images).reshape(1, -1, *images.shape[-2:])  # one image of many channels: they share one grid
-    angle = torch.full((1, 1, 1, 1), float(degrees), dtype=flat.dtype, device=flat.device)
-    return _like(_rotate(flat, angle, interpolation).view(images.shape), images)
-
-
-def shift_images(images: Tensor, offsets: Tensor, mode: Border = "zeros") -> Tensor:
-    """Windows of the images' own size, ``offsets`` (down, right), int64 ``(B, 2)``, away from them.
-
-    Args:
-        images: ``(B, C, H, W)`` of any type.
-        offsets: In pixels; below the side of the images where the mode is reflect.
-        mode: Pixels outside are zeros, or mirrored at the border pixel (reflect).
-    """
-    if not len(images):
-        return images.clone()
-    count, channels, height, width = images.shape
-    images, pad = images.contiguous(), int(offsets.abs().max())
-    if mode == "zeros":
-        wide = F.pad(images, (pad, pad, pad, pad))
-    else:
-        y, x = (_mirrored(torch.arange(-pad, side + pad, device=images.device), side) for side in (height, width))
-        wide = images.index_select(2, y).index_select(3, x)
-    # A window is `height` runs of `width` neighbours in memory, which are taken whole; runs may overlap.
-    tall, long = height + 2 * pad, width + 2 * pad
-    offsets = (offsets + pad).to(images.device, non_blocking=True)
-    line = offsets[:, :1] + torch.arange(height, device=images.device)  # (B, height)
-    first = torch.arange(count * channels, device=images.device).view(count, channels, 1) * tall
-    start = ((first + line[:, None]) * long + offsets[:, 1:, None]).flatten()
-    runs = wide.as_strided((wide.numel() - width + 1, width), (1, 1))
-    return runs.index_select(0, start).view(images.shape)
-
-
-def _mirrored(places: Tensor, side: int) -> Tensor:
-    """Places beyond an axis of ``side`` pixels, mirrored at its border pixels."""
-    return (side - 1) - ((side - 1) - places.abs()).abs()
-
-
-def resized_crop(images: Tensor, boxes: Tensor, size: tuple[int, int], antialias: bool = True) -> Tensor:
-    """The box of each image, resized with linear weights.
-
-    A resize is a matrix per axis, so a batch of them is two batched products, with antialiasing at no extra cost.
+def change(images: Tensor, chosen: Tensor, amounts: Tensor) -> Tensor:
+    """Row i changed by operation ``chosen[i]`` of ``OPERATIONS`` with ``amounts[i]``.
 
     Args:
         images: ``(B, C, H, W)``.
-        boxes: Top, left, height, width in pixels, ``(B, 4)``.
-        size: Height and width of the result.
-        antialias: See ``RandomResizedCrop``.
+        chosen: Places in the table, int64 ``(B,)``, on the CPU.
+        amounts: ``(B,)``, on the CPU.
     """
-    values, matrices = _float(images), []
-    boxes = boxes.to(images.device, values.dtype, non_blocking=True)[..., None, None]
-    for axis, (length, result) in enumerate(zip(images.shape[-2:], size, strict=True)):
-        start, scale = boxes[:, axis], boxes[:, axis + 2] / result  # (B, 1, 1)
-        centre = start + (torch.arange(result, device=images.device)[:, None] + 0.5) * scale  # (B, result, 1)
-        pixel = torch.arange(length, device=images.device) + 0.5
-        inside = (pixel > start) & (pixel < start + boxes[:, axis + 2])
-        weight = (1 - (pixel - centre).abs() / (scale.clamp(min=1) if antialias else 1)).clamp(min=0) * inside
-        matrices.append((weight / weight.sum(dim=2, keepdim=True))[:, None])  # (B, 1, result, length), rows sum to 1
-    with torch.autocast(images.device.type, enabled=False):  # products in half precision would lose grey levels
-        return _like(matrices[0] @ values @ matrices[1].mT, images)
+    spread = torch.zeros(len(images), len(OPERATIONS)).scatter_(1, chosen[:, None], amounts[:, None])
+    operations, start = [], 1
+    for operation, count in FAMILIES:
+        operations.append(partial(_of_columns, operation, slice(start, start + count)))
+        start += count
+    return pixels.apply_each(images, _FAMILY[chosen], operations, spread)
 
 
-def _brightness(images: Tensor, factor: Tensor) -> Tensor:
-    return (images * factor).clamp_(0, 1)
-
-
-def _contrast(images: Tensor, factor: Tensor) -> Tensor:
-    return _blend(images, _grey(images).mean(dim=(1, 2, 3), keepdim=True), factor)
-
-
-def _saturation(images: Tensor, factor: Tensor) -> Tensor:
-    return _blend(images, _grey(images), factor)
-
-
-def _hue(images: Tensor, shift: Tensor) -> Tensor:
-    if images.shape[1] == 1:
-        return images
-    red, green, blue = images.unbind(dim=1)
-    value, chroma = images.amax(dim=1), images.amax(dim=1) - images.amin(dim=1)
-    safe = chroma.clamp(min=1e-12)
-    hue = torch.where(value == red, (green - blue) / safe, (red - green) / safe + 4)
-    hue = torch.where((value == green) & (value != red), (blue - red) / safe + 2, hue)  # in sixths of the circle
-    sixth = torch.tensor([5.0, 3.0, 1.0], dtype=images.dtype, device=images.device)[:, None, None]
-    k = (sixth + hue[:, None] + 6 * shift) % 6
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-def _sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    if min(images.shape[-2:]) < 3:
-        return images
-    smooth = images.clone()  # border pixels stay
-    lines = images[..., :-2, :] + images[..., 1:-1, :] + images[..., 2:, :]  # a pooling of small images is slow
-    smooth[..., 1:-1, 1:-1] = (lines[..., :-2] + lines[..., 1:-1] + lines[..., 2:] + 4 * images[..., 1:-1, 1:-1]) / 13
-    return _blend(images, smooth, factor)
-
-
-def _posterize(images: Tensor, dropped: Tensor) -> Tensor:
-    step = 2 ** dropped.round()  # the lowest bits become 0
-    return (_bytes(images) / step).floor() * step / 255
-
-
-def _autocontrast(images: Tensor, _: Tensor) -> Tensor:
-    low, high = images.amin(dim=(2, 3), keepdim=True), images.amax(dim=(2, 3), keepdim=True)
-    return torch.where(high > low, (images - low) / (high - low).clamp(min=1e-12), images)
-
-
-def _equalize(images: Tensor, _: Tensor) -> Tensor:
-    level = _bytes(images).flatten(2).long()  # (B, C, pixels)
-    count = torch.zeros(*level.shape[:2], 256, dtype=torch.int64, device=images.device)
-    count.scatter_add_(2, level, torch.ones_like(level))
-    step = (level.shape[2] - count.gather(2, level.amax(dim=2, keepdim=True))) // 255  # PIL: the top level is left out
-    table = (count.cumsum(dim=2) - count + step // 2) // step.clamp(min=1)
-    table = torch.where(step > 0, table, torch.arange(256, device=images.device)).clamp(max=255)
-    return table.gather(2, level).view(images.shape).to(images.dtype) / 255
-
-
-def _affine(images: Tensor, x_row: Row, y_row: Row, mode: Interpolation = "nearest") -> Tensor:
-    """Result (x, y) is the images' (x_row . (x, y, 1), y_row . (x, y, 1)), pixels from the centre; black outside."""
-    height, width = images.shape[-2:]
-    y = torch.arange(height, dtype=images.dtype, device=images.device)[:, None] - (height - 1) / 2
-    x = torch.arange(width, dtype=images.dtype, device=images.device) - (width - 1) / 2
-    column = (x_row[0] * x + x_row[1] * y + x_row[2]) * (2 / width)  # 1 is the border, hence align_corners=False
-    row = (y_row[0] * x + y_row[1] * y + y_row[2]) * (2 / height)
-    grid = torch.stack([column + 0 * row, row + 0 * column], dim=-1)[:, 0]  # (B, H, W, 2)
-    return F.grid_sample(images, grid, mode, padding_mode="zeros", align_corners=False)
-
-
-def _rotate(images: Tensor, degrees: Tensor, mode: Interpolation = "nearest") -> Tensor:
-    cos, sin = degrees.deg2rad().cos(), degrees.deg2rad().sin()
-    return _affine(images, (cos, -sin, 0), (sin, cos, 0), mode)
-
-
-# Name: operation, its amount at full strength, whether its sign is random (as in torchvision). A shear keeps the top
-# left corner in its place.
-OPERATIONS: dict[str, tuple[Operation, float, bool]] = {
-    "Identity": (lambda x, _: x, 0.0, False),
-    "ShearX": (lambda x, slope: _affine(x, (1, slope, slope * x.shape[2] / 2), (0, 1, 0)), 0.3, True),
-    "ShearY": (lambda x, slope: _affine(x, (1, 0, 0), (slope, 1, slope * x.shape[3] / 2)), 0.3, True),
-    "TranslateX": (lambda x, share: _affine(x, (1, 0, -(share * x.shape[3]).trunc()), (0, 1, 0)), 150 / 331, True),
-    "TranslateY": (lambda x, share: _affine(x, (1, 0, 0), (0, 1, -(share * x.shape[2]).trunc())), 150 / 331, True),
-    "Rotate": (_rotate, 30.0, True),
-    "Brightness": (lambda x, amount: _brightness(x, 1 + amount), 0.9, True),
-    "Color": (lambda x, amount: _saturation(x, 1 + amount), 0.9, True),
-    "Contrast": (lambda x, amount: _contrast(x, 1 + amount), 0.9, True),
-    "Sharpness": (lambda x, amount: _sharpness(x, 1 + amount), 0.9, True),
-    "Posterize": (_posterize, 4.0, False),
-    "Solarize": (lambda x, amount: torch.where(x >= 1 - amount, 1 - x, x), 1.0, False),
-    "AutoContrast": (_autocontrast, 0.0, False),
-    "Equalize": (_equalize, 0.0, False),
-}
-# Name: operation, the amount that changes nothing, the least and the greatest allowed.
-_JITTER: dict[str, tuple[Operation, float, float, float]] = {
-    "brightness": (_brightness, 1.0, 0.0, math.inf),
-    "contrast": (_contrast, 1.0, 0.0, math.inf),
-    "saturation": (_saturation, 1.0, 0.0, math.inf),
-    "hue": (_hue, 0.0, -0.5, 0.5),
-}
-
-
-def _each(images: Tensor, chosen: Tensor, operations: Sequence[Operation], amounts: Tensor) -> Tensor:
-    """Row i changed by ``operations[chosen[i]]`` with ``amounts[i]``, or left alone where ``chosen[i]`` is negative.
-
-    ``chosen`` and ``amounts`` are on the CPU, so that counting the rows of an operation does not wait for the GPU.
-    """
-    order = chosen.argsort()
-    counts = torch.bincount(chosen + 1, minlength=len(operations) + 1).tolist()  # rows that are left alone come first
-    place = order.to(images.device, non_blocking=True)
-    parts = torch.split(images.index_select(0, place), counts)
-    dtype = images.dtype if images.is_floating_point() else torch.float32
-    sizes = torch.split(_rows(amounts[order], images).to(dtype), counts)
-    changed = [
-        _like(operation(_float(part), size), part)
-        for operation, part, size in zip(operations, parts[1:], sizes[1:], strict=True)
-        if len(part)
-    ]
-    return torch.cat([parts[0], *changed]).index_select(0, place.argsort())
-
-
-def _choose(rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Row i of ``first`` where ``rows[i]``, else of ``second``; ``torch.where`` is several times as slow on a CPU."""
-    rows = rows.to(first.device, non_blocking=True)
-    count = len(rows)
-    return torch.cat([first, second]).index_select(
-        0, torch.where(rows, 0, count) + torch.arange(count, device=first.device)
-    )
+def _of_columns(operation: pixels.Operation, columns: slice, values: Tensor, amounts: Tensor, white: float) -> Tensor:
+    return operation(values, amounts[:, columns], white)
 
 
 def _coin(indices: Tensor, seed: int) -> Tensor:
@@ -586,45 +457,6 @@ def _coin(indices: Tensor, seed: int) -> Tensor:
 
 def _int64(number: int) -> int:
     return number - (1 << 64) if number >> 63 else number
-
-
-def _rows(values: Tensor, images: Tensor) -> Tensor:
-    """``(B,)`` on the CPU to ``(B, 1, 1, 1)`` beside the images."""
-    return values.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
-
-
-def _float(images: Tensor) -> Tensor:
-    """To [0, 1] in at least float32."""
-    if images.is_floating_point():
-        return images if images.dtype == torch.float64 else images.float()
-    return images.float().div_(255)
-
-
-def _like(result: Tensor, images: Tensor) -> Tensor:
-    """Back to the type of ``images``."""
-    if images.dtype == torch.uint8:
-        return _bytes(result).to(torch.int16).to(torch.uint8)  # a CPU has no fast way from floating point to uint8
-    return result.to(images.dtype)
-
-
-def _bytes(images: Tensor) -> Tensor:
-    """Whole grey levels 0 .. 255, still floating point."""
-    return (images * 255).round_().clamp_(0, 255)
-
-
-def _blend(first: Tensor, second: Tensor, factor: Tensor) -> Tensor:
-    """``second`` at factor 0, ``first`` at 1, beyond it above."""
-    return (first - second).mul_(factor).add_(second).clamp_(0, 1)
-
-
-def _grey(images: Tensor) -> Tensor:
-    """Luma (ITU-R BT.601) of images with one or three channels, ``(B, 1, H, W)``."""
-    if images.shape[1] == 1:
-        return images
-    if images.shape[1] != 3:
-        raise ValueError(f"colour transforms: images of {images.shape[1]} channels; 1 or 3 are allowed, leave them out")
-    red, green, blue = images.unbind(dim=1)
-    return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)[:, None]
 
 
 def _require(owner: Transform, condition: bool, message: str) -> None:

@@ -20,9 +20,10 @@ from cl_lightning.feature_cache import KEYS, STORED, FeatureStore
 from cl_lightning.features import FeaturePool
 from cl_lightning.loaders import FeatureLoader, Plan, PlannedLoader, Stored, StreamLoader
 from cl_lightning.memory import Memory
+from cl_lightning.pixels import permute_pixels, rotate_images
 from cl_lightning.sources import FileSource, Source, checked, decoded
 from cl_lightning.stream import Catalogue, ClassIncremental, Part, Scenario, Stream, Task
-from cl_lightning.transforms import Compose, Context, Normalize, Transform, described, permute_pixels, rotate_images
+from cl_lightning.transforms import Compose, Context, Normalize, Transform, described
 
 _EVAL_VALUES = 512 * 3 * 32 * 32
 

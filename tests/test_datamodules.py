@@ -33,6 +33,7 @@ from cl_lightning.datamodules.torchvision_data import TorchvisionData, held_out
 from cl_lightning.loop import TaskLoop
 from cl_lightning.loop_setup import LoopOptions
 from cl_lightning.memory import Memory, Ring
+from cl_lightning.pixels import permute_pixels, rotate_images
 from cl_lightning.sources import DecodedSource, FileSource, TensorSource
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.stream import (
@@ -48,8 +49,6 @@ from cl_lightning.transforms import (
     RandomCrop,
     RandomHorizontalFlip,
     RandomResizedCrop,
-    permute_pixels,
-    rotate_images,
 )
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments" / "data"

@@ -27,10 +27,10 @@ from cl_lightning.batch import Batch, Draw, mix
 from cl_lightning.distributed import all_sum
 from cl_lightning.losses import full_precision, mean_over_rows
 from cl_lightning.network import Output
+from cl_lightning.pixels import brightness_saturation_or_contrast, hue
 from cl_lightning.strategies.test_time.base import ADAPT, TestTimeAdaptation, Trained, tiny_resnet
 from cl_lightning.stream import Task
 from cl_lightning.teacher import Teacher
-from cl_lightning.transforms import _brightness, _contrast, _hue, _saturation
 
 _VIEWS, _RESTORE, _NOISE = 0xC0, 0xC1, 0xC2  # salts
 
@@ -128,13 +128,15 @@ class View(NamedTuple):
     def of(self, images: Tensor) -> Tensor:
         """The view of images ``(B, C, H, W)`` in [0, 1], at least one, without noise."""
         images = images.clamp(0, 1)
-        factors = (self.brightness, self.contrast, self.saturation, self.hue)
+        brightness, contrast, saturation = self.brightness - 1, self.contrast - 1, self.saturation - 1
+        amounts = images.new_tensor([[[brightness, 0, 0]], [[0, 0, contrast]], [[0, saturation, 0]]])
         for place in self.order:
-            if place == len(factors):
-                images = images.clamp(min=1e-8) ** self.gamma
+            if place < len(amounts):
+                images = brightness_saturation_or_contrast(images, amounts[place])
+            elif place == len(amounts):
+                images = hue(images, images.new_full((1, 1), self.hue)).clamp(0, 1)
             else:
-                operation = (_brightness, _contrast, _saturation, _hue)[place]
-                images = operation(images, images.new_full((1, 1, 1, 1), factors[place])).clamp(0, 1)
+                images = images.clamp(min=1e-8) ** self.gamma
         turn = math.radians(self.angle)
         cos, sin = math.cos(turn) / self.scale, math.sin(turn) / self.scale
         x, y = (-2 * share for share in self.shift)  # the grid tells where a pixel comes from, in halves of the side

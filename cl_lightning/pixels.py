@@ -1,0 +1,287 @@
+"""What transforms do to the pixels of whole batches, once random numbers are drawn.
+
+Images are uint8 in 0 .. 255 or floating point in [0, 1]. Operations on colours work on floating point numbers of either
+range, whose upper end they are told as ``white``: bytes need no division on the way there and none on the way back.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl_lightning.batch import mix
+
+Border = Literal["zeros", "reflect"]
+Interpolation = Literal["nearest", "bilinear"]
+Operation = Callable[[Tensor, Tensor, float], Tensor]
+"""Of values ``(n, C, H, W)``, amounts ``(n, k)`` beside them, and white."""
+
+
+# Types
+
+
+def values_of(images: Tensor) -> Tensor:
+    """The same numbers in at least float32."""
+    return images if images.dtype == torch.float64 else images.float()
+
+
+def like(values: Tensor, images: Tensor) -> Tensor:
+    """Back to the type of ``images``; where that is uint8, values within 0 .. 255 are rounded, in place."""
+    if images.dtype == torch.uint8:
+        return values.round_().to(torch.int16).to(torch.uint8)  # a CPU has no fast way from floating point to uint8
+    return values.to(images.dtype)
+
+
+def white_of(images: Tensor) -> float:
+    """The greatest value of a pixel."""
+    return 255.0 if images.dtype == torch.uint8 else 1.0
+
+
+# Rows
+
+
+def choose(rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Row i of ``first`` where ``rows[i]``, else of ``second``; ``torch.where`` is several times as slow on a CPU."""
+    rows = rows.to(first.device, non_blocking=True)
+    count = len(rows)
+    return torch.cat([first, second]).index_select(
+        0, torch.where(rows, 0, count) + torch.arange(count, device=first.device)
+    )
+
+
+def apply_each(images: Tensor, chosen: Tensor, operations: Sequence[Operation], amounts: Tensor) -> Tensor:
+    """Row i changed by ``operations[chosen[i]]`` with ``amounts[i]``, or left alone where ``chosen[i]`` is negative.
+
+    Args:
+        images: ``(B, C, H, W)``.
+        chosen: int64 ``(B,)``, on the CPU, so that counting the rows of an operation does not wait for the GPU.
+        operations: Of rows with the same choice.
+        amounts: ``(B, k)``, on the CPU.
+    """
+    order = chosen.argsort()
+    counts = torch.bincount(chosen + 1, minlength=len(operations) + 1).tolist()  # rows that are left alone come first
+    place = order.to(images.device, non_blocking=True)
+    parts = torch.split(images.index_select(0, place), counts)
+    sizes = torch.split(beside(amounts[order], images), counts)
+    changed = [
+        like(operation(values_of(part), size, white_of(part)), part)
+        for operation, part, size in zip(operations, parts[1:], sizes[1:], strict=True)
+        if len(part)
+    ]
+    return torch.cat([parts[0], *changed]).index_select(0, place.argsort())
+
+
+def beside(numbers: Tensor, images: Tensor) -> Tensor:
+    """Numbers of the CPU on the device of the images, in the type that these are computed in."""
+    return numbers.to(
+        images.device, torch.float64 if images.dtype == torch.float64 else torch.float32, non_blocking=True
+    )
+
+
+# Places
+
+
+def permute_pixels(images: Tensor, seed: int) -> Tensor:
+    """Images ``(..., H, W)`` with their pixels rearranged, in the same way for all images and channels of a seed."""
+    generator = torch.Generator().manual_seed(mix(seed))
+    order = torch.randperm(images.shape[-2] * images.shape[-1], generator=generator).to(images.device)
+    return images.flatten(-2).index_select(-1, order).view(images.shape)
+
+
+def rotate_images(images: Tensor, degrees: float, interpolation: Interpolation = "bilinear") -> Tensor:
+    """Images ``(..., H, W)``, uint8 or in [0, 1], turned counter-clockwise about their centre, black outside."""
+    flat = values_of(images).reshape(1, -1, *images.shape[-2:])  # one image of many channels: they share one grid
+    angle = torch.full((1,), float(degrees), dtype=flat.dtype, device=flat.device)
+    return like(rotate(flat, angle, interpolation).view(images.shape), images)
+
+
+def shift_images(images: Tensor, offsets: Tensor, mode: Border = "zeros") -> Tensor:
+    """Windows of the images' own size, ``offsets`` (down, right), int64 ``(B, 2)``, away from them.
+
+    Args:
+        images: ``(B, C, H, W)`` of any type.
+        offsets: In pixels; below the side of the images where the mode is reflect.
+        mode: Pixels outside are zeros, or mirrored at the border pixel (reflect).
+    """
+    if not len(images):
+        return images.clone()
+    count, channels, height, width = images.shape
+    images, pad = images.contiguous(), int(offsets.abs().max())
+    if mode == "zeros":
+        wide = F.pad(images, (pad, pad, pad, pad))
+    else:
+        y, x = (_mirrored(torch.arange(-pad, side + pad, device=images.device), side) for side in (height, width))
+        wide = images.index_select(2, y).index_select(3, x)
+    # A window is `height` runs of `width` neighbours in memory, which are taken whole; runs may overlap.
+    tall, long = height + 2 * pad, width + 2 * pad
+    offsets = (offsets + pad).to(images.device, non_blocking=True)
+    line = offsets[:, :1] + torch.arange(height, device=images.device)  # (B, height)
+    first = torch.arange(count * channels, device=images.device).view(count, channels, 1) * tall
+    start = ((first + line[:, None]) * long + offsets[:, 1:, None]).flatten()
+    runs = wide.as_strided((wide.numel() - width + 1, width), (1, 1))
+    return runs.index_select(0, start).view(images.shape)
+
+
+def _mirrored(places: Tensor, side: int) -> Tensor:
+    """Places beyond an axis of ``side`` pixels, mirrored at its border pixels."""
+    return (side - 1) - ((side - 1) - places.abs()).abs()
+
+
+def resized_crop(images: Tensor, boxes: Tensor, size: tuple[int, int], antialias: bool = True) -> Tensor:
+    """The box of each image, resized with linear weights.
+
+    A resize is a matrix per axis, so a batch of them is two batched products, with antialiasing at no extra cost.
+
+    Args:
+        images: ``(B, C, H, W)``.
+        boxes: Top, left, height, width in pixels, ``(B, 4)``.
+        size: Height and width of the result.
+        antialias: Average over the pixels that fall into one where the box is larger than the result.
+    """
+    values, matrices = values_of(images), []
+    boxes = boxes.to(images.device, values.dtype, non_blocking=True)[..., None, None]
+    for axis, (length, result) in enumerate(zip(images.shape[-2:], size, strict=True)):
+        start, scale = boxes[:, axis], boxes[:, axis + 2] / result  # (B, 1, 1)
+        centre = start + (torch.arange(result, device=images.device)[:, None] + 0.5) * scale  # (B, result, 1)
+        pixel = torch.arange(length, device=images.device) + 0.5
+        inside = (pixel > start) & (pixel < start + boxes[:, axis + 2])
+        weight = (1 - (pixel - centre).abs() / (scale.clamp(min=1) if antialias else 1)).clamp(min=0) * inside
+        matrices.append((weight / weight.sum(dim=2, keepdim=True))[:, None])  # (B, 1, result, length), rows sum to 1
+    with torch.autocast(images.device.type, enabled=False):  # products in half precision would lose grey levels
+        values = matrices[0] @ values @ matrices[1].mT
+    if images.dtype == torch.uint8:
+        values += 2**-10  # halves go up, however a product sums: that may depend on the number of images
+    return like(values, images)
+
+
+def rotate(values: Tensor, degrees: Tensor, mode: Interpolation = "nearest") -> Tensor:
+    """Images turned counter-clockwise about their centre by ``degrees``, ``(B,)``, black outside."""
+    cos, sin = degrees.deg2rad().cos(), degrees.deg2rad().sin()
+    return affine(values, torch.stack([cos, -sin, 0 * cos, sin, cos, 0 * cos], dim=1).view(-1, 2, 3), mode)
+
+
+def affine(values: Tensor, maps: Tensor, mode: Interpolation = "nearest") -> Tensor:
+    """Result (x, y) is the value at ``map (x, y, 1)``, in pixels from the centre; black outside.
+
+    Args:
+        values: Floating point ``(B, C, H, W)``.
+        maps: ``(B, 2, 3)``, beside them.
+        mode: Between pixels.
+    """
+    height, width = values.shape[-2:]
+    y = torch.arange(height, dtype=values.dtype, device=values.device) - (height - 1) / 2
+    x = torch.arange(width, dtype=values.dtype, device=values.device) - (width - 1) / 2
+    border = torch.tensor([[2 / width], [2 / height]], dtype=values.dtype, device=values.device)
+    of_x, of_y, shift = (maps * border)[..., None].unbind(dim=2)  # (B, 2, 1); 1 is the border: align_corners=False
+    grid = (of_y * y + shift).mT[:, :, None] + (of_x * x).mT[:, None]  # (B, H, W, 2)
+    return F.grid_sample(values, grid, mode, padding_mode="zeros", align_corners=False)
+
+
+def shear_shift_or_turn(values: Tensor, amounts: Tensor, white: float = 1.0) -> Tensor:
+    """A shear, shift or turn of each image, of the nearest pixels, black outside.
+
+    Args:
+        values: ``(B, C, H, W)``.
+        amounts: Slope along x and y, shift to the right and down as a share of the side, degrees counter-clockwise,
+            ``(B, 5)``, of which all but one are 0 in each row. A shear keeps the top left corner in its place; a shift
+            is by whole pixels, towards 0.
+        white: Any.
+    """
+    height, width = values.shape[-2:]
+    slope_x, slope_y, right, down, degrees = amounts.unbind(dim=1)
+    cos, sin = degrees.deg2rad().cos(), degrees.deg2rad().sin()
+    to_x = cos, slope_x - sin, slope_x * (height / 2) - (right * width).trunc()
+    to_y = slope_y + sin, cos, slope_y * (width / 2) - (down * height).trunc()
+    return affine(values, torch.stack([*to_x, *to_y], dim=1).view(-1, 2, 3))
+
+
+# Colours
+
+
+def luma(values: Tensor) -> Tensor:
+    """Grey (ITU-R BT.601) of images with one or three channels, ``(B, 1, H, W)``."""
+    if values.shape[1] == 1:
+        return values
+    if values.shape[1] != 3:
+        raise ValueError(f"colour transforms: images of {values.shape[1]} channels; 1 or 3 are allowed, leave them out")
+    red, green, blue = values.unbind(dim=1)
+    return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)[:, None]
+
+
+def brightness_saturation_or_contrast(values: Tensor, amounts: Tensor, white: float = 1.0) -> Tensor:
+    """One of the three changed by the factor 1 + amount: ``f x + (1 - f) y``, cut off at black and white.
+
+    y is black for brightness, the grey of the pixel for saturation, and the mean grey of the image for contrast. All
+    three are one formula, ``(1 + a) x - a_s luma(x) - a_c mean(luma(x))``, so that rows need not be sorted by it.
+
+    Args:
+        values: ``(B, C, H, W)``.
+        amounts: Of brightness, saturation and contrast, from -1, ``(B, 3)`` or ``(1, 3)``, of which all but one are 0
+            in each row; a row of zeros changes nothing, to the bit.
+        white: The greatest value.
+    """
+    _, saturation, contrast = amounts[..., None, None, None].unbind(dim=1)
+    grey = luma(values)
+    second = (grey * saturation).add_(contrast * grey.mean(dim=(1, 2, 3), keepdim=True)).neg_()
+    return torch.addcmul(second, values, 1 + amounts.sum(dim=1)[:, None, None, None]).clamp_(0, white)
+
+
+def hue(values: Tensor, shift: Tensor, white: float = 1.0) -> Tensor:
+    """Colours turned by a share of their circle, ``(B, 1)``, within [-0.5, 0.5]."""
+    if values.shape[1] == 1:
+        return values
+    red, green, blue = values.unbind(dim=1)
+    value, chroma = values.amax(dim=1), values.amax(dim=1) - values.amin(dim=1)
+    safe = chroma.clamp(min=1e-12)
+    angle = torch.where(value == red, (green - blue) / safe, (red - green) / safe + 4)
+    angle = torch.where((value == green) & (value != red), (blue - red) / safe + 2, angle)  # in sixths of the circle
+    sixth = torch.tensor([5.0, 3.0, 1.0], dtype=values.dtype, device=values.device)[:, None, None]
+    k = (sixth + angle[:, None] + 6 * shift[..., None, None]) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def sharpness(values: Tensor, amounts: Tensor, white: float = 1.0) -> Tensor:
+    """The difference to a smoothed image multiplied by 1 + amount, ``(B, 1)``; border pixels stay."""
+    if min(values.shape[-2:]) < 3:
+        return values
+    lines = values[..., :-2, :] + values[..., 1:-1, :] + values[..., 2:, :]  # a pooling of small images is slow
+    inner = values[..., 1:-1, 1:-1]
+    smooth = (lines[..., :-2] + lines[..., 1:-1] + lines[..., 2:] + 4 * inner) / 13
+    result = values.clone()
+    result[..., 1:-1, 1:-1] += amounts[..., None, None] * (inner - smooth)
+    return result.clamp_(0, white)
+
+
+def posterize(values: Tensor, dropped: Tensor, white: float = 1.0) -> Tensor:
+    """The lowest bits of bytes become 0, as many as ``(B, 1)`` says."""
+    step = 2 ** dropped.round()[..., None, None]
+    return (_levels(values, white) / step).floor_() * (step * white / 255)
+
+
+def solarize(values: Tensor, amounts: Tensor, white: float = 1.0) -> Tensor:
+    """Values from ``(1 - amount) white`` on, ``(B, 1)``, are taken from white."""
+    return torch.where(values >= white * (1 - amounts[..., None, None]), white - values, values)
+
+
+def autocontrast(values: Tensor, _: Tensor, white: float = 1.0) -> Tensor:
+    """Each channel stretched to the whole range; one without contrast stays."""
+    low, high = values.amin(dim=(2, 3), keepdim=True), values.amax(dim=(2, 3), keepdim=True)
+    return torch.where(high > low, (values - low) * (white / (high - low).clamp(min=1e-12)), values)
+
+
+def equalize(values: Tensor, _: Tensor, white: float = 1.0) -> Tensor:
+    """The levels of each channel spread evenly, as PIL does it."""
+    level = _levels(values, white).flatten(2).long()  # (B, C, pixels)
+    count = torch.zeros(*level.shape[:2], 256, dtype=torch.int64, device=values.device)
+    count.scatter_add_(2, level, torch.ones_like(level))
+    step = (level.shape[2] - count.gather(2, level.amax(dim=2, keepdim=True))) // 255  # PIL leaves the top level out
+    table = (count.cumsum(dim=2) - count + step // 2) // step.clamp(min=1)
+    table = torch.where(step > 0, table, torch.arange(256, device=values.device)).clamp_(max=255)
+    return table.to(values.dtype).mul_(white / 255).gather(2, level).view(values.shape)
+
+
+def _levels(values: Tensor, white: float) -> Tensor:
+    """Whole grey levels 0 .. 255, still floating point."""
+    return (values * (255 / white)).round_()
