@@ -11,7 +11,7 @@ from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
 # In the order of the page. Each is a module with NAME and section(results), text that begins with a heading.
-BENCHMARKS = ("steps", "avalanche", "data_path", "feature_store", "scaling")
+BENCHMARKS = ("steps", "avalanche", "data_path", "feature_store", "scaling", "gpu")
 
 
 def stored(name: str) -> dict[str, Any]:
@@ -32,6 +32,8 @@ def write(name: str | None = None, results: dict[str, Any] | None = None) -> Non
     parts.append(
         importlib.import_module("benchmarks.goals").section({each: stored(each) for each in BENCHMARKS}).strip()
     )
+    if missing := [f"`python -m benchmarks.{each}`" for each in BENCHMARKS if not stored(each)]:
+        parts.append(f"Not measured yet, for want of the machine: {', '.join(missing)}.")
     (DOCS / "benchmarks.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
