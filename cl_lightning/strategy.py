@@ -4,7 +4,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -25,7 +25,7 @@ from cl_lightning.lean import fuse
 from cl_lightning.losses import cross_entropy, masked_logits
 from cl_lightning.measures import StreamAccuracy
 from cl_lightning.memory import Memory
-from cl_lightning.network import Network, Output
+from cl_lightning.network import Network, Output, batch_norms
 from cl_lightning.parameter_groups import apply_lr_factors, with_lr_factors
 from cl_lightning.prototypes import Prototypes
 from cl_lightning.schedules import PhaseSchedule
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cl_lightning.measures import Row
 
 Visible = Literal["all", "current", "task"]
+FreezeNorm = Literal["never", "after_first", "always"]
 BackboneFactory = Callable[[ImageShape], Backbone]
 HeadFactory = Callable[[int], Head]
 
@@ -88,6 +89,8 @@ class ContinualStrategy(LightningModule):
         visible: Logits over which the classification loss is taken: ``all`` classes seen so far, only those of the
             ``current`` task, or for each sample those of its own ``task`` (training with task ids).
         freeze_backbone: Keep the backbone as it is built, in eval mode, and train the head alone.
+        freeze_norm: When statistics and weights of the backbone's batch normalisation stay as they are: ``never``,
+            ``after_first`` task, or ``always`` (for pretrained ones).
         lr_factors: Factors of the learning rate by patterns of names of parameters, such as ``{backbone.*: 0.1}``; None
             for 1 everywhere.
     """
@@ -143,11 +146,14 @@ class ContinualStrategy(LightningModule):
         first_scheduler: LRSchedulerCallable | None = None,
         visible: Visible = "all",
         freeze_backbone: bool = False,
+        freeze_norm: FreezeNorm = "never",
         lr_factors: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         if visible not in ("all", "current", "task"):
             raise ValueError(f"{type(self).__name__}: visible is {visible!r}; use 'all', 'current' or 'task'")
+        if freeze_norm not in (allowed := get_args(FreezeNorm)):
+            raise ValueError(f"{type(self).__name__}: freeze_norm is {freeze_norm!r}; use {', '.join(allowed)}")
         # Defaults are resolved here: given in the signature, their options would leak into a class that replaces them.
         self.build_backbone: BackboneFactory = backbone or MLP
         self.build_head: HeadFactory = head or LinearHead
@@ -156,6 +162,7 @@ class ContinualStrategy(LightningModule):
         self.first_optimizer, self.first_scheduler = first_optimizer, first_scheduler
         self.visible: Visible = visible
         self.freeze_backbone, self.lr_factors = freeze_backbone, lr_factors
+        self.freeze_norm: FreezeNorm = freeze_norm
         self.image_shape: ImageShape | None = None
         self.augment: Callable[[Batch], Batch] | None = None
         self.network: Network
@@ -228,7 +235,15 @@ class ContinualStrategy(LightningModule):
 
     def frozen(self) -> Iterable[nn.Module]:
         """Modules that the current phase leaves as they are: in eval mode, and their parameters take no gradient."""
-        return [self.network.backbone] if self.freeze_backbone or self.phase.on_features else []
+        if self.freeze_backbone or self.phase.on_features:
+            return [self.network.backbone]
+        return self.frozen_norms()
+
+    def frozen_norms(self) -> list[nn.Module]:
+        """Batch normalisation of the backbone, where ``freeze_norm`` asks for it."""
+        first = self.task.is_first
+        frozen = self.freeze_norm == "always" or (self.freeze_norm == "after_first" and not first)
+        return list(batch_norms(self.network.backbone)) if frozen else []
 
     def trainable(self) -> Iterable[nn.Parameter]:
         """Parameters that the current phase trains, less those of ``frozen``; all others take no gradient."""
@@ -500,6 +515,11 @@ class ContinualStrategy(LightningModule):
         backbone = self.build_backbone(image_shape)
         head = self.build_head(backbone.num_features)
         self.network = Network(backbone, head, backbone_is_frozen=self.freeze_backbone)
+        if self.freeze_norm != "never" and not any(batch_norms(backbone)):
+            raise ValueError(
+                f"{type(self).__name__}: freeze_norm is {self.freeze_norm!r}, {type(backbone).__name__} has no batch "
+                "normalisation; leave it at 'never'"
+            )
 
     @property
     def is_built(self) -> bool:

@@ -1,10 +1,12 @@
 """The base of all strategies, through fine-tuning."""
 
+import itertools
 from functools import partial
 
 import pytest
 import torch
 from callback_runs import NormNet, loop, plain_net, run, sgd
+from lightning.pytorch import Callback
 from torch import nn
 
 from cl_lightning import testing
@@ -77,6 +79,45 @@ def test_a_frozen_backbone_does_not_move_and_stays_in_eval_mode():
     after = made.strategy.network.backbone.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert set(modes) == {(False, True)}
+
+
+class Normed(Callback):
+    """Notes the normalisation of the backbone, and a weight of it that is none, as each fit ends."""
+
+    def __init__(self, made):
+        self.made, self.noted = made, []
+        self.note()
+
+    def note(self):
+        state = self.made.strategy.network.backbone.state_dict()
+        weight = state.pop("layers.1.weight").clone()
+        self.noted.append(({name: value.clone() for name, value in state.items() if ".2." in name}, weight))
+
+    def on_train_end(self, trainer, strategy):
+        self.note()
+
+
+@pytest.mark.parametrize(("freeze_norm", "moves"), [("never", 3), ("after_first", 1), ("always", 0)])
+def test_normalisation_stays_as_it_is_where_it_is_frozen(freeze_norm, moves):
+    made = loop(Finetune(backbone=NormNet, optimizer=sgd, freeze_norm=freeze_norm), max_epochs=1)
+    made._prepare(None)
+    made.trainer.callbacks.append(normed := Normed(made))
+    made.fit()
+    assert len(normed.noted) == 4
+    pairs = itertools.pairwise(normed.noted)
+    moved = []
+    for (before, weight), (after, new_weight) in pairs:
+        assert len(before) == 5  # gamma, beta, mean, variance, count
+        assert not torch.equal(weight, new_weight)
+        moved.append({name for name in before if not torch.equal(before[name], after[name])})
+    assert moved == [set(before)] * moves + [set()] * (3 - moves)
+
+
+def test_norms_can_only_be_frozen_where_there_are_any():
+    with pytest.raises(ValueError, match="freeze_norm is 'allways'; use never, after_first, always"):
+        Finetune(freeze_norm="allways")
+    with pytest.raises(ValueError, match=r"freeze_norm is 'always', .* has no batch normalisation"):
+        loop(Finetune(backbone=plain_net, freeze_norm="always")).fit()
 
 
 def test_the_first_task_can_have_its_own_optimizer_epochs_and_schedule():

@@ -149,7 +149,7 @@ class FirstSessionAdaptation(ContinualStrategy):
         return [Phase("adapt", self.session_epochs)] if self.adapt and task.is_first else []
 
     def frozen(self) -> Iterable[nn.Module]:
-        return self._adapted.unadapted() if self.adapt else [self.network.backbone]
+        return [*self._adapted.unadapted(), *self.frozen_norms()] if self.adapt else [self.network.backbone]
 
     def trainable(self) -> Iterable[nn.Parameter]:
         yield from self._adapted.adapted_parameters()
