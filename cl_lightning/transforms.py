@@ -160,23 +160,20 @@ class RandomCrop(Transform):
 class RandomHorizontalFlip(Transform):
     """Each image mirrored left to right with probability ``p``."""
 
+    axis: ClassVar[int] = -1
+
     def __init__(self, p: float = 0.5) -> None:
         _require(self, 0 <= p <= 1, f"p {p}; a probability within [0, 1] is allowed")
         self.p = p
 
     def apply(self, images: Tensor, draw: Draw, context: Context | None) -> Tensor:
-        return pixels.choose(draw.rand() < self.p, images.flip(-1), images)
+        return pixels.choose(draw.rand() < self.p, images.flip(self.axis), images)
 
 
-class RandomVerticalFlip(Transform):
+class RandomVerticalFlip(RandomHorizontalFlip):
     """Each image mirrored top to bottom with probability ``p``."""
 
-    def __init__(self, p: float = 0.5) -> None:
-        _require(self, 0 <= p <= 1, f"p {p}; a probability within [0, 1] is allowed")
-        self.p = p
-
-    def apply(self, images: Tensor, draw: Draw, context: Context | None) -> Tensor:
-        return pixels.choose(draw.rand() < self.p, images.flip(-2), images)
+    axis = -2
 
 
 class AlternatingFlip(Transform):
