@@ -25,16 +25,20 @@ def write(name: str | None = None, results: dict[str, Any] | None = None) -> Non
     if name is not None:
         (DOCS / "benchmarks").mkdir(exist_ok=True)
         (DOCS / "benchmarks" / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (DOCS / "benchmarks.md").write_text(text(), encoding="utf-8")
+
+
+def text() -> str:
+    """The page."""
+    found = {each: stored(each) for each in BENCHMARKS}
     parts = ["# Benchmarks"]
-    for each in BENCHMARKS:
-        if found := stored(each):
-            parts.append(importlib.import_module(f"benchmarks.{each}").section(found).strip())
-    parts.append(
-        importlib.import_module("benchmarks.goals").section({each: stored(each) for each in BENCHMARKS}).strip()
-    )
-    if missing := [f"`python -m benchmarks.{each}`" for each in BENCHMARKS if not stored(each)]:
+    parts += [
+        importlib.import_module(f"benchmarks.{each}").section(part).strip() for each, part in found.items() if part
+    ]
+    parts.append(importlib.import_module("benchmarks.goals").section(found).strip())
+    if missing := [f"`python -m benchmarks.{each}`" for each, part in found.items() if not part]:
         parts.append(f"Not measured yet, for want of the machine: {', '.join(missing)}.")
-    (DOCS / "benchmarks.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return "\n\n".join(parts) + "\n"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

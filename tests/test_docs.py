@@ -50,3 +50,10 @@ def test_the_table_of_methods_in_the_readme_names_only_what_there_is():
     named = set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE))
     assert named
     assert named <= {method.name for method in methods()}
+
+
+def test_the_page_of_benchmarks_is_what_their_numbers_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import page
+
+    assert (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8") == page.text(), "run python -m benchmarks.page"
