@@ -39,7 +39,7 @@ OTHERS = {
             transforms=[
                 RandomCrop(1),
                 RandAugment(2, 9),
-                ColorJitter(),
+                ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
                 RandomGrayscale(),
                 RandomRotation(10),
                 Cutout(2),
