@@ -261,7 +261,7 @@ PROTOCOLS = {
             "FSA": Method("fsa_vit32", "--model.session_epochs 5"),
             "SLCA": Method(
                 "slca_vit32",
-                "--trainer.max_epochs {epochs} --model.lr_factors '{{backbone.*: 0.01}}' --model.freeze_norm always",
+                "--trainer.max_epochs {epochs} --model.freeze_norm always",
             ),
         },
         epochs=2,
