@@ -253,16 +253,14 @@ PROTOCOLS = {
     "cifar100_cnn_trained": Protocol(
         "CIFAR-100, 10 tasks, trained MobileNetV2 at 96 x 96 pixels",
         "As above with 100 training images of each class and 20 test images, batches of 32 in bf16-mixed: 5 epochs in "
-        "the first task (FSA), 2 epochs in each (SLCA, whose batch normalisation keeps the statistics of pretraining: "
-        "where those of the newest images take their place, old classes are lost, XXX).",
+        "the first task (FSA), 2 epochs in each (SLCA). The batch normalisation of SLCA keeps the statistics of "
+        "pretraining: with 50 images of a class and seed 0 its last accuracy is 37.3, and 28.6 where those of the "
+        "newest images take their place.",
         f"{CNN_STREAM} {subset(orders(10), 100, 20)} --data.batch_size 32 --trainer.precision bf16-mixed",
         methods={
             **{name: CLOSED[name] for name in ("SimpleCIL", "LDA")},
             "FSA": Method("fsa_vit32", "--model.session_epochs 5"),
-            "SLCA": Method(
-                "slca_vit32",
-                "--trainer.max_epochs {epochs} --model.freeze_norm always",
-            ),
+            "SLCA": Method("slca_vit32", "--trainer.max_epochs {epochs} --model.freeze_norm always"),
         },
         epochs=2,
     ),
