@@ -19,8 +19,6 @@ WHY = {
     "EWC beside Avalanche": "the penalty reads weights, anchors and importances, 1.9 MB each, in each step; the Fisher "
     "information is that of samples, in Avalanche that of batches",
     "online ER beside Avalanche": "a plain reservoir loop is 4.0 times as fast as Avalanche on this network",
-    "crop, flip, colour jitter 0.4 with p = 0.8 in the data path": "some ten passes over the pixels in float32; the 2 "
-    "workers had a core each, so that by processor time the ratio is twice as large",
     "crop, flip, RandAugment (2, 9) in the data path": "a hundred small kernels a batch, pixels to float32 and back; "
     "the 2 workers had a core each, so that by processor time the ratio is twice as large",
     "training, 100 tasks of Finetune": "a head of 100 tasks is 200 small parameters: 1.1 ms a step in autograd, 0.6 in "

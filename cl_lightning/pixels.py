@@ -210,14 +210,14 @@ def luma(values: Tensor) -> Tensor:
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)[:, None]
 
 
-def brightness_saturation_or_contrast(values: Tensor, amounts: Tensor, white: float = 1.0) -> Tensor:
-    """One of the three changed by the factor 1 + amount: ``f x + (1 - f) y``, cut off at black and white.
+def change_colours_(values: Tensor, amounts: Tensor, white: float = 1.0) -> Tensor:
+    """Brightness, saturation or contrast changed by f = 1 + amount: ``f x + (1 - f) y``, cut off at black and white.
 
     y is black for brightness, the grey of the pixel for saturation, and the mean grey of the image for contrast. All
     three are one formula, ``(1 + a) x - a_s luma(x) - a_c mean(luma(x))``, so that rows need not be sorted by it.
 
     Args:
-        values: ``(B, C, H, W)``.
+        values: ``(B, C, H, W)``, changed in place: memory for large results takes longer to get than to fill.
         amounts: Of brightness, saturation and contrast, from -1, ``(B, 3)`` or ``(1, 3)``, of which all but one are 0
             in each row; a row of zeros changes nothing, to the bit.
         white: The greatest value.
@@ -225,7 +225,7 @@ def brightness_saturation_or_contrast(values: Tensor, amounts: Tensor, white: fl
     _, saturation, contrast = amounts[..., None, None, None].unbind(dim=1)
     grey = luma(values)
     second = (grey * saturation).add_(contrast * grey.mean(dim=(1, 2, 3), keepdim=True)).neg_()
-    return torch.addcmul(second, values, 1 + amounts.sum(dim=1)[:, None, None, None]).clamp_(0, white)
+    return values.mul_(1 + amounts.sum(dim=1)[:, None, None, None]).add_(second).clamp_(0, white)
 
 
 def hue(values: Tensor, shift: Tensor, white: float = 1.0) -> Tensor:
@@ -242,22 +242,21 @@ def hue(values: Tensor, shift: Tensor, white: float = 1.0) -> Tensor:
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-def sharpness(values: Tensor, amounts: Tensor, white: float = 1.0) -> Tensor:
-    """The difference to a smoothed image multiplied by 1 + amount, ``(B, 1)``; border pixels stay."""
+def sharpness_(values: Tensor, amounts: Tensor, white: float = 1.0) -> Tensor:
+    """The difference to a smoothed image multiplied by 1 + amount, ``(B, 1)``, in place; border pixels stay."""
     if min(values.shape[-2:]) < 3:
         return values
     lines = values[..., :-2, :] + values[..., 1:-1, :] + values[..., 2:, :]  # a pooling of small images is slow
     inner = values[..., 1:-1, 1:-1]
-    smooth = (lines[..., :-2] + lines[..., 1:-1] + lines[..., 2:] + 4 * inner) / 13
-    result = values.clone()
-    result[..., 1:-1, 1:-1] += amounts[..., None, None] * (inner - smooth)
-    return result.clamp_(0, white)
+    smooth = lines[..., :-2].add(lines[..., 1:-1]).add_(lines[..., 2:]).add_(inner, alpha=4).div_(13)
+    inner += (inner - smooth).mul_(amounts[..., None, None])
+    return values.clamp_(0, white)
 
 
 def posterize(values: Tensor, dropped: Tensor, white: float = 1.0) -> Tensor:
     """The lowest bits of bytes become 0, as many as ``(B, 1)`` says."""
     step = 2 ** dropped.round()[..., None, None]
-    return (_levels(values, white) / step).floor_() * (step * white / 255)
+    return _levels(values, white).div_(step).floor_().mul_(step * (white / 255))
 
 
 def solarize(values: Tensor, amounts: Tensor, white: float = 1.0) -> Tensor:
@@ -268,7 +267,8 @@ def solarize(values: Tensor, amounts: Tensor, white: float = 1.0) -> Tensor:
 def autocontrast(values: Tensor, _: Tensor, white: float = 1.0) -> Tensor:
     """Each channel stretched to the whole range; one without contrast stays."""
     low, high = values.amin(dim=(2, 3), keepdim=True), values.amax(dim=(2, 3), keepdim=True)
-    return torch.where(high > low, (values - low) * (white / (high - low).clamp(min=1e-12)), values)
+    flat = high <= low
+    return (values - low.masked_fill(flat, 0)).mul_((white / (high - low)).masked_fill_(flat, 1))
 
 
 def equalize(values: Tensor, _: Tensor, white: float = 1.0) -> Tensor:

@@ -336,10 +336,11 @@ class ColorJitter(Transform):
         changed = draw.fork(2).rand(1) < self.p
         amounts = torch.where(changed, amounts.gather(1, order), 0.0)
         values, white = pixels.values_of(images), pixels.white_of(images)
+        values = values.clone() if values is images else values
         for column, amount in zip(torch.split(self.columns[order], 1, 1), torch.split(amounts, 1, 1), strict=True):
             spread = torch.zeros(len(images), len(_JITTER)).scatter_(1, column, amount)
             colours = pixels.beside(spread[:, :_HUE], images)
-            values = pixels.brightness_saturation_or_contrast(values, colours, white)
+            pixels.change_colours_(values, colours, white)
             if self.hue:
                 turned = ((column == _HUE) & changed).squeeze(1).nonzero().squeeze(1)  # on the CPU
                 rows = turned.to(images.device, non_blocking=True)
@@ -382,8 +383,8 @@ OPERATIONS: dict[str, tuple[float, bool]] = {
 # What does them, in that order but for the first, and how many of them.
 FAMILIES: tuple[tuple[pixels.Operation, int], ...] = (
     (pixels.shear_shift_or_turn, 5),
-    (pixels.brightness_saturation_or_contrast, 3),
-    (pixels.sharpness, 1),
+    (pixels.change_colours_, 3),
+    (pixels.sharpness_, 1),
     (pixels.posterize, 1),
     (pixels.solarize, 1),
     (pixels.autocontrast, 1),

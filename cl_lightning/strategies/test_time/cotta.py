@@ -27,7 +27,7 @@ from cl_lightning.batch import Batch, Draw, mix
 from cl_lightning.distributed import all_sum
 from cl_lightning.losses import full_precision, mean_over_rows
 from cl_lightning.network import Output
-from cl_lightning.pixels import brightness_saturation_or_contrast, hue
+from cl_lightning.pixels import change_colours_, hue
 from cl_lightning.strategies.test_time.base import ADAPT, TestTimeAdaptation, Trained, tiny_resnet
 from cl_lightning.stream import Task
 from cl_lightning.teacher import Teacher
@@ -132,7 +132,7 @@ class View(NamedTuple):
         amounts = images.new_tensor([[[brightness, 0, 0]], [[0, 0, contrast]], [[0, saturation, 0]]])
         for place in self.order:
             if place < len(amounts):
-                images = brightness_saturation_or_contrast(images, amounts[place])
+                images = change_colours_(images, amounts[place])
             elif place == len(amounts):
                 images = hue(images, images.new_full((1, 1), self.hue)).clamp(0, 1)
             else:
