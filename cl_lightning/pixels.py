@@ -74,7 +74,7 @@ def apply_each(images: Tensor, chosen: Tensor, operations: Sequence[Operation], 
 
 
 def beside(numbers: Tensor, images: Tensor) -> Tensor:
-    """Numbers of the CPU on the device of the images, in the type that these are computed in."""
+    """Numbers of the CPU on the device of the images, in the type that these are computed in, without waiting."""
     return numbers.to(
         images.device, torch.float64 if images.dtype == torch.float64 else torch.float32, non_blocking=True
     )
@@ -173,8 +173,9 @@ def affine(values: Tensor, maps: Tensor, mode: Interpolation = "nearest") -> Ten
     height, width = values.shape[-2:]
     y = torch.arange(height, dtype=values.dtype, device=values.device) - (height - 1) / 2
     x = torch.arange(width, dtype=values.dtype, device=values.device) - (width - 1) / 2
-    border = torch.tensor([[2 / width], [2 / height]], dtype=values.dtype, device=values.device)
-    of_x, of_y, shift = (maps * border)[..., None].unbind(dim=2)  # (B, 2, 1); 1 is the border: align_corners=False
+    # 1 is the border: align_corners=False. Numbers of the CPU would be waited for.
+    maps = torch.stack([maps[:, 0] * (2 / width), maps[:, 1] * (2 / height)], dim=1)
+    of_x, of_y, shift = maps[..., None].unbind(dim=2)  # (B, 2, 1)
     grid = (of_y * y + shift).mT[:, :, None] + (of_x * x).mT[:, None]  # (B, H, W, 2)
     return F.grid_sample(values, grid, mode, padding_mode="zeros", align_corners=False)
 
@@ -237,7 +238,7 @@ def hue(values: Tensor, shift: Tensor, white: float = 1.0) -> Tensor:
     safe = chroma.clamp(min=1e-12)
     angle = torch.where(value == red, (green - blue) / safe, (red - green) / safe + 4)
     angle = torch.where((value == green) & (value != red), (blue - red) / safe + 2, angle)  # in sixths of the circle
-    sixth = torch.tensor([5.0, 3.0, 1.0], dtype=values.dtype, device=values.device)[:, None, None]
+    sixth = torch.arange(5, 0, -2, dtype=values.dtype, device=values.device)[:, None, None]
     k = (sixth + angle[:, None] + 6 * shift[..., None, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 

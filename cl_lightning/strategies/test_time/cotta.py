@@ -129,7 +129,8 @@ class View(NamedTuple):
         """The view of images ``(B, C, H, W)`` in [0, 1], at least one, without noise."""
         images = images.clamp(0, 1)
         brightness, contrast, saturation = self.brightness - 1, self.contrast - 1, self.saturation - 1
-        amounts = images.new_tensor([[[brightness, 0, 0]], [[0, 0, contrast]], [[0, saturation, 0]]])
+        amounts = torch.tensor([[[brightness, 0, 0]], [[0, 0, contrast]], [[0, saturation, 0]]], dtype=torch.float64)
+        amounts = amounts.to(images, non_blocking=True)
         for place in self.order:
             if place < len(amounts):
                 images = change_colours_(images, amounts[place])
@@ -140,7 +141,8 @@ class View(NamedTuple):
         turn = math.radians(self.angle)
         cos, sin = math.cos(turn) / self.scale, math.sin(turn) / self.scale
         x, y = (-2 * share for share in self.shift)  # the grid tells where a pixel comes from, in halves of the side
-        back = images.new_tensor([[cos, -sin, x], [sin, cos, y]]).expand(len(images), 2, 3)
+        back = torch.tensor([[cos, -sin, x], [sin, cos, y]], dtype=torch.float64)
+        back = back.to(images, non_blocking=True).expand(len(images), 2, 3)
         grid = F.affine_grid(back, list(images.shape), align_corners=False)
         images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
         line = torch.exp(-torch.arange(-2, 3, device=images.device).square() / (2 * self.blur**2))
