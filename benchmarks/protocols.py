@@ -256,8 +256,8 @@ PROTOCOLS = {
         "As above with 100 training images of each class and 20 test images, batches of 32 in bf16-mixed: 5 epochs in "
         "the first task (FSA), 2 epochs in each (SLCA). The batch normalisation of SLCA keeps the statistics of "
         "pretraining: with 50 images of a class and seed 0 its last accuracy is 37.3, and 28.6 where those of the "
-        "newest images take their place. FSA, adapted to 1,000 images of ten classes, is above LDA without adaptation on "
-        "early tasks and not on all classes.",
+        "newest images take their place. FSA, adapted to 1,000 images of ten classes, is above LDA without adaptation "
+        "on early tasks and not on all classes.",
         f"{CNN_STREAM} {subset(orders(10), 100, 20)} --data.batch_size 32 --trainer.precision bf16-mixed",
         methods={
             **{name: CLOSED[name] for name in ("SimpleCIL", "LDA")},
