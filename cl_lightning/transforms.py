@@ -9,6 +9,7 @@ Images are uint8 ``(B, C, H, W)`` in 0 .. 255 or floating point in [0, 1]; an au
 uint8 results are rounded once per transform, where torchvision cuts off after each operation: a grey level at most.
 """
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -393,12 +394,23 @@ FAMILIES: tuple[tuple[pixels.Operation, int], ...] = (
 _FAMILY = torch.tensor([-1, *(place for place, (_, count) in enumerate(FAMILIES) for _ in range(count))])
 
 
+def _of_columns(operation: pixels.Operation, columns: slice, values: Tensor, amounts: Tensor, white: float) -> Tensor:
+    return operation(values, amounts[:, columns], white)
+
+
+_STARTS = itertools.accumulate((count for _, count in FAMILIES), initial=1)
+_CHANGES = [
+    partial(_of_columns, operation, slice(start, start + count))
+    for (operation, count), start in zip(FAMILIES, _STARTS, strict=False)
+]
+
+
 class RandAugment(Transform):
     """Each image changed by ``num_ops`` operations drawn for it (Cubuk et al. 2020, arXiv:1909.13719).
 
     The fourteen operations, their ranges and signs are torchvision's, none is left out; geometry takes the nearest
-    pixel and fills with black. Of bytes each operation gives bytes. A batch costs
-    some hundred small kernels, whatever its size.
+    pixel and fills with black. Of bytes each operation gives bytes. A batch costs some hundred small kernels, whatever
+    its size.
 
     Args:
         num_ops: Operations per image, drawn with replacement.
@@ -435,15 +447,7 @@ def change(images: Tensor, chosen: Tensor, amounts: Tensor) -> Tensor:
         amounts: ``(B,)``, on the CPU.
     """
     spread = torch.zeros(len(images), len(OPERATIONS)).scatter_(1, chosen[:, None], amounts[:, None])
-    operations, start = [], 1
-    for operation, count in FAMILIES:
-        operations.append(partial(_of_columns, operation, slice(start, start + count)))
-        start += count
-    return pixels.apply_each(images, _FAMILY[chosen], operations, spread)
-
-
-def _of_columns(operation: pixels.Operation, columns: slice, values: Tensor, amounts: Tensor, white: float) -> Tensor:
-    return operation(values, amounts[:, columns], white)
+    return pixels.apply_each(images, _FAMILY[chosen], _CHANGES, spread)
 
 
 def _coin(indices: Tensor, seed: int) -> Tensor:

@@ -31,6 +31,7 @@ from cl_lightning.transforms import (
     ToFloat,
     Transform,
     change,
+    described,
 )
 
 EXAMPLES: list[Transform] = [
@@ -414,6 +415,11 @@ def test_the_order_of_the_jitter_is_drawn_for_each_image(pair):
         share.append((result - expected).abs().amax((1, 2, 3)) < 1e-5)
     assert (share[0] ^ share[1]).all()
     assert 70 < share[0].sum() < 130
+
+
+def test_transforms_that_differ_in_a_late_digit_are_not_the_same():
+    assert described(ColorJitter(0.4)) == described(ColorJitter(0.4))
+    assert described(ColorJitter(0.4)) != described(ColorJitter(0.400001))
 
 
 def test_a_jitter_of_nothing_changes_nothing():

@@ -135,10 +135,8 @@ class EFC(ContinualStrategy):
     def on_train_start(self) -> None:
         self._previous = self.batch_before()
 
-    def frozen(self) -> Iterable[nn.Module]:
-        yield from super().frozen()
-        if not self.task.is_first:
-            yield from batch_norms(self.network.backbone)
+    def frozen_norms(self) -> list[nn.Module]:
+        return super().frozen_norms() if self.task.is_first else list(batch_norms(self.network.backbone))
 
     def trainable(self) -> Iterable[nn.Parameter]:
         yield from super().trainable()
