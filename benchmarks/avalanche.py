@@ -32,12 +32,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 import cl_lightning
-from benchmarks import page
-from benchmarks.page import table
-from cl_lightning.backbones import MLP
+from benchmarks.numbers import store, stored, table
 from cl_lightning.callbacks.importance_penalty import ImportancePenalty
 from cl_lightning.datamodules.npz import NpzData
 from cl_lightning.loop import TaskLoop
+from cl_lightning.models import MLP
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.ewc import EWC
 from cl_lightning.strategies.exemplar_free.lwf import LwF
@@ -52,30 +51,30 @@ PACKAGES = [f"avalanche-lib=={VERSION}", "psutil", "gputil", "pytorchcv", "gdown
 PACKAGES += ["beautifulsoup4", "soupsieve"]
 ROOT = Path(__file__).parents[1]
 SIDES = ("ours", "pictures", "tensors")  # this package, and Avalanche with its two kinds of images
-SECTION = """## Whole runs beside Avalanche
+SECTION = """## Whole runs compared with Avalanche
 
 Split-Fashion-MNIST, 5 tasks of 2 classes, {samples} training images per class, 1 epoch; MLP 784-400-400-10 whose last
-layer grows by task (`IncrementalClassifier` in Avalanche), SGD with learning rate 0.01 and momentum 0.9, CPU, one
-thread. Replay and online ER have a reservoir of 500 images, A-GEM has 100 per task; each step draws as many of them as
-its batch has. Both sides take the same number of steps and test all tasks seen so far after each task, in batches of
-{eval_batch_size}; neither writes files. avalanche-lib {avalanche} beside cl_lightning {ours} (Lightning {lightning}),
-both with torch {torch}.
+layer grows with the tasks (`IncrementalClassifier` in Avalanche), SGD with learning rate 0.01 and momentum 0.9, CPU,
+one thread. Replay and online ER have a reservoir of 500 images, A-GEM has 100 per task; each step draws as many memory
+samples as its batch has. Both sides take the same number of steps and test all tasks seen so far after each task, in
+batches of {eval_batch_size}; neither writes files. avalanche-lib {avalanche} and cl_lightning {ours} (Lightning
+{lightning}), both with torch {torch}.
 
-Avalanche: accuracies of experiences and stream, no loggers, no evaluation while training, `num_workers` 0, online
-streams that tell task boundaries, its warnings silenced. It is measured with two kinds of images: *pictures*, as in its
-own `SplitFMNIST`, which `ToTensor` and `Normalize` turn into tensors one by one, and *tensors* normalised ahead, the
-least work that it can be given, which rules augmentation out. Here everything is at its defaults: pixels are scaled and
-normalised in each step. Replay here offers each batch to the memory and draws from the second step on; in Avalanche the
-memory takes a task when it is over, and is drawn from in the next ones. So a first task costs more here, and a part of
-what is replayed is of the current task.
+Avalanche: accuracies of experiences and stream, no loggers, no evaluation during training, `num_workers` 0, online
+streams with task boundaries, warnings silenced. It is measured with two kinds of images: *pictures*, as in its
+`SplitFMNIST`, converted to tensors one by one by `ToTensor` and `Normalize`; and *tensors*, normalised in advance, the
+minimal work, which excludes augmentation. Here all options have their defaults: pixels are scaled and normalised in
+each step. Replay here adds each batch to the memory and draws from the second step on; in Avalanche a task is added to
+the memory at its end, and replayed in later tasks. The first task therefore costs more here, and some replayed samples
+belong to the current task.
 
-Training is the time from the first step of a task to the end of its last one, summed over tasks; total is all from
-reading the images to the last accuracy, statistics and tests included, without imports. Times are of here / Avalanche
-with pictures / Avalanche with tensors, ratios of Avalanche with pictures / with tensors to here: medians of {turns}
-interleaved turns. They are seconds of the processor, since the machine did other things too; with one thread these are
-the seconds on the clock of a machine that does not, and `docs/benchmarks/avalanche.json` has both. Accuracy is that of
-all classes after the last task, mean and standard deviation over turns. Every ratio is to be above 1. Written by
-`python -m benchmarks.avalanche`.
+Training is the time from the first step of a task to the end of its last step, summed over tasks. Total is the time
+from reading the images to the last accuracy, including statistics and tests, without imports. Times are given as here /
+Avalanche with pictures / Avalanche with tensors, ratios as Avalanche with pictures / with tensors, divided by here:
+medians of {turns} interleaved turns. They are processor seconds, because the machine had other load; with one thread
+they equal the wall-clock seconds of a machine without other load, and `docs/benchmarks/avalanche.json` has both.
+Accuracy is the accuracy over all classes after the last task, mean and standard deviation over turns. The goal of every
+ratio is above 1. Written by `python -m benchmarks.avalanche`.
 
 {rows}
 """
@@ -112,7 +111,7 @@ ROWS = {
     "finetune_64": Row("Finetune", "finetune", goal=1.7),
     "finetune_10": Row("Finetune", "finetune", batch_size=10, goal=1.7),
     "er": Row("Replay", "er", goal=4.0, of="total", ours={"memory_size": 500}, theirs={"memory_size": 500}),
-    "lwf": Row("LwF", "lwf", ours={"visible": "all"}, theirs={"alpha": 1.0, "temperature": 2.0}),
+    "lwf": Row("LwF", "lwf", ours={"loss_classes": "all"}, theirs={"alpha": 1.0, "temperature": 2.0}),
     "ewc": Row("EWC", "ewc", goal=4.0, of="total", ours={"penalty_weight": 1.0}, theirs={"ewc_lambda": 32.0}),
     "si": Row("SI", "si", ours={"weight": 0.1, "xi": 0.1}, theirs={"si_lambda": 0.2, "eps": 0.1}),
     "agem": Row("A-GEM", "agem", ours={"memory_size": 500}, theirs={"patterns_per_exp": 100, "sample_size": 64}),
@@ -373,7 +372,7 @@ def main() -> None:
         parser.error("--turns and --samples: at least 1")
     python = str(environment(options.environment.resolve()))
     settings = {**SETTINGS, "samples": options.samples, "turns": options.turns}
-    results = page.stored(NAME)
+    results = stored(NAME)
     if results.get("settings") != settings:
         results = {}  # rows of other settings do not stand beside these
     results = {"settings": settings, "versions": {}, "rows": results.get("rows", {})}
@@ -396,7 +395,7 @@ def main() -> None:
             found = {of: [ratio(part, side, of) for side in SIDES[1:]] for of in ("training", "total")}
             told = "   ".join(f"{of} {' / '.join(f'{value:.2f}' for value in found[of])}" for of in found)
             print(f"{name:<14}{told}   (goal {row.goal} in {row.of})", flush=True)
-            page.write(NAME, results)
+            store(NAME, results)
 
 
 if __name__ == "__main__":

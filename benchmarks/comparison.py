@@ -33,17 +33,18 @@ RUNS = Path("runs/comparison")
 SEEDS = (0, 1, 2)
 INTRODUCTION = """# Results
 
-All methods on the same protocols: mean and half-width of the 95 % interval over the seeds, on the CPU. Time is that of
-the quickest run, with evaluation; it depends on what else the machine did. A run is
-`python -m cl_lightning fit METHOD OWN SHARED --seed_everything SEED`, with the options told under each table;
-`python -m benchmarks.comparison run PROTOCOL --data DIR` runs all, and `table` in place of `run` writes this page."""
+All methods on the same protocols: mean and half-width of the 95 % interval over the seeds, on the CPU. Time is the time
+of the fastest run, with evaluation; it depends on the load of the machine. A run is
+`python -m cl_lightning fit METHOD OWN SHARED --seed_everything SEED`, with the options listed below each table.
+`python -m benchmarks.comparison run PROTOCOL --data DIR` runs all methods; with `table` in place of `run` it writes
+this page."""
 
 
 def parts(protocol: str, method: str, data: str) -> tuple[str, str, str]:
     """The method's config, the options that all rows share, and those of this one."""
     row, shared_by = rows_of(protocol)[method], PROTOCOLS[protocol]
     texts = (
-        f"--config experiments/methods/{row.config}.yaml",
+        f"--config {row.config}",
         f"{shared_by.options} --trainer.accelerator cpu",
         row.options,
     )

@@ -26,21 +26,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as per_sample
 
-from benchmarks import page
-from benchmarks.page import table
-from cl_lightning import transforms as batched
+from benchmarks.numbers import store, stored, table
+from cl_lightning.data import TensorSource
+from cl_lightning.data import transforms as batched
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.sources import TensorSource
 from cl_lightning.stream import ClassIncremental
 
 NAME = "data_path"
-SECTION = """## The data path beside per-sample transforms
+SECTION = """## The data path compared with per-sample transforms
 
 Images per second of whole epochs, shuffled, augmented, normalised and in batches of 128, without a network; {images:,}
 images of noise in the shape of CIFAR-100. Here: one process, one thread, on the CPU. torchvision: a `DataLoader` with
-{workers} workers that stay alive, images from an array in memory through PIL. Medians of {turns} interleaved turns. The
-last two columns are processor time per image over all processes, which depends less on what else the machine does;
-where each process has a core of its own, {workers} workers take at least that time divided by {workers}. Written by
+{workers} persistent workers, images from an array in memory through PIL. Medians of {turns} interleaved turns. The last
+two columns are processor time per image over all processes, which depends less on other load of the machine; if each
+process has a core of its own, {workers} workers take at least this time divided by {workers}. Written by
 `python -m benchmarks.data_path`.
 
 {rows}
@@ -236,14 +235,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     settings = {"images": options.images, "workers": options.workers, "turns": options.turns}
-    before = page.stored(NAME)
+    before = stored(NAME)
     results = {"options": settings, "rows": before["rows"] if before.get("options") == settings else {}}
     for name in options.rows:
         results["rows"][name] = {**compare(ROWS[name], options.turns, options.images, options.workers), "goal": GOAL}
         part = results["rows"][name]
         rates = f"{part['torchvision_per_s']:>9,.0f}/s{part['here_per_s']:>10,.0f}/s"
         print(f"{name:<14}{rates}  {part['ratio']:.2f} (goal {GOAL})", flush=True)
-    page.write(NAME, results)
+    store(NAME, results)
 
 
 if __name__ == "__main__":

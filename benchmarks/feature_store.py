@@ -25,29 +25,28 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import page
-from benchmarks.page import table
+from benchmarks.numbers import store, stored, table
 
 NAME = "feature_store"
 ROOT = Path(__file__).parents[1]
 GOAL = 50.0
 KINDS = ("training", "statistics", "evaluation")
-SECTION = """## Features of a frozen backbone, stored
+SECTION = """## Cached features of a frozen backbone
 
-MobileNetV2 (ImageNet-1k, 96 x 96 pixels), frozen, on CIFAR-100 in 10 tasks of 10 classes; whole runs of the command
-line in processes of their own, one thread. Learning is what `results.json` accounts for as training, statistics and
-evaluation, where the store saves time. The rest of a run is the same with and without a store: imports, building,
+MobileNetV2 (ImageNet-1k, 96 x 96 pixels), frozen, on CIFAR-100 in 10 tasks of 10 classes; complete runs of the
+command line, each in its own process with one thread. Learning is the sum of training, statistics and evaluation in
+`results.json`, where the cache saves time. The rest of a run is the same with and without the cache: imports, building,
 loading of images and features, checkpoints, a report. The goal, a second method {goal:.0f} times as fast as the first,
-is one for learning; whole runs that begin within seconds and would learn in minutes cannot reach it. Written by
-`python -m benchmarks.feature_store`.
+applies to learning; complete runs cannot reach it, because they need seconds to start and only minutes to learn.
+Written by `python -m benchmarks.feature_store`.
 """
-PART = """**{samples} training and {test_samples} test images of each class.** {turns}; runs without a store were made
-once. Imports alone take {imports_s:.1f} s; the store takes {megabytes:.0f} MB on disk.
+PART = """**{samples} training and {test_samples} test images of each class.** {turns}; runs without the cache were
+made once. Imports alone take {imports_s:.1f} s; the cache takes {megabytes:.0f} MB on disk.
 
 {rows}
 """
 COMMON = (
-    "--config experiments/data/cifar100_10x10_npz_imagenet.yaml --data.resize 96 --data.mean [0.5] --data.std [0.5] "
+    "--config cifar100_10x10_npz_imagenet --data.resize 96 --data.mean [0.5] --data.std [0.5] "
     "--data.transforms [] --data.scenario.class_order random --model.backbone Timm "
     '--model.backbone.name mobilenetv2_100 --model.backbone.kwargs \'{"pad_type":"same"}\' --trainer.accelerator cpu '
     "--trainer.logger false --trainer.enable_progress_bar false"
@@ -55,7 +54,7 @@ COMMON = (
 PROTOTYPES = "--model SimpleCIL"
 NEAREST = "--model SimpleCIL --model.metric euclidean"
 LDA = "--model FSA --model.adapt false --model.head LDAHead --model.head.ridge 0.01"
-LINEAR = "--model Finetune --model.freeze_backbone true --model.visible current --trainer.max_epochs 3"
+LINEAR = "--model Finetune --model.freeze_backbone true --model.loss_classes current --trainer.max_epochs 3"
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def measure(
         write_part(source, data, samples, test_samples)
         for turn in range(turns):
             place = Path(scratch, str(turn))
-            imports.append(timed([sys.executable, "-c", "import cl_lightning.commands"]))
+            imports.append(timed([sys.executable, "-c", "import cl_lightning.cli.commands"]))
             for name, parts in found.items():
                 row = ROWS[name]
                 if turn > 0 and not row.stored:
@@ -193,9 +192,9 @@ def main() -> None:
         if not path.is_file():
             parser.error(f"no file {path}; say with --data where the images and the weights are")
     part = measure(options.rows, source, weights, options.samples, options.test_samples, options.turns)
-    results = page.stored(NAME)
+    results = stored(NAME)
     results[f"{options.samples}+{options.test_samples}"] = part
-    page.write(NAME, results)
+    store(NAME, results)
 
 
 if __name__ == "__main__":

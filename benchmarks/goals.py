@@ -1,28 +1,28 @@
-"""The goals that are missed, by how much and why: the end of docs/benchmarks.md, from what all have stored."""
+"""The missed goals, with ratios and reasons: the end of docs/benchmarks.md, from the numbers of all benchmarks."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from benchmarks import avalanche, data_path, feature_store, scaling, steps
-from benchmarks.page import table
+from benchmarks.numbers import table
 
-SECTION = """## Goals that are missed
+SECTION = """## Missed goals
 
 {rows}
 """
 WHY = {
     "a step of mlp_64": "0.3 ms of loop, hooks and measures",
-    "a step of mlp_10": "0.3 to 0.5 ms of loop, hooks and measures, half of it Lightning's, beside 1.1 ms of network",
-    "a step of resnet32_128": "not found: hooks and measures are some 0.4 ms, less than the noise of convolutions",
-    "Replay beside Avalanche": "a plain loop on batches of twice 64 is 3.5 times as fast as Avalanche, without any "
-    "test and with nothing replayed in the first task",
-    "EWC beside Avalanche": "the penalty reads weights, anchors and importances, 1.9 MB each, in each step; the Fisher "
-    "information is that of samples, in Avalanche that of batches",
-    "online ER beside Avalanche": "a plain reservoir loop is 4.0 times as fast as Avalanche on this network",
-    "crop, flip, RandAugment (2, 9) in the data path": "a hundred small kernels a batch, pixels to float32 and back; "
+    "a step of mlp_10": "0.3 to 0.5 ms of loop, hooks and measures, half of it Lightning's, plus 1.1 ms of network",
+    "a step of resnet32_128": "not found: hooks and measures take about 0.4 ms, less than the noise of convolutions",
+    "Replay compared with Avalanche": "a plain loop on batches of twice 64 is 3.5 times as fast as Avalanche, without "
+    "tests and without replay in the first task",
+    "EWC compared with Avalanche": "the penalty reads weights, anchors and importances, 1.9 MB each, in each step; the "
+    "Fisher information is computed per sample, in Avalanche per batch",
+    "online ER compared with Avalanche": "a plain reservoir loop is 4.0 times as fast as Avalanche on this network",
+    "crop, flip, RandAugment (2, 9) in the data path": "a hundred small kernels per batch, pixels to float32 and back; "
     "the 2 workers had a core each, so that by processor time the ratio is twice as large",
-    "training, 100 tasks of Finetune": "a head of 100 tasks is 200 small parameters: 1.1 ms a step in autograd, 0.6 in "
-    "the optimizer, 0.5 in the forward pass, beside 4.6 ms of network",
+    "training, 100 tasks of Finetune": "a head of 100 tasks is 200 small parameters: 1.1 ms per step in autograd, 0.6 "
+    "in the optimizer, 0.5 in the forward pass, plus 4.6 ms of network",
     "training, 100 tasks of ER": "as above",
     "training, 30 tasks of Finetune": "as with 100 tasks",
     "training, 30 tasks of ER": "as with 100 tasks",
@@ -49,7 +49,10 @@ def goals(stored: dict[str, dict[str, Any]]) -> Iterator[Goal]:
     for name, part in stored[avalanche.NAME].get("rows", {}).items():
         row = avalanche.ROWS[name]
         yield Goal(
-            f"{row.title} beside Avalanche", avalanche.ratio(part, avalanche.SIDES[1], row.of), row.goal, most=False
+            f"{row.title} compared with Avalanche",
+            avalanche.ratio(part, avalanche.SIDES[1], row.of),
+            row.goal,
+            most=False,
         )
     for name, part in stored[data_path.NAME].get("rows", {}).items():
         yield Goal(f"{data_path.ROWS[name].title} in the data path", part["ratio"], part["goal"], most=False)
@@ -73,4 +76,4 @@ def section(stored: dict[str, dict[str, Any]]) -> str:
         for goal in goals(stored)
         if goal.missed
     ]
-    return SECTION.format(rows=table(["what", "ratio", "goal", "where the time goes"], rows))
+    return SECTION.format(rows=table(["what", "ratio", "goal", "reason"], rows))

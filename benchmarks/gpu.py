@@ -28,17 +28,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import page
-from benchmarks.page import table
-from cl_lightning import pixels
-from cl_lightning.backbones import ResNet18
+from benchmarks.numbers import store, table
+from cl_lightning.data import RandomCrop, RandomHorizontalFlip, TensorSource, pixels
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.loop import TaskLoop
-from cl_lightning.loop_setup import LoopOptions
-from cl_lightning.sources import TensorSource
+from cl_lightning.loop import LoopOptions, TaskLoop
+from cl_lightning.models import ResNet18
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.stream import ClassIncremental
-from cl_lightning.transforms import RandomCrop, RandomHorizontalFlip
 
 NAME = "gpu"
 SECTION = """## On a GPU
@@ -232,7 +228,7 @@ def main() -> None:
     if options.device == "cuda":
         sizes = {name: getattr(options, name) for name in ("images", "batch", "epochs", "turns")}
         about = {"name": torch.cuda.get_device_name(), "torch": torch.__version__}
-        page.write(NAME, {**about, **sizes, "sides": sides})
+        store(NAME, {**about, **sizes, "sides": sides})
 
 
 if __name__ == "__main__":

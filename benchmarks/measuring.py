@@ -24,13 +24,13 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-from cl_lightning.backbones import MLP, ResNet32
 from cl_lightning.callbacks.continual_evaluation import ContinualEvaluation
-from cl_lightning.cost import CostMeter
+from cl_lightning.data import TensorSource
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.datamodules.digits import Digits
 from cl_lightning.loop import TaskLoop
-from cl_lightning.sources import TensorSource
+from cl_lightning.measures import CostMeter
+from cl_lightning.models import MLP, ResNet32
 from cl_lightning.strategies.rehearsal.er import ER
 from cl_lightning.stream import ClassIncremental
 
@@ -42,7 +42,7 @@ class NoMeter(CostMeter):
     def add(self, **counts: float) -> None: ...
     def end_epoch(self, phase: str) -> None: ...
     def begin_task(self, device: torch.device) -> None: ...
-    def close_task(self, strategy: Any, kept: Any) -> None: ...
+    def close_task(self, *args: Any) -> None: ...
 
 
 class Noise(ContinualDataModule):
@@ -90,9 +90,9 @@ def run(kind: str, network: str, epochs: int) -> tuple[float, float]:
 
 
 def write_all(loop: TaskLoop, task: Any, folder: Path, collect: Any) -> None:
-    from cl_lightning import results
+    from cl_lightning.loop import results
 
-    loop.views.task_done(task)
+    loop.run_logging.task_done(task)
     results.write(folder / "results.json", collect())
 
 

@@ -91,16 +91,14 @@ CNN = (
     "--model.backbone.weights {data}/models/mobilenetv2_100_imagenet_fp16.pt"
 )
 CNN_PIXELS = "--data.resize 96 --data.mean [0.5] --data.std [0.5]"
-CNN_STREAM = (
-    f"--config experiments/data/cifar100_10x10_npz_imagenet.yaml {CNN} --data.path {{data}}/cifar100.npz {CNN_PIXELS}"
-)
-SESSIONS = "--config experiments/data/cifar100_fscil_npz.yaml --data.path {data}/cifar100.npz"
-VIT = "--config experiments/data/cifar100_10x10_npz_imagenet.yaml --data.path {data}/cifar100.npz"
+CNN_STREAM = f"--config cifar100_10x10_npz_imagenet {CNN} --data.path {{data}}/cifar100.npz {CNN_PIXELS}"
+SESSIONS = "--config cifar100_fscil_npz --data.path {data}/cifar100.npz"
+VIT = "--config cifar100_10x10_npz_imagenet --data.path {data}/cifar100.npz"
 RESNET56 = (
     "--model.backbone ResNet56 --model.backbone.weights {data}/models/cifar10_resnet56.pt "
     "--model.source_head {data}/models/cifar10_resnet56.pt"
 )
-STREAM = "--config experiments/data/cifar10c_npz.yaml --data.base.path {data}/cifar10_test.npz --data.samples 1000"
+STREAM = "--config cifar10c_npz --data.base.path {data}/cifar10_test.npz --data.samples 1000"
 FIVE = "--data.scenario ClassIncremental --data.scenario.tasks 5"
 OFFLINE = f"{FASHION} {FIVE} --data.batch_size 128"
 
@@ -189,23 +187,24 @@ LEARNING = ("Tent", "EATA", "CoTTA")  # the others have nothing to reset
 PROTOCOLS = {
     "fashion_mlp": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, MLP, offline",
-        "MLP 784-400-400, 3 epochs per task, batches of 128, no augmentation, a memory of 500 where there is one. They "
-        "are too few for the second phase of FOSTER: with 1,500 images of each class the boosted network has 73.9, the "
-        "student that is kept 67.3 after 3 epochs and 77.3 after 12 (seed 0).",
+        "MLP 784-400-400, 3 epochs per task, batches of 128, no augmentation, a memory of 500 for methods with a "
+        "memory. 3 epochs are too few for the second phase of FOSTER: with 1,500 images of each class the boosted "
+        "network reaches 73.9, the compressed network 67.3 after 3 epochs and 77.3 after 12 (seed 0).",
         f"{OFFLINE} {MLP} --trainer.max_epochs 3",
     ),
     "fashion_mlp_online": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, MLP, online",
-        "MLP 784-400-400, one pass in batches of 10 by SGD with learning rate 0.1, no augmentation (but PCR's), a "
-        "memory of 500 where there is one.",
+        "MLP 784-400-400, one pass in batches of 10 by SGD with learning rate 0.1, no augmentation except in PCR, a "
+        "memory of 500 for methods with a memory.",
         f"{FASHION} {online(FIVE)} {MLP} --trainer.max_epochs 1",
         online=True,
     ),
     "fashion_mlp_gap": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, MLP, online: the stability gap",
-        "As above, evaluated every 25 steps on 100 test images of each task: what the accuracy on old tasks falls to "
-        "when a new one begins, and what a running average of the weights does to that. min-ACC: mean over old tasks "
-        "of the least accuracy after they ended; WC-ACC: worst-case accuracy (De Lange et al., arXiv:2205.13452).",
+        "As above, evaluated every 25 steps on 100 test images of each task: the drop of the accuracy on old tasks "
+        "at the start of a new task, without and with an exponential moving average of the weights. min-ACC: mean "
+        "over old tasks of the lowest accuracy after they ended; WC-ACC: worst-case accuracy (De Lange et al., "
+        "arXiv:2205.13452).",
         f"{FASHION} {online(FIVE)} {MLP} --trainer.max_epochs 1 --trainer.callbacks+=ContinualEvaluation "
         "--trainer.callbacks.every_n_steps 25 --trainer.callbacks.samples 100",
         methods={name: METHODS[name] for name in ("Finetune", "ER", "ER + EMA")},
@@ -214,23 +213,23 @@ PROTOCOLS = {
     "fashion_slim": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, slim ResNet-18, offline",
         "500 training images of each class and 200 test images, slim ResNet-18, 3 epochs per task in bf16-mixed, "
-        "batches of 128, a memory of 500 where there is one.",
+        "batches of 128, a memory of 500 for methods with a memory.",
         f"{FASHION} {subset(FIVE, 500, 200)} --data.batch_size 128 {SLIM} --trainer.max_epochs 3",
     ),
     "fashion_slim_online": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, slim ResNet-18, online",
         "500 training images of each class and 200 test images, slim ResNet-18, one pass in batches of 10 by SGD "
-        "with learning rate 0.1 in bf16-mixed, a memory of 500 where there is one.",
+        "with learning rate 0.1 in bf16-mixed, a memory of 500 for methods with a memory.",
         f"{FASHION} {online(subset(FIVE, 500, 200))} {SLIM} --trainer.max_epochs 1",
         online=True,
     ),
     "cifar100_b50": Protocol(
         "CIFAR-100, 50 classes and 5 tasks of 10, ResNet-32",
-        "100 training images of each class and 50 test images, ResNet-32, 3 epochs per task in bf16-mixed, batches of "
-        "32, crops and mirror images, the class order of numpy's seed 1993, a memory of 2000 where there is one. "
-        "Published runs take all 500 images of a class and 70 to 200 epochs: these rows show that all methods run on "
-        "the protocol, and not what they reach.",
-        "--config experiments/data/cifar100_b50_inc10_npz.yaml --data.path {data}/cifar100.npz "
+        "100 training images of each class and 50 test images, ResNet-32, 3 epochs per task in bf16-mixed, batches "
+        "of 32, random crops and flips, the class order of numpy's seed 1993, a memory of 2000 for methods with a "
+        "memory. Published runs use all 500 images of a class and 70 to 200 epochs: these rows show that all "
+        "methods run on the protocol, not the accuracies that they can reach.",
+        "--config cifar100_b50_inc10_npz --data.path {data}/cifar100.npz "
         + subset(
             "--data.scenario ClassIncremental --data.scenario.first 50 --data.scenario.increment 10 "
             "--data.scenario.class_order 1993",
@@ -244,8 +243,8 @@ PROTOCOLS = {
     **{
         f"cifar100_cnn{suffix}": Protocol(
             f"CIFAR-100, {tasks} tasks, frozen MobileNetV2 at 96 x 96 pixels",
-            "Weights of ImageNet-1k, class orders drawn by the seed; features from a store (`loop.feature_cache`): the "
-            "time of a first row is that of the pass over all images, where it had to be made.",
+            "Weights of ImageNet-1k, class orders drawn by the seed, cached features (`loop.feature_cache`). The "
+            "time of a first row includes the pass over all images if the cache was empty.",
             f"{CNN_STREAM} {orders(tasks)} --loop.feature_cache {{runs}}/features",
             methods=CLOSED,
         )
@@ -253,11 +252,11 @@ PROTOCOLS = {
     },
     "cifar100_cnn_trained": Protocol(
         "CIFAR-100, 10 tasks, trained MobileNetV2 at 96 x 96 pixels",
-        "As above with 100 training images of each class and 20 test images, batches of 32 in bf16-mixed: 5 epochs in "
-        "the first task (FSA), 2 epochs in each (SLCA). The batch normalisation of SLCA keeps the statistics of "
-        "pretraining: with 50 images of a class and seed 0 its last accuracy is 37.3, and 28.6 where those of the "
-        "newest images take their place. FSA, adapted to 1,000 images of ten classes, is above LDA without adaptation "
-        "on early tasks and not on all classes.",
+        "As above with 100 training images of each class and 20 test images, batches of 32 in bf16-mixed: 5 epochs "
+        "in the first task (FSA), 2 epochs in each task (SLCA). The batch normalisation of SLCA keeps the "
+        "pretrained statistics: with 50 images of a class and seed 0 its last accuracy is 37.3, but 28.6 if the "
+        "statistics are updated with the images of the tasks. FSA, adapted to 1,000 images of ten classes, is "
+        "better than LDA without adaptation on early tasks, but not on all classes.",
         f"{CNN_STREAM} {subset(orders(10), 100, 20)} --data.batch_size 32 --trainer.precision bf16-mixed",
         methods={
             **{name: CLOSED[name] for name in ("SimpleCIL", "LDA")},
@@ -268,10 +267,11 @@ PROTOCOLS = {
     ),
     "cifar100_vit": Protocol(
         "CIFAR-100, 10 tasks, a small ViT for 32 x 32 pixels",
-        "200 training images of each class and 50 test images; 2.75 M parameters, pretrained on Tiny-ImageNet, class "
-        "orders drawn by the seed, 3 epochs per task, bf16-mixed, where a method trains in each task (LAE one more, "
-        "of the head alone), 20 in the first task where it trains in that alone, batches of 32. In L2P "
-        "the same 4 of 10 prompts take all images from the first epoch on (`prompts/used` is 4.0).",
+        "200 training images of each class and 50 test images; 2.75 M parameters, pretrained on Tiny-ImageNet, "
+        "class orders drawn by the seed, bf16-mixed, batches of 32. Methods that train in each task have 3 epochs "
+        "per task (LAE one more, for the head only), methods that train only in the first task have 20 epochs "
+        "there. In L2P the same 4 of 10 prompts are selected for all images from the first epoch on (`prompts/used` "
+        "is 4.0).",
         f"{VIT} {subset(orders(10), 200, 50)} --data.batch_size 32 --trainer.precision bf16-mixed",
         methods={
             **{name: CLOSED[name] for name in ("SimpleCIL", "LDA", "G-ACIL")},
@@ -280,11 +280,12 @@ PROTOCOLS = {
     ),
     "cifar100_few_shot": Protocol(
         "CIFAR-100, 60 classes and 8 sessions of 5 classes with 5 images, ResNet-20",
-        "4 epochs of the base session in bf16-mixed (published: 100 to 600), the images of the sessions drawn by the "
-        "seed. Base and novel are mean accuracies per class after the last session. So short a base session leaves the "
-        "features of all classes in nearly one direction (two base prototypes have a cosine of 0.81 on average): the "
-        "weights of TEEN spread over 25 of the 60 base classes, and it moves new prototypes to the mean of all, which "
-        "helps none of them. Its gain in the paper is with 600 epochs; below it has one with features that tell more.",
+        "4 epochs of the base session in bf16-mixed (published: 100 to 600), the images of the sessions drawn by "
+        "the seed. Base and novel are mean accuracies per class after the last session. After such a short base "
+        "session the features of all classes have nearly the same direction (the mean cosine of two base prototypes "
+        "is 0.81): the weights of TEEN spread over 25 of the 60 base classes, so that new prototypes are shifted "
+        "towards the mean of all base prototypes, which improves none of them. The paper's gain is with 600 epochs; "
+        "the next section has a gain with better features.",
         f"{SESSIONS} --model.backbone ResNet20 --trainer.max_epochs 4 --trainer.precision bf16-mixed",
         methods=STEPLESS,
         columns=FEW_SHOT,
@@ -292,8 +293,8 @@ PROTOCOLS = {
     ),
     "cifar100_few_shot_cnn": Protocol(
         "CIFAR-100, 60 classes and 8 sessions of 5 classes with 5 images, frozen MobileNetV2",
-        "As above on features of ImageNet-1k at 96 x 96 pixels, from a store and without a base session, so that the "
-        "two differ by the prototypes of new classes alone.",
+        "As above on cached features of ImageNet-1k at 96 x 96 pixels, without training on the base session, so "
+        "that the two methods differ only in the prototypes of new classes.",
         f"{SESSIONS} --model.adapt false {CNN} {CNN_PIXELS} --loop.feature_cache {{runs}}/features",
         methods=STEPLESS,
         columns=FEW_SHOT,
@@ -302,8 +303,8 @@ PROTOCOLS = {
     **{
         name: Protocol(
             f"CIFAR-10-C from the first 1,000 test images, severity 5, {title}, ResNet-56",
-            f"15 corruptions, of which frost is a synthetic one, {says}. Online error: of predictions before the "
-            f"network learns from the batch, the mean over corruptions.{why}",
+            f"15 corruptions, with a synthetic frost, {says}. Online error: error of the predictions before the step "
+            f"on the batch, mean over corruptions.{why}",
             f"{STREAM} {RESNET56} --trainer.precision bf16-mixed {options}",
             methods={name: row for name, row in ADAPTING.items() if "reset" not in options or name in LEARNING},
             columns=TEST_TIME,
@@ -315,14 +316,14 @@ PROTOCOLS = {
                 "continual",
                 "one after another without reset, batches of 200",
                 "",
-                " LAME makes neighbours of a batch agree, which hurts where classes come mixed: a little with its 5 "
-                "nearest neighbours, much with the rbf kernel, by which the whole batch has a say (published, with "
-                "another network: 64.3).",
+                " LAME makes the predictions of neighbours in a batch agree, which increases the error when classes "
+                "are mixed: a little with 5 nearest neighbours, more with the rbf kernel, which connects the whole "
+                "batch (published, with another network: 64.3).",
             ),
             (
                 "cifar10c_reset",
                 "reset",
-                "each from the source network, batches of 200; methods that are not here have nothing to reset",
+                "each from the source network, batches of 200; only methods with something to reset are listed",
                 "--model.reset domain",
                 "",
             ),
@@ -331,17 +332,18 @@ PROTOCOLS = {
                 "sorted by class",
                 "without reset, batches of 200",
                 "--data.order sorted",
-                " Statistics of a batch of few classes are not those of the domain: what normalises by them fails. "
-                "Here neighbours are of one class, which is what LAME is for.",
+                " The statistics of a batch with few classes differ from the statistics of the domain, so methods "
+                "that normalise by the batch fail. Neighbours have the same class here, the case for which LAME is "
+                "made.",
             ),
             (
                 "cifar10c_one",
                 "batches of 1",
                 "without reset, 200 images each",
                 "--data.samples 200 --data.batch_size 1",
-                " Normalised by a single image predictions are poor, and to make them surer ends in one class for all "
-                "(Tent). They are also so unsure that EATA finds no reliable one and never takes a step. LAME has no "
-                "neighbours.",
+                " With the statistics of a single image predictions are poor, and entropy minimisation (Tent) "
+                "collapses to one class. Their entropy is so high that EATA finds no reliable sample and never "
+                "takes a step. LAME has no neighbours.",
             ),
         )
     },

@@ -29,14 +29,12 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 
-from benchmarks import page
-from benchmarks.page import table
+from benchmarks.numbers import store, stored, table
 from benchmarks.soak import Watch, resident_bytes
-from cl_lightning.backbones import MLP, ResNet32
+from cl_lightning.data import TensorSource
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.loop import TaskLoop
-from cl_lightning.loop_setup import LoopOptions
-from cl_lightning.sources import TensorSource
+from cl_lightning.loop import LoopOptions, TaskLoop
+from cl_lightning.models import MLP, ResNet32
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.rehearsal.er import ER
 from cl_lightning.stream import ClassIncremental
@@ -46,22 +44,22 @@ ROOT = Path(__file__).parents[1]
 GOAL = 1.0
 SECTION = """## Long streams and two processes
 
-Streams of noise, one class a task, {images} training and {test_images} test images a task, batches of 128, {epochs}
-epochs, checkpoints and results on disk. Each run is a process of its own, one thread per process, CPU; medians of
+Streams of noise, one class per task, {images} training and {test_images} test images per task, batches of 128, {epochs}
+epochs, checkpoints and results on disk. Each run is a separate process, one thread per process, CPU; medians of
 {turns} turns. Written by `python -m benchmarks.scaling`.
 """
-STREAMS = """**Streams, MLP 784-400-400.** Milliseconds of the processor, which do not depend on what else the machine
-does, of a task: of its steps (training), and of all but evaluation, that is with the start and end of its fit,
-statistics, a checkpoint, results and log; medians over the first and the last third of the tasks, the very first one
-left out. The ratios are those of the median task to the median task of the shortest stream. Evaluation is told per
-image: it grows with the data seen. Memory is what the process holds after the first and the last task; the data,
-{kilobytes:.2f} kB an image, are in it from the start.
+STREAMS = """**Streams, MLP 784-400-400.** Processor milliseconds of a task, which do not depend on other load of the
+machine: of its steps (training), and of everything except evaluation (task: including the start and end of its fit,
+statistics, a checkpoint, results and log). Medians over the first and over the last third of the tasks, without the
+very first task. The ratios compare the median task with the median task of the shortest stream. Evaluation is given per
+image, because it grows with the data seen. Memory is the resident memory of the process after the first and the last
+task; it includes the data, {kilobytes:.2f} kB per image, from the start.
 
 {rows}
 """
-PROCESSES = """**Processes.** Seconds of the training steps of {tasks} tasks under fine-tuning; two processes share the
-same batches out and exchange gradients by gloo. Processor seconds are those of the first process, and do not depend on
-whether the second one had a core of its own: a half is the least that they can be.
+PROCESSES = """**Processes.** Seconds of the training steps of {tasks} tasks with fine-tuning; two processes split the
+same batches and exchange gradients by gloo. Processor seconds are measured in the first process and do not depend on
+whether the second process had a core of its own; their minimal ratio is a half.
 
 {rows}
 """
@@ -279,7 +277,7 @@ def main() -> None:
         measure(Run(**options.run), options.folder)
         return
     usual = Run()
-    results = page.stored(NAME)
+    results = stored(NAME)
     results["options"] = {
         "images": usual.images,
         "test_images": usual.test_images,
@@ -292,7 +290,7 @@ def main() -> None:
     pairs = [Run(network="mlp"), Run(network="resnet32", images=256, epochs=1)]
     if pairs := [run for run in pairs if run.network in options.networks]:
         results["processes"] = processes(pairs, options.turns)
-    page.write(NAME, results)
+    store(NAME, results)
 
 
 if __name__ == "__main__":

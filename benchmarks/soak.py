@@ -23,11 +23,10 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 
-from cl_lightning.commands import quiet
+from cl_lightning.callback import ContinualCallback
+from cl_lightning.cli.processes import quiet
 from cl_lightning.datamodules.digits import Digits
-from cl_lightning.hooks import ContinualCallback
-from cl_lightning.loop import TaskLoop
-from cl_lightning.loop_setup import LoopOptions
+from cl_lightning.loop import LoopOptions, TaskLoop
 from cl_lightning.strategies.rehearsal.er import ER
 from cl_lightning.stream import PermutedDomains
 
@@ -46,7 +45,7 @@ LIMITS = {
 class Watch(ContinualCallback):
     """Notes what the process holds after each task."""
 
-    looks_on = True
+    observer_only = True
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []

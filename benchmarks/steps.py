@@ -28,31 +28,29 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import page
-from benchmarks.page import table
-from cl_lightning.backbones import MLP, ResNet32
+from benchmarks.numbers import store, stored, table
+from cl_lightning.data import TensorSource
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.loop import TaskLoop
-from cl_lightning.loop_setup import LoopOptions
-from cl_lightning.sources import TensorSource
+from cl_lightning.loop import LoopOptions, TaskLoop
+from cl_lightning.models import MLP, ResNet32
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.rehearsal.er import ER
 from cl_lightning.stream import ClassIncremental, Online
 
 NAME = "steps"
-SECTION = """## A training step beside a plain PyTorch loop
+SECTION = """## A training step compared with a plain PyTorch loop
 
-Time from one step to the next, CPU, one thread; noise for images, so that only time is compared. The plain loop indexes
-tensors, scales, and steps; the other side is a whole run, with its checks, measures and account of costs. Medians
-of interleaved turns; on a machine that does other things too, ratios of one row move by about 0.05 to 0.1 between runs.
-Written by `python -m benchmarks.steps`.
+Time from one step to the next on one CPU thread; the images are noise, only time is compared. The plain loop indexes
+tensors, scales pixels, and steps. "here" is a complete run, including checks, measures and cost accounting. Medians of
+interleaved turns; on a machine with other load, the ratio of a row varies by about 0.05 to 0.1 between runs. Written by
+`python -m benchmarks.steps`.
 
 {rows}
 """
 
 
-PROFILE = """Where the time of a step here goes, percent of a profiled run (`--profile`, which makes Python look slower
-than it is beside kernels):
+PROFILE = """Distribution of the time of a step here, in percent of a profiled run (`--profile`, which slows down Python
+more than kernels):
 
 {rows}
 """
@@ -124,7 +122,7 @@ def ours(row: Row) -> list[float]:
     data = Noise(row.shape, row.batch_size * row.steps, scenario=scenario, batch_size=row.batch_size)
     backbone = MLP if row.shape[0] == 1 else ResNet32
     options: dict[str, Any] = {"backbone": backbone, "optimizer": sgd}
-    strategy = ER(memory_size=row.memory, mix="step", **options) if row.memory else Finetune(**options)
+    strategy = ER(memory_size=row.memory, replay_by="step", **options) if row.memory else Finetune(**options)
     ticks = Ticks()
     trainer = Trainer(
         max_epochs=1,
@@ -231,7 +229,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    results = page.stored(NAME)
+    results = stored(NAME)
     for name in options.rows:
         row = ROWS[name]
         before = results.get(name, {})
@@ -242,7 +240,7 @@ def main() -> None:
         results[name] = {**before, **compare(row, options.turns), "goal": row.goal, "turns": options.turns}
         part = results[name]
         print(f"{name:<14}{part['plain_ms']:>9.3f} ms{part['ours_ms']:>9.3f} ms  {part['ratio']:.3f} (goal {row.goal})")
-    page.write(NAME, results)
+    store(NAME, results)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Mechanisms that cut across strategies, one file each."""
+"""Callbacks: mechanisms that can be combined with any strategy, one file each."""

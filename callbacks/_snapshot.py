@@ -1,17 +1,17 @@
-"""A teacher that a callback keeps."""
+"""A frozen copy of the network that a callback owns."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from cl_lightning.network import Network
-from cl_lightning.teacher import Teacher
+from cl_lightning.memory import Teacher
+from cl_lightning.models import Network
 
 
 class Snapshot(Teacher):
-    """Teacher whose owner is no module: its owner saves, restores and moves it.
+    """Teacher of an owner that is not a module, such as a callback; the owner saves, restores and moves it.
 
-    A checkpoint is read when the network, whose structure the copy shares, is not at hand yet. So what was saved waits
-    in :meth:`keep` until :meth:`restore` is called with the network.
+    When Lightning loads a checkpoint into a callback, the network with the structure of the copy is not available yet.
+    :meth:`keep` therefore stores the saved state, and :meth:`restore` loads it into a copy of the network.
     """
 
     def __init__(self) -> None:
@@ -20,28 +20,29 @@ class Snapshot(Teacher):
         self._waiting: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
-        """What to save: tensors by name, none while there is no copy."""
+        """State to be saved: tensors by name; empty while there is no copy."""
         return dict(self.state_dict()) if self._waiting is None else self._waiting
 
     def keep(self, state: Mapping[str, Any]) -> None:
-        """Take what :meth:`state` gave; :meth:`restore` makes a network of it."""
+        """Store a result of :meth:`state` until :meth:`restore` is called."""
         self._waiting = dict(state)
 
     def restore(self, network: Network) -> None:
-        """Make a network of what was kept, if anything was.
+        """Load the state stored by :meth:`keep`, if any, into a copy of the network.
 
         Args:
-            network: Of the structure that was copied; its head may have grown since.
+            network: Network with the structure of the saved copy; its head may have grown since.
         """
         if self._waiting is not None:
             state, self._waiting = self._waiting, None
-            self.restore_shape(network, state, "")
+            self.restore_network(network, state, "")
             self.load_state_dict(state)
-            self.requires_grad_(False).eval()  # a head that took another shape has new parameters
+            self.requires_grad_(False).eval()  # resized heads have new parameters
 
     def forget(self) -> None:
-        """Drop the copy."""
+        """Delete the copy and any stored state."""
         self.network, self._waiting = None, None
 
     def num_bytes(self) -> int:
+        """Size of the copy or of the stored state in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state().values())

@@ -1,4 +1,4 @@
-"""Continual evaluation: accuracy on every task so far, every few steps, which shows what happens between task ends."""
+"""Continual evaluation: accuracy on all tasks so far, every few optimizer steps during training."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,60 +11,63 @@ from torch import Tensor
 
 from cl_lightning import measures
 from cl_lightning.batch import Batch, Draw, cat
-from cl_lightning.cost import MEBIBYTE, Stopwatch
+from cl_lightning.callback import ContinualCallback
+from cl_lightning.checks import at_least, one_of
 from cl_lightning.distributed import all_sum
-from cl_lightning.hooks import ContinualCallback
+from cl_lightning.measures import MEBIBYTE, Stopwatch
 from cl_lightning.stream import Task
 
 if TYPE_CHECKING:
     from cl_lightning.strategy import ContinualStrategy
 
-_HOST = 8  # times the room on the device that the subset may take in main memory
+_HOST = 8  # limit of the subset in main memory, as a multiple of its limit on the device
 
 
 class ContinualEvaluation(ContinualCallback):
-    """Evaluates a fixed subset of each seen task's test data every few optimizer steps.
+    """Evaluates a fixed subset of the test data of each task so far, every few optimizer steps.
 
-    The accuracy on old tasks drops when a new one begins, and mostly recovers before it ends: the stability gap, which
-    an evaluation at the ends of tasks cannot see (De Lange et al., ICLR 2023, arXiv:2205.13452). With A_i(n) the
-    accuracy on the subset of task i at evaluation n, and k the task being learnt, ``results.json`` and the loggers get
+    The accuracy on old tasks drops at the start of a new task and mostly recovers before its end. This stability gap is
+    not visible in evaluations at the ends of tasks (De Lange et al., ICLR 2023, arXiv:2205.13452). With A_i(n) the
+    accuracy on the subset of task i at evaluation n, and k the current task, ``results.json`` and the loggers get
 
-        min-ACC      mean over i < k of the least A_i(n) after task i has ended          ``min_accuracy``
+        min-ACC      mean over i < k of the minimum of A_i(n) after the end of task i    ``min_accuracy``
         WC-ACC       A_k / k + (1 - 1/k) min-ACC                                         ``worst_case_accuracy``
         WF^w, WP^w   largest drop, rise within w evaluations, mean over tasks            ``windowed_forgetting_10``, ...
-        AAA          mean over n of the accuracy on all classes seen by then             ``average_anytime_accuracy``
-        LCA_beta     mean over tasks of their first beta + 1 evaluations while learnt    ``learning_curve_area``
+        AAA          mean over n of the accuracy on all classes seen at evaluation n     ``average_anytime_accuracy``
+        LCA_beta     mean accuracy on each task in its first beta + 1 evaluations        ``learning_curve_area``
 
     (AAA: Soutif-Cormerais et al., ICCV-W 2023, arXiv:2308.10328; LCA: Chaudhry et al., ICLR 2019, arXiv:1812.00420, in
-    evaluations instead of batches). There is an evaluation before the first update of each task, with its new columns
-    in place, one every ``every_n_steps`` from there on, and one when the task is over, statistics included.
+    evaluations instead of batches). Each task is evaluated before its first optimizer step, with the grown head, then
+    every ``every_n_steps`` steps, and at its end, after the strategy's ``end_task``.
 
-    Training is the same, to the bit, with and without it: the network is in eval mode without gradient, and random
-    numbers are put back. All tasks are evaluated in one pass; on many processes each takes its share, and counts are
-    summed. Its seconds count as evaluation, not as training. Curves are part of checkpoints. Where other callbacks
-    evaluate other weights (``EMAEnsemble``), these are what is evaluated here. Of a method that classifies in another
-    way when a task is over (``ICaRL``) it is the classifier that is there all along, ``predict_within_task``.
+    Training is the same with and without this callback, to the bit: evaluations are in eval mode without gradient, and
+    the states of the random generators are restored. All tasks are evaluated in one pass. Each process evaluates its
+    share, and counts are summed over processes. The time counts as evaluation, not as training. Curves are saved in
+    checkpoints. If another callback evaluates other weights (``EMAEnsemble``), these weights are evaluated here too.
+    For a method whose classifier is computed at the end of a task (``ICaRL``), the scores are from
+    ``predict_within_task``.
 
-    An evaluation costs a forward pass of ``samples`` images per seen task: with a thousand of each, every ten steps of
-    64 images, more than the training itself from the third task on. Fewer samples or evaluations make it cheap.
+    An evaluation costs a forward pass of ``samples`` images for each task so far. With 1000 samples per task and an
+    evaluation every 10 steps of 64 images, it costs more than the training from the third task on. Reduce ``samples``
+    or increase ``every_n_steps`` to lower the cost.
 
     Args:
-        every_n_steps: Optimizer steps between two evaluations; 1 is the protocol of the paper.
-        samples: Samples per task, drawn once; None for all of them.
-        split: ``test`` data as in the paper, or ``val``: what ``data.val_fraction`` holds out, so that test data are
-            looked at only when a task is over.
-        windows: Lengths w of the windows, in evaluations.
-        beta: Evaluations of the learning curve area beside the first.
-        seed: Of the subset; it is the same for all seeds of a run.
-        cache_mb: The subset is kept on the device, as raw images, while it takes at most so many MB there, and in main
-            memory up to eight times as much; a larger one is read anew at each evaluation.
+        every_n_steps: Number of optimizer steps between two evaluations, at least 1; 1 is the protocol of the paper.
+        samples: Number of samples per task, drawn once, at least 1; None for all samples.
+        split: ``test`` for test data as in the paper, or ``val`` for the samples that ``data.val_fraction`` holds out,
+            so that test data are used only at the ends of tasks.
+        windows: Lengths w of the windows, in evaluations, each at least 2.
+        beta: Number of evaluations in the learning-curve area apart from the first, at least 0.
+        seed: Seed of the subset. It is independent of the seed of the run.
+        cache_mb: Limit in MiB, at least 0, up to which the subset is kept on the device, as raw images. Up to 8 times
+            the limit it is kept in main memory; a larger subset is loaded again at each evaluation.
 
     Raises:
-        ValueError: For numbers out of range, and for ``split="val"`` without validation samples.
+        ValueError: If an option is out of range, or for ``split="val"`` without validation samples.
     """
 
     paper: str = "De Lange et al., ICLR 2023, arXiv:2205.13452"
-    looks_on: bool = True
+    observer_only: bool = True
 
     def __init__(
         self,
@@ -77,39 +80,34 @@ class ContinualEvaluation(ContinualCallback):
         seed: int = 0,
         cache_mb: float = 256.0,
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"ContinualEvaluation: every_n_steps is {every_n_steps}; it must be at least 1")
-        if samples is not None and samples < 1:
-            raise ValueError(f"ContinualEvaluation: samples is {samples}; it must be at least 1, or null for all")
-        if split not in ("test", "val"):
-            raise ValueError(f"ContinualEvaluation: split is {split!r}; use 'test' or 'val'")
-        if wrong := [window for window in windows if window < 2]:
-            raise ValueError(f"ContinualEvaluation: a window of {wrong[0]}; a change needs at least 2 evaluations")
-        if beta < 0 or cache_mb < 0:
-            raise ValueError(f"ContinualEvaluation: beta is {beta}, cache_mb is {cache_mb}; both must be at least 0")
+        at_least(self, 1, every_n_steps=every_n_steps)
+        at_least(self, 1, samples=samples, optional=True)
+        one_of(self, ("test", "val"), split=split)
+        at_least(self, 2, optional=False, **{f"windows[{i}]": window for i, window in enumerate(windows)})
+        at_least(self, 0, beta=beta, cache_mb=cache_mb)
         self.every_n_steps, self.samples, self.windows, self.beta = every_n_steps, samples, tuple(windows), beta
         self.split: Literal["test", "val"] = split
         self.seed, self.cache_mb = seed, cache_mb
         self.test_data_use = "continual evaluation during training" if split == "test" else None
         self.steps: list[int] = []
-        """Optimizer steps at each evaluation, over the whole stream."""
+        """Number of optimizer steps before each evaluation, over the whole stream."""
         self.tasks: list[int] = []
-        """Task that was being learnt."""
+        """Index of the current task at each evaluation."""
         self.counts: list[Tensor] = []
-        """Correct ones of each seen task, and correct ones with the task known, int32 ``(tasks, 2)`` on the CPU."""
+        """Correct predictions on each task, without and with task ids, int32 ``(tasks, 2)``, for each evaluation."""
         self.ends: list[int] = []
-        """Place of the last evaluation of each task that is over."""
+        """Index of the last evaluation of each finished task."""
         self.totals = torch.zeros(0, dtype=torch.int64)
-        """Samples of each seen task's subset."""
-        self._measured: list[dict[str, float]] = []  # at the end of each task
-        self._pending: list[Tensor] = []  # the last counts, still on the device
+        """Number of samples in the subset of each task so far, int64 ``(tasks,)``."""
+        self._measured: list[dict[str, float]] = []  # measures at the end of each task
+        self._pending: list[Tensor] = []  # counts that are still on the device
         self._num_logged = 0
-        self._subset: Batch | None = None  # this process's share, where it is kept; None also if there is nothing
+        self._subset: Batch | None = None  # this process's share if it is kept; None also if the share is empty
         self._kept = False
         self._closing = False
         self._watch = Stopwatch(torch.device("cpu"))
 
-    # ------------------------------------------------------------------ when
+    # ------------------------------------------------------------------ hooks
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy: Any = pl_module
@@ -131,10 +129,10 @@ class ContinualEvaluation(ContinualCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._note_seconds()
-        self._flush(trainer, before=trainer.global_step)  # the last one may be taken anew when the task is closed
+        self._flush(trainer, before=trainer.global_step)  # the last evaluation may be replaced at the end of the task
 
     def on_task_end(self, trainer: Trainer, strategy: "ContinualStrategy", task: Task) -> None:
-        self._closing = True  # other callbacks may still have something to do at the end of this task
+        self._closing = True  # evaluate after `on_task_end` of all other callbacks
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._closing:
@@ -142,9 +140,9 @@ class ContinualEvaluation(ContinualCallback):
         self._closing = False
         strategy: Any = pl_module
         self._draw_subset(trainer, strategy)
-        first = self.ends[-1] + 1 if self.ends else 0  # place of this task's first evaluation
+        first = self.ends[-1] + 1 if self.ends else 0  # index of this task's first evaluation
         if len(self.steps) > first + 1 and self.steps[-1] == trainer.global_step:
-            # The same step again, now with what was done at the end of the task: that is what counts.
+            # Replace the evaluation of the same step by an evaluation after the end of the task.
             self._flush(None)
             del self.steps[-1], self.tasks[-1], self.counts[-1]
             self._num_logged = min(self._num_logged, len(self.counts))
@@ -156,10 +154,10 @@ class ContinualEvaluation(ContinualCallback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
 
-    # ------------------------------------------------------------------ how
+    # ------------------------------------------------------------------ evaluation
 
     def _draw_subset(self, trainer: Trainer, strategy: Any) -> None:
-        """Draw the subset of each task that has none yet, and keep the images if they are few enough."""
+        """Draw the subsets of new tasks, and keep their images if they are within the limit of ``cache_mb``."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         known, seen = len(self.totals), strategy.task.index + 1
         if known < seen:
@@ -167,7 +165,7 @@ class ContinualEvaluation(ContinualCallback):
             self.totals = torch.cat([self.totals, fresh[known:]])
             if self.split == "val" and int(self.totals[-1]) == 0:
                 raise ValueError(
-                    f"ContinualEvaluation: task {seen - 1} has no validation samples; give data.val_fraction, or use "
+                    f"ContinualEvaluation: task {seen - 1} has no validation samples; give data.val_fraction or use "
                     "split: test"
                 )
         size = int(self.totals.sum()) * math.prod(data.image_shape) / trainer.world_size / MEBIBYTE
@@ -186,7 +184,7 @@ class ContinualEvaluation(ContinualCallback):
         return data.evaluation_loader(self.split, tasks, samples=self.samples, key=self.seed)
 
     def _batches(self, trainer: Trainer, strategy: Any) -> Iterator[Batch]:
-        """This process's share of the subsets of all seen tasks, on the device, a few large batches."""
+        """This process's share of the subsets of all tasks so far, in large batches on the device."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         source: Iterable[Batch]
         if self._kept:
@@ -201,20 +199,21 @@ class ContinualEvaluation(ContinualCallback):
             yield data.finish(rows.replace(draw=Draw.of(len(rows), 0)), augment=False)
 
     def _evaluate(self, trainer: Trainer, strategy: Any, *, in_training: bool) -> None:
-        """Count the correct ones of each seen task, without waiting for the device.
+        """Count the correct predictions on each task so far, without a synchronisation with the device.
 
         Args:
-            trainer: Of the strategy.
-            strategy: What is evaluated.
-            in_training: Whether other callbacks have to be told, which may put other weights in place; in a test they
-                know already.
+            trainer: Trainer of the strategy.
+            strategy: Strategy to be evaluated.
+            in_training: Whether the validation hooks of other callbacks are called, which may replace the weights; in a
+                test Lightning has called their hooks.
         """
         callbacks: list[Any] = trainer.callbacks if in_training else []  # type: ignore[attr-defined]
         others = [callback for callback in callbacks if isinstance(callback, ContinualCallback)]
         devices = [strategy.device] if strategy.device.type == "cuda" else []
+        needs_tasks = strategy.traits.task_ids == "needed"
         modes = [(module, module.training) for module in strategy.modules()]
         counts = torch.zeros(strategy.task.index + 1, 2, dtype=torch.int64, device=strategy.device)
-        timed = self._watch if in_training else nullcontext()  # else its seconds are counted as evaluation anyway
+        timed = self._watch if in_training else nullcontext()  # a test counts as evaluation
         with torch.no_grad(), torch.random.fork_rng(devices=devices), timed:
             for callback in others:
                 callback.on_validation_start(trainer, strategy)
@@ -222,8 +221,11 @@ class ContinualEvaluation(ContinualCallback):
             try:
                 for batch in self._batches(trainer, strategy):
                     with trainer.precision_plugin.forward_context():
-                        scores = strategy.predict_within_task(batch.images)
-                    count_correct(counts, scores.float(), batch, strategy.task_columns)
+                        tasks = batch.tasks if needs_tasks else None
+                        scores = strategy.predict_within_task(batch.images, tasks).float()
+                    if needs_tasks:  # task-aware predictions only
+                        scores = scores.masked_fill(~strategy.task_columns[batch.tasks], -torch.inf)
+                    count_correct(counts, scores, batch, strategy.task_columns)
             finally:
                 for module, mode in modes:
                     module.training = mode
@@ -240,13 +242,13 @@ class ContinualEvaluation(ContinualCallback):
             self.meter.move("evaluation", seconds, source="training")
 
     def _flush(self, trainer: Trainer | None, *, before: int | None = None) -> None:
-        """Bring the counts that are still on the device here, and log what is not logged yet against its step.
+        """Copy counts from the device to the CPU, and log evaluations that are not logged yet, each with its step.
 
         Args:
-            trainer: Whose loggers get it; None for none.
-            before: Log evaluations of earlier steps than this only; None for all.
+            trainer: Trainer whose loggers are used; None to log nothing.
+            before: Log only evaluations before this step; None for all.
         """
-        if self._pending:  # all of one task
+        if self._pending:  # all of the same task, so of the same shape
             self.counts += list(torch.stack(self._pending).cpu().int())
             self._pending = []
         if trainer is None:
@@ -262,30 +264,30 @@ class ContinualEvaluation(ContinualCallback):
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=self.steps[place])
 
-    # ------------------------------------------------------------------ what it found
+    # ------------------------------------------------------------------ results
 
     def curves(self, *, task_aware: bool = False) -> Tensor:
-        """Accuracy on each task at each evaluation, float64 ``(evaluations, tasks)``, nan before a task has come.
+        """Accuracy on each task at each evaluation, in [0, 1], float64 ``(evaluations, tasks)``; nan before a task.
 
         Args:
-            task_aware: With the task of each sample known, instead of among all classes.
+            task_aware: Whether predictions are among the classes of each sample's task instead of among all classes.
         """
         correct = self._table()[:, :, int(task_aware)].double()
         return correct.masked_fill(correct < 0, torch.nan) / self.totals
 
     def _table(self) -> Tensor:
-        """Counts, int32 ``(evaluations, tasks, 2)``, -1 before a task has come."""
+        """Counts, int32 ``(evaluations, tasks, 2)``; -1 before a task."""
         self._flush(None)
         return torch.nn.utils.rnn.pad_sequence(
             [*self.counts, torch.zeros(len(self.totals), 2, dtype=torch.int32)], batch_first=True, padding_value=-1
         )[:-1]
 
     def measures(self, task: int) -> dict[str, float]:
-        """Measures over all evaluations up to the end of a task, by name; ``task_aware/...`` with the task known.
+        """Measures over all evaluations up to the end of a task, by name; ``task_aware/...`` with task ids.
 
-        Measures that are not defined, such as the minimum over old tasks during the first one, are left out.
+        Measures that are not defined are omitted, such as the minimum over old tasks in the first task.
         """
-        if task >= len(self.ends) or self.tasks[0] != 0:  # it was added to a run that had begun without it
+        if task >= len(self.ends) or self.tasks[0] != 0:  # the run began without this callback
             return {}
         ends = self.ends[: task + 1]
         starts = [0, *(end + 1 for end in ends[:-1])]
@@ -325,10 +327,10 @@ class ContinualEvaluation(ContinualCallback):
             "measures_per_task": per_task,
         }
 
-    # ------------------------------------------------------------------ what is kept
+    # ------------------------------------------------------------------ state
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._flush(trainer)  # a run that goes on from here will not log these again
+        self._flush(trainer)  # a run resumed from here does not log these again
 
     def state_dict(self) -> dict[str, Any]:
         if not self.steps:
@@ -352,13 +354,13 @@ class ContinualEvaluation(ContinualCallback):
 
 
 def count_correct(counts: Tensor, scores: Tensor, batch: Batch, task_columns: Tensor) -> None:
-    """Add to ``counts``, int64 ``(T, 2)``, the correct samples of each task, without and with the task known.
+    """Add the numbers of correct predictions on each task, without and with task ids, to ``counts``, in place.
 
     Args:
-        counts: Changed in place.
-        scores: One per column, ``(B, C)``.
-        batch: Gives true columns and tasks.
-        task_columns: Which columns belong to which task, bool ``(T, C)``.
+        counts: Counts, int64 ``(T, 2)``.
+        scores: Scores of all columns, ``(B, C)``.
+        batch: Batch with true columns and task indices.
+        task_columns: Whether a column belongs to a task, bool ``(T, C)``.
     """
     allowed = task_columns[batch.tasks]
     correct = scores.argmax(1) == batch.labels

@@ -1,4 +1,4 @@
-"""Distillation from the network before this task, for any strategy."""
+"""Knowledge distillation from the network before the task, for any strategy."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -7,10 +7,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from cl_lightning.batch import Batch
+from cl_lightning.callback import ContinualCallback
 from cl_lightning.callbacks._snapshot import Snapshot
-from cl_lightning.hooks import ContinualCallback
+from cl_lightning.checks import above, at_least, one_of
 from cl_lightning.losses import feature_distillation, sigmoid_distillation, softmax_distillation
-from cl_lightning.network import Output
+from cl_lightning.models import Output
 from cl_lightning.stream import Task
 
 if TYPE_CHECKING:
@@ -18,31 +19,34 @@ if TYPE_CHECKING:
 
 
 class Distillation(ContinualCallback):
-    """Keeps what the network says of the current images near what it said before this task.
+    """Distillation of logits or features on the current images, from the network before the task.
 
-    A frozen copy g of the network after the previous task teaches the network f on the images of each step:
+    With f the network and g a frozen copy of the network after the previous task, one of these terms is added to the
+    loss:
 
         logits, softmax   L = weight * CE(softmax(g_old(x) / T), softmax(f_old(x) / T))        term ``distill``
         logits, sigmoid   L = weight * sum_c BCE(sigmoid f_c(x), sigmoid g_c(x)), c old        term ``distill``
         features          L = weight * || f_features(x) - g_features(x) ||^2                   term ``distill_features``
 
-    each the mean over the batch; f_old(x) are f's logits for the classes that g knows. lambda -> weight, T ->
-    temperature. The first form is Learning without Forgetting (Li & Hoiem, ECCV 2016, arXiv:1606.09282):
-    ``Finetune(visible="current")`` with it is ``LwF``, to the bit. The second is the old-class part of LwF.MC (Rebuffi
-    et al., iCaRL, CVPR 2017, arXiv:1611.07725, sec. 4.2), which takes sigmoids for the new classes too: it is LwF.MC
-    only beside a strategy whose own loss is the binary cross-entropy of the *new* columns; for the whole of it see
-    ``LwF(form="sigmoid")``. Features: Smith et al. (CVPR-W 2023, arXiv:2203.17269), who join it with the logits' form:
-    two of these callbacks, one per space, can be used together.
+    Each term is the mean over the batch. f_old(x) and g_old(x) are the logits for the classes that g knows.
+    lambda -> weight, T -> temperature. The first form is Learning without Forgetting (Li & Hoiem, ECCV 2016,
+    arXiv:1606.09282): ``Finetune(loss_classes="current")`` with this callback equals ``LwF`` to the bit. The second
+    form is the old-class part of LwF.MC (Rebuffi et al., iCaRL, CVPR 2017, arXiv:1611.07725, sec. 4.2). LwF.MC uses
+    sigmoids for the new classes too, so the callback gives LwF.MC only if the loss of the strategy is the binary
+    cross-entropy of the *new* columns; ``LwF(form="sigmoid")`` is the complete method. Distillation of features is from
+    Smith et al. (CVPR-W 2023, arXiv:2203.17269), who combine it with distillation of logits: use two of these
+    callbacks, one per space.
 
-    On logits the rows of earlier classes are trained by this loss, so they are not left out of the optimizer even with
-    ``visible="current"``. With weight 0 nothing is added, and the run is what it is without the callback, to the bit.
+    With ``space="logits"`` the loss trains the rows of earlier classes, so they are in the optimizer even with
+    ``loss_classes="current"``. With weight 0 no term is added, and the run equals the run without the callback to the
+    bit.
 
     Args:
-        space: Where teacher and student are compared.
-        form: Of the logits' comparison; features know one form only.
+        space: Outputs that are distilled: ``logits`` or ``features``.
+        form: Form of the distillation of logits: ``softmax`` or ``sigmoid``; ignored for features.
         weight: lambda, at least 0.
         temperature: T of the softmax form, above 0.
-        scale_by_temperature: Multiply the softmax form by T^2 (Hinton et al., arXiv:1503.02531).
+        scale_by_temperature: Whether the softmax form is multiplied by T^2 (Hinton et al., arXiv:1503.02531).
     """
 
     paper: str = "Li & Hoiem, ECCV 2016, arXiv:1606.09282"
@@ -56,14 +60,10 @@ class Distillation(ContinualCallback):
         temperature: float = 2.0,
         scale_by_temperature: bool = False,
     ) -> None:
-        if space not in ("logits", "features"):
-            raise ValueError(f"Distillation: space is {space!r}; use 'logits' or 'features'")
-        if form not in ("softmax", "sigmoid"):
-            raise ValueError(f"Distillation: form is {form!r}; use 'softmax' or 'sigmoid'")
-        if weight < 0 or temperature <= 0:
-            raise ValueError(
-                f"Distillation: weight={weight}, temperature={temperature}; at least 0 and above 0 are allowed"
-            )
+        one_of(self, ("logits", "features"), space=space)
+        one_of(self, ("softmax", "sigmoid"), form=form)
+        at_least(self, 0, weight=weight)
+        above(self, 0, temperature=temperature)
         self.space, self.form, self.weight = space, form, weight
         self.temperature, self.scale_by_temperature = temperature, scale_by_temperature
         self.uses_old_logits = space == "logits" and weight > 0
@@ -76,27 +76,25 @@ class Distillation(ContinualCallback):
     def losses(self, strategy: "ContinualStrategy", batch: Batch, output: Output) -> dict[str, Tensor]:
         if not self.teacher or self.weight == 0:
             return {}
-        target = self.teacher(batch.images)
         if self.space == "features":
-            return {"distill_features": self.weight * feature_distillation(output.features, target.features)}
-        old = output.logits[:, : target.logits.shape[1]]  # (batch, classes before this task)
+            before = self.teacher(batch.images).features
+            return {"distill_features": self.weight * feature_distillation(output.features, before)}
+        old, target = self.teacher.pair(batch.images, output)  # (batch, classes before this task) each
         if self.form == "sigmoid":
-            return {"distill": self.weight * sigmoid_distillation(old, target.logits)}
-        loss = softmax_distillation(
-            old, target.logits, self.temperature, scale_by_temperature=self.scale_by_temperature
-        )
+            return {"distill": self.weight * sigmoid_distillation(old, target)}
+        loss = softmax_distillation(old, target, self.temperature, scale_by_temperature=self.scale_by_temperature)
         return {"distill": self.weight * loss}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.teacher.restore(pl_module.network)  # type: ignore[arg-type]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A fit that goes on half-way reads the checkpoint once more after `setup`.
+        # A fit that is resumed loads the checkpoint again after `setup`.
         self.teacher.restore(pl_module.network)  # type: ignore[arg-type]
         self.teacher.to(pl_module.device)
 
     def on_task_end(self, trainer: Trainer, strategy: "ContinualStrategy", task: Task) -> None:
-        self.teacher.forget()  # before the copy is made: one teacher at a time in memory
+        self.teacher.forget()  # before the copy is made, so that one teacher at a time is in memory
         self.teacher.learn_from(strategy.network)
 
     def bytes_kept(self) -> dict[str, int]:

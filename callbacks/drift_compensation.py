@@ -1,4 +1,4 @@
-"""Semantic Drift Compensation: class means that follow the features."""
+"""Semantic Drift Compensation: class means are corrected for the drift of the features."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -8,10 +8,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
+from cl_lightning.callback import ContinualCallback
 from cl_lightning.callbacks._snapshot import Snapshot
+from cl_lightning.checks import above
 from cl_lightning.distributed import all_gather_together
-from cl_lightning.hooks import ContinualCallback
-from cl_lightning.prototypes import Prototypes, kernel_drift
+from cl_lightning.memory import Prototypes, kernel_drift
 from cl_lightning.stream import Task
 
 if TYPE_CHECKING:
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
 
 
 def spherical_drift(old: Tensor, new: Tensor, prototypes: Tensor, sigma: float) -> Tensor:
-    """:func:`~cl_lightning.prototypes.kernel_drift` between directions: each vector is divided by its norm.
+    """:func:`~cl_lightning.memory.kernel_drift` of vectors divided by their norms.
 
-    The displacement is that of the prototype's direction times the prototype's norm, so it scales with the prototypes
-    and does not depend on the scale of the features.
+    The displacement of a prototype's direction is multiplied by the norm of the prototype. The result scales with the
+    prototypes and does not depend on the scale of the features.
 
     Args:
         old, new: Features of the same images before and after training on the task, ``(n, d)``.
         prototypes: Class means in the old feature space, ``(c, d)``.
-        sigma: Width of the kernel, on the unit sphere.
+        sigma: Width of the kernel on the unit sphere, above 0.
 
     Returns:
         Displacements ``(c, d)``, to be added to the prototypes.
@@ -38,39 +39,36 @@ def spherical_drift(old: Tensor, new: Tensor, prototypes: Tensor, sigma: float) 
 
 
 class DriftCompensation(ContinualCallback):
-    """Carries the means of earlier classes along as the features change.
+    """Corrects the means of earlier classes for the drift of the features during a task.
 
     With f' and f the backbone before and after a task, x_i its images and p_c the mean of class c,
 
         w_ci = exp(-|| f'(x_i) - p_c ||^2 / (2 sigma^2)),   p_c <- p_c + sum_i w_ci (f(x_i) - f'(x_i)) / sum_i w_ci
 
-    for the classes of earlier tasks (SDC: Yu et al., CVPR 2020, arXiv:2004.00440). The paper's embeddings have norm 1
-    and its sigma is 0.2 to 0.3. ``normalise`` gives vectors of any norm that norm where they are compared, and moves
-    the direction of a mean; leave it out for a backbone whose features are normalised already, or where sigma is chosen
-    in the unit of the features. Departs from the paper, which trains normalised embeddings by a triplet loss with batch
-    normalisation held after the first task: here the strategy trains as it does, normalisation included, and a mean is
-    that of raw features.
+    for the classes of earlier tasks (SDC: Yu et al., CVPR 2020, arXiv:2004.00440). The embeddings of the paper have
+    norm 1, and its sigma is 0.2 to 0.3. With ``normalise``, features and means of any norm are divided by their norms
+    before they are compared, and the direction of a mean is corrected. Use False for a backbone with normalised
+    features, or for a sigma in the unit of the features. Departs from the paper, which trains normalised embeddings by
+    a triplet loss and freezes batch normalisation after the first task: here the training of the strategy is unchanged,
+    including batch normalisation, and means are of raw features.
 
-    Needs a head that keeps class means (``PrototypeHead``) and works with any strategy. A mean that the task added
-    samples to (a class that comes again) is moved by the share of its earlier samples. The copy of the network that
-    measures the drift is kept during a task, on the CPU, and not from task to task. It takes two passes over the task's
-    un-augmented training data; features are gathered from all processes, so the means stay the same on each.
+    Works with any strategy whose head keeps class means (``PrototypeHead``). If a class of an earlier task occurs
+    again, the drift of its mean is multiplied by the share of its earlier samples. During a task a copy of the network
+    is kept on the CPU; it is not kept between tasks. The drift is computed in two passes over the un-augmented training
+    data of the task. Features are gathered from all processes, so that the means are the same on each of them.
 
     Args:
-        sigma: Width of the kernel, positive, in the unit of the features; with ``normalise`` on the unit sphere.
-        normalise: Divide features and means by their norms.
+        sigma: Width of the kernel, above 0, in the unit of the features; on the unit sphere with ``normalise``.
+        normalise: Whether features and means are divided by their norms.
     """
 
     paper: str = "Yu et al., CVPR 2020, arXiv:2004.00440"
 
     def __init__(self, *, sigma: float = 0.3, normalise: bool = True) -> None:
-        if not sigma > 0:
-            raise ValueError(
-                f"DriftCompensation: sigma is {sigma}; it must be positive, about the distance of neighbours"
-            )
+        above(self, 0, sigma=sigma)
         self.sigma, self.normalise = sigma, normalise
         self.before = Snapshot()
-        self._means: Tensor | None = None  # of the earlier classes, when the task began
+        self._means: Tensor | None = None  # means and counts at the start of the task
         self._counts: Tensor | None = None
 
     def on_task_start(self, trainer: Trainer, strategy: "ContinualStrategy", task: Task) -> None:
@@ -87,12 +85,12 @@ class DriftCompensation(ContinualCallback):
         before = self.before.to(strategy.device).network
         if before is None or self._means is None or self._counts is None:
             return
-        old, new = all_gather_together(strategy.features(network)[0] for network in (before, strategy.network))
+        old, new = all_gather_together(strategy.passes.features(network)[0] for network in (before, strategy.network))
         prototypes, drift = self._prototypes(strategy), spherical_drift if self.normalise else kernel_drift
         earlier = self._counts.to(strategy.device)
         columns = earlier.nonzero().squeeze(1)
         moved = drift(old, new, self._means.to(strategy.device)[columns], self.sigma)  # (classes before, d)
-        share = earlier[columns] / prototypes.counts[columns]  # 1 unless the class came again
+        share = earlier[columns] / prototypes.counts[columns]  # 1 unless the class occurs again
         prototypes.means[columns] += share[:, None] * moved
         self.before.forget()
         self._means, self._counts = None, None
@@ -113,6 +111,6 @@ class DriftCompensation(ContinualCallback):
         try:
             prototypes = strategy.prototypes
         except ValueError as error:
-            raise ValueError(f"DriftCompensation: there are no class means to move; {error}") from None
+            raise ValueError(f"DriftCompensation: there are no class means to correct; {error}") from None
         assert isinstance(prototypes, Prototypes)
         return prototypes

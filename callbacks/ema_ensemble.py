@@ -1,4 +1,4 @@
-"""Temporal ensembles: the network is evaluated with a running average of its weights."""
+"""Temporal ensembles: evaluation of an exponential moving average of the weights."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -8,9 +8,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cl_lightning.callback import ContinualCallback
+from cl_lightning.checks import at_least, within
 from cl_lightning.distributed import all_sum, is_distributed, world_size
-from cl_lightning.hooks import ContinualCallback
-from cl_lightning.network import Network
+from cl_lightning.models import Network
 from cl_lightning.stream import Task
 
 if TYPE_CHECKING:
@@ -20,27 +21,28 @@ if TYPE_CHECKING:
 class EMAEnsemble(ContinualCallback):
     """Evaluates an exponential moving average of the weights, an ensemble over the time of training.
 
-    After every optimizer step, with theta the network and phi its average,
+    After each optimizer step, with theta the weights of the network and phi their average,
 
         phi <- m phi + (1 - m) theta,   so   phi_t = m^t theta_0 + sum_{s=1..t} (1 - m) m^(t-s) theta_s
 
-    and phi takes theta's place while validating, testing and predicting (Soutif-Cormerais et al., CoLLAs 2023,
-    arXiv:2306.16817). m -> momentum; it covers about 1 / (1 - m) steps. As in the authors' code m is 0.9 at first
-    (``warmup_momentum``) and goes up in one step: after the first task, or after ``warmup_steps``. Training does not
-    see phi: the live weights are the same, to the bit, with and without this callback.
+    and phi replaces theta during validation, test and prediction (Soutif-Cormerais et al., CoLLAs 2023,
+    arXiv:2306.16817). m -> momentum; the average covers about 1 / (1 - m) steps. As in the authors' code, m is 0.9 at
+    first (``warmup_momentum``), and ``momentum`` after the first task or after ``warmup_steps``. Training does not use
+    phi: theta is the same with and without this callback, to the bit.
 
-    Averaged are the weights that are trained and the floating-point buffers of the backbone (statistics of batch
-    normalisation); counters and frozen weights are those of the live network. New weights (the rows of new classes)
-    enter with their first value. What a strategy takes from the network when a task ends (class means, Fisher
-    information, teachers) comes from the live weights, and so do the statistics of heads that are fitted to them.
-    Weights that it rewrites there, in place of an optimizer, enter the average as they are.
+    The average includes the trained weights and the floating-point buffers of the backbone (statistics of batch
+    normalisation). Counters and frozen weights are taken from the network. New weights (the rows of new classes) start
+    with their first value. What a strategy computes from the network when a task ends (class means, Fisher information,
+    teachers, statistics of heads) is computed with theta. Weights that the strategy changes at the end of a task,
+    without an optimizer, replace their average.
 
     Args:
-        momentum: m, in [0, 1); 0 evaluates the live weights.
-        warmup_momentum: m at first, where it is smaller.
-        warmup_steps: Optimizer steps with ``warmup_momentum``; None for those of the first task.
-        restart: Begin each task with an average of its first weights, instead of going on over the stream; also needed
-            where a strategy builds its network anew for each task.
+        momentum: m, in [0, 1); with 0 phi is theta.
+        warmup_momentum: m at first, in [0, 1); ignored where ``momentum`` is smaller.
+        warmup_steps: Number of optimizer steps with ``warmup_momentum``, at least 0; None for the steps of the first
+            task.
+        restart: Whether the average starts again from theta at each task. Needed for a strategy that builds a new
+            network for each task.
     """
 
     paper: str = "Soutif-Cormerais et al., CoLLAs 2023, arXiv:2306.16817"
@@ -53,20 +55,17 @@ class EMAEnsemble(ContinualCallback):
         warmup_steps: int | None = None,
         restart: bool = False,
     ) -> None:
-        for name, value in (("momentum", momentum), ("warmup_momentum", warmup_momentum)):
-            if not 0 <= value < 1:
-                raise ValueError(f"EMAEnsemble: {name} is {value}; it must lie in [0, 1), 0 for the live weights")
-        if warmup_steps is not None and warmup_steps < 0:
-            raise ValueError(f"EMAEnsemble: warmup_steps is {warmup_steps}; it must be at least 0, or null")
+        within(self, "[0, 1)", momentum=momentum, warmup_momentum=warmup_momentum)
+        at_least(self, 0, warmup_steps=warmup_steps, optional=True)
         self.momentum, self.warmup_momentum = momentum, warmup_momentum
         self.warmup_steps, self.restart = warmup_steps, restart
         self.average: dict[str, Tensor] = {}
-        """phi by the names of the network's state, float32 at least."""
+        """phi: tensors by the names of the network's parameters and buffers, at least float32."""
         self.updates = 0
         self._global_step = 0
-        self._theta: list[Tensor] = []  # what is averaged in this fit, in the order of `average`
-        self._swapped: dict[str, Tensor] = {}  # the live values, while the average is in their place
-        self._unclosed: dict[str, Tensor] = {}  # the live values before the end of a task
+        self._theta: list[Tensor] = []  # tensors of the network, in the order of `average`
+        self._swapped: dict[str, Tensor] = {}  # theta, while phi replaces it
+        self._unclosed: dict[str, Tensor] = {}  # theta before the end of a task
 
     # ------------------------------------------------------------------ the average
 
@@ -83,7 +82,7 @@ class EMAEnsemble(ContinualCallback):
             if average is not None and average.shape == value.shape:
                 averages[name] = average.to(value.device)
             elif value.requires_grad or (name.startswith("backbone.") and _is_statistic(value)):
-                # Half precision could not hold the small steps of an average.
+                # At least float32: the updates of an average are too small for half precision.
                 averages[name] = value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
         self.average, self._theta = averages, [live[name] for name in averages]
 
@@ -105,7 +104,7 @@ class EMAEnsemble(ContinualCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not is_distributed():
             return
-        # Each process has normalised by its share of each batch; the live statistics are averaged here too.
+        # Each process normalises by its share of each batch. The statistics of the network are averaged here too.
         for prefix, layer in pl_module.network.named_modules():  # type: ignore[union-attr]
             for name in ("running_mean", "running_var") if isinstance(layer, _BatchNorm) else ():
                 if (average := self.average.get(f"{prefix}.{name}")) is not None:
@@ -144,7 +143,7 @@ class EMAEnsemble(ContinualCallback):
         for name, value in swapped.items():
             live[name].copy_(value)
 
-    # The loop's own callback comes first, so the end of a task, which is part of a test, sees the live weights.
+    # The callback of the task loop is called first, so the end of a task, which is part of a test, uses theta.
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap_in(pl_module)
 
@@ -169,7 +168,7 @@ class EMAEnsemble(ContinualCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._swap_out(pl_module)
 
-    # ------------------------------------------------------------------ what is kept
+    # ------------------------------------------------------------------ state
 
     def bytes_kept(self) -> dict[str, int]:
         return {"averages": sum(value.numel() * value.element_size() for value in self.average.values())}
@@ -187,6 +186,6 @@ def _is_statistic(value: Tensor) -> bool:
 
 
 def _state(strategy: Any) -> dict[str, Tensor]:
-    """Parameters and buffers of the network by name; the tensors themselves."""
+    """Parameters and buffers of the network by name: the tensors themselves, not copies."""
     network: Network = strategy.network
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}

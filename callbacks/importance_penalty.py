@@ -1,4 +1,4 @@
-"""Weight consolidation (EWC, MAS, SI, L2) for any strategy."""
+"""Weight regularisation (EWC, MAS, SI, L2) for any strategy."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cl_lightning.batch import Batch
-from cl_lightning.consolidation import Consolidation, Estimator, Merge
-from cl_lightning.hooks import ContinualCallback
-from cl_lightning.network import Output
-from cl_lightning.sensitivity import Labels
+from cl_lightning.callback import ContinualCallback
+from cl_lightning.memory import Consolidation
+from cl_lightning.memory.consolidation import Estimator, Merge
+from cl_lightning.memory.sensitivity import Labels
+from cl_lightning.models import Output
 from cl_lightning.stream import Task
 
 if TYPE_CHECKING:
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class ImportancePenalty(ContinualCallback):
-    """Holds each weight where earlier tasks left it, by how much it mattered to them.
+    """Quadratic penalty on weight changes, weighted by the importance of each weight for earlier tasks.
 
-    With theta* the weights after earlier tasks and Omega their importances, term ``penalty``,
+    With theta* the weights after earlier tasks and F or Omega their importances, the term ``penalty`` is
 
         fisher  lambda/2 sum_j F_j (theta_j - theta*_j)^2      EWC (Kirkpatrick et al., PNAS 2017, arXiv:1612.00796)
         mas     lambda/2 sum_j Omega_j (theta_j - theta*_j)^2  Memory Aware Synapses (Aljundi et al., ECCV 2018,
@@ -31,28 +32,32 @@ class ImportancePenalty(ContinualCallback):
                                                                arXiv:1703.04200)
         l2      lambda sum_j (theta_j - theta*_j)^2            Smith et al. (CVPR-W 2023, arXiv:2203.17269)
 
-    lambda, c -> weight. F: squared gradients of the log-likelihood; Omega of MAS: absolute gradients of the squared
-    norm of the logits; Omega of SI: share of each weight in the decrease of the loss along the path of training. The
-    first two are taken over the un-augmented data of each task when it ends. ``Finetune`` with ``fisher`` is ``EWC``,
-    to the bit. With weight 0 nothing is added, and the run is what it is without the callback, to the bit.
+    lambda, c -> weight. F is the mean of squared gradients of the log-likelihood. Omega of MAS is the mean of absolute
+    gradients of the squared norm of the logits. Omega of SI is the contribution of each weight to the decrease of the
+    loss along the path of training. F and Omega of MAS are computed on the un-augmented data of each task when it ends.
+    ``Finetune`` with ``estimator="fisher"`` equals ``EWC`` to the bit. With weight 0 no term is added, and the run
+    equals the run without the callback to the bit.
 
-    Weights of a frozen backbone are not held. SI notes gradients before each optimizer step, averaged over
-    processes and unscaled but not yet clipped, and takes the penalty's part out of them.
+    There is no penalty on weights of a frozen backbone. SI reads the gradients before each optimizer step, averaged
+    over processes and unscaled but not yet clipped, and subtracts the gradient of the penalty.
 
     Args:
-        estimator: How importance is measured.
+        estimator: Estimator of the importance: ``fisher``, ``mas``, ``si`` or ``l2``.
         weight: lambda or c, at least 0.
-        merge: What a new task does to earlier importances, see ``Consolidation``. None for that of the papers: ``add``
-            for ``fisher``, ``decay`` for ``mas`` and ``si``; ``l2`` always moves its anchor.
-        decay: Factor in [0, 1] of earlier importances, for ``decay`` and ``average``.
-        labels: For ``fisher``: labels of the log-likelihood whose gradient is squared.
-        per_sample: Square (or take the absolute value of) the gradient of each sample; False takes that of each batch's
-            mean, to reproduce frameworks that do.
-        on: Hold the ``backbone``, or ``all`` weights that earlier tasks have trained.
-        xi: Damping of ``si``, positive.
-        clamp: For ``si``: a weight whose moves raised the loss has no importance; the paper lets it be negative.
-        samples: For ``fisher`` and ``mas``: samples of a task that importance is measured on; None for all.
-        hold_initial: For ``l2``: hold the backbone at its first weights during the first task, as for pretrained ones.
+        merge: How importances of a new task are merged with earlier ones: ``add``, ``decay`` or ``average``, see
+            ``Consolidation``. None for the rule of the papers: ``add`` for ``fisher``, ``decay`` for ``mas`` and
+            ``si``. With ``l2`` the anchor is always replaced.
+        decay: Factor of earlier importances for ``decay`` and ``average``, in [0, 1].
+        labels: Labels of the log-likelihood for ``fisher``: ``exact``, ``sampled``, ``predicted`` or ``empirical``.
+        per_sample: Whether the gradient of each sample is squared (``mas``: its absolute value is taken); False uses
+            the gradient of the mean loss of each batch, to reproduce frameworks that do.
+        on: Penalise changes of the ``backbone``, or of ``all`` weights that earlier tasks have trained.
+        xi: Damping of ``si``, above 0.
+        clamp: Whether negative importances of ``si``, of weights whose changes increased the loss, are set to 0; the
+            paper keeps them negative.
+        samples: Number of samples of a task for ``fisher`` and ``mas``, at least 1; None for all.
+        hold_initial: Whether ``l2`` penalises changes from the initial weights of the backbone during the first task,
+            for pretrained backbones.
     """
 
     paper: str = "Kirkpatrick et al., PNAS 2017, arXiv:1612.00796"
@@ -74,7 +79,7 @@ class ImportancePenalty(ContinualCallback):
     ) -> None:
         if hold_initial and estimator != "l2":
             raise ValueError(
-                f"ImportancePenalty: hold_initial with estimator {estimator!r}, which has no importance before the "
+                f"ImportancePenalty: hold_initial is True, but estimator {estimator!r} has no importance before the "
                 "first task; use estimator 'l2'"
             )
         default: Merge = "add" if estimator == "fisher" else "decay"
@@ -116,8 +121,8 @@ class ImportancePenalty(ContinualCallback):
 
     def on_task_end(self, trainer: Trainer, strategy: "ContinualStrategy", task: Task) -> None:
         self.consolidation.to(strategy.device)
-        batches = strategy.statistics_batches(samples=self.consolidation.samples)
-        self.consolidation.end_task(strategy.network, batches, strategy.visible_columns())
+        batches = strategy.passes.batches(samples=self.consolidation.samples)
+        self.consolidation.end_task(strategy.network, batches, strategy.loss_columns())
 
     def bytes_kept(self) -> dict[str, int]:
         return {"importance": self.consolidation.importance.num_bytes()}

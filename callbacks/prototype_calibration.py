@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 
-from cl_lightning.hooks import ContinualCallback
-from cl_lightning.prototypes import calibrate_new
+from cl_lightning.callback import ContinualCallback
+from cl_lightning.checks import at_least, within
+from cl_lightning.memory import calibrate_new
 from cl_lightning.stream import Task
 
 if TYPE_CHECKING:
@@ -13,28 +14,26 @@ if TYPE_CHECKING:
 
 
 class PrototypeCalibration(ContinualCallback):
-    """Moves the prototypes of new classes towards those of similar classes of the first task.
+    """Calibrates the prototypes of new classes by the prototypes of similar classes of the first task.
 
-    It is what TEEN (Wang et al., NeurIPS 2023, arXiv:2312.05229) does when a session ends, see
-    :func:`cl_lightning.prototypes.calibrated`: ``ProtoCosine`` with it is ``TEEN``, to the bit. For cosines: a mean
-    that is moved has a length of at most 1.
+    This is the calibration of TEEN (Wang et al., NeurIPS 2023, arXiv:2312.05229) at the end of a session, see
+    :func:`cl_lightning.memory.calibrate_new`. ``ProtoCosine`` with this callback equals ``TEEN`` to the bit.
 
     Args:
-        shift_weight: Share of the base classes in a new prototype, in [0, 1].
-        temperature: How much the most similar of them outweigh the others, at least 0.
+        shift_weight: beta, weight of the base classes in a new prototype, in [0, 1].
+        temperature: tau, inverse temperature of the softmax over base classes, at least 0; with 0 all base classes have
+            the same weight.
     """
 
     paper: str = "Wang et al., NeurIPS 2023, arXiv:2312.05229"
 
     def __init__(self, *, shift_weight: float = 0.5, temperature: float = 16.0) -> None:
-        if not 0 <= shift_weight <= 1 or not temperature >= 0:
-            raise ValueError(
-                f"PrototypeCalibration: shift_weight={shift_weight}, temperature={temperature}; in [0, 1], at least 0"
-            )
+        within(self, "[0, 1]", shift_weight=shift_weight)
+        at_least(self, 0, temperature=temperature)
         self.shift_weight, self.temperature = shift_weight, temperature
 
     def on_task_start(self, trainer: Trainer, strategy: "ContinualStrategy", task: Task) -> None:
-        _ = strategy.prototypes  # tells now that a head keeps none
+        _ = strategy.prototypes  # raises here if the head has no prototypes
 
     def on_task_end(self, trainer: Trainer, strategy: "ContinualStrategy", task: Task) -> None:
         calibrate_new(strategy.prototypes, strategy.task_columns, beta=self.shift_weight, tau=self.temperature)

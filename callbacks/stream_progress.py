@@ -1,4 +1,4 @@
-"""A progress bar for a stream of tasks."""
+"""Progress bar for a stream of tasks."""
 
 import math
 import time
@@ -10,36 +10,38 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from cl_lightning.texts import printable
+from cl_lightning.callback import ContinualCallback, Progress
+from cl_lightning.checks import within
+from cl_lightning.escape_control import printable
 
 if TYPE_CHECKING:
     from cl_lightning.strategy import ContinualStrategy
 
-_SHORTEST, _LONGEST = 6, 30  # characters of the bar
+_SHORTEST, _LONGEST = 6, 30  # length of the bar, in characters
 
 
-class StreamProgress(ProgressBar):
-    """Tells in one line which task, epoch and step a run is at, the terms of the loss, the accuracy and the time left.
+class StreamProgress(ProgressBar, ContinualCallback):
+    """Progress bar in one line: task, phase, epoch, step, terms of the loss, accuracy and remaining time.
 
-    The line stands below what is printed, and a further one stays for each finished task. Where the output is not a
-    terminal, only the latter are printed. The time left is that of the whole stream, by the samples (times epochs) that
-    are still to be trained on and those trained on since the start, with all that was done in between.
+    The line is redrawn below the printed output. After each task a line with its accuracy is printed. If the output is
+    not a terminal, only the lines of finished tasks are printed. The remaining time is of the whole stream. It is
+    estimated from the time since the start, including evaluations, and the numbers of samples (times epochs) that are
+    trained on since the start and still to be trained on.
 
     Args:
-        refresh_rate: Times per second, at most, that the line is drawn; each time waits for the device once.
+        refresh_rate: Maximum number of redraws per second, above 0; each redraw synchronises with the device once.
     """
 
     def __init__(self, refresh_rate: float = 4.0) -> None:
         super().__init__()
-        if not 0 < refresh_rate < math.inf:
-            raise ValueError(f"StreamProgress: refresh_rate is {refresh_rate}; it must be above 0")
+        within(self, "(0, inf)", refresh_rate=refresh_rate)
         self.refresh_rate = refresh_rate
         self.console = Console()
         self.clock = time.monotonic
         self._enabled = True
         self._live: Live | None = None
-        self._drawn = -math.inf  # when
-        self._start: tuple[float, float] | None = None  # time, and work ahead, when the run began
+        self._drawn = -math.inf  # time of the last redraw
+        self._start: tuple[float, float] | None = None  # time and remaining work at the start of the run
         self._task_start = self.clock()
         self._ahead: float | None = None
 
@@ -61,11 +63,11 @@ class StreamProgress(ProgressBar):
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
             self._live.start()
         strategy: Any = pl_module
-        strategy.on_pass = self._on_pass
+        strategy.passes.on_batch = self._on_pass
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         strategy: Any = pl_module
-        strategy.on_pass = None
+        strategy.passes.on_batch = None
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -78,19 +80,19 @@ class StreamProgress(ProgressBar):
             self._task_start = self.clock()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._start is None and (ahead := work_ahead(pl_module, trainer, batch_idx)) is not None:
+        if self._start is None and (ahead := work_ahead(pl_module, self.progress, trainer, batch_idx)) is not None:
             self._start = self.clock(), ahead
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._is_due():
-            self._ahead = work_ahead(pl_module, trainer, batch_idx + 1)
+            self._ahead = work_ahead(pl_module, self.progress, trainer, batch_idx + 1)
             self._draw("", batch_idx + 1, trainer.num_training_batches)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._ahead = work_ahead(pl_module, trainer, None)
-        # What closes a task comes before the first batch of its evaluation.
+        self._ahead = work_ahead(pl_module, self.progress, trainer, None)
+        # The statistics at the end of a task are computed before the first batch of its evaluation.
         self._draw("statistics")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,16 +115,18 @@ class StreamProgress(ProgressBar):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy: Any = pl_module
-        row, progress = strategy.row, strategy.progress
+        row, progress = strategy.evaluation.result, self.progress
         now = self.clock()
         seconds, self._task_start = now - self._task_start, now
         if not self._enabled or progress is None or row is None:
             return
         index = strategy.task.index
-        told = f"{heading(strategy)}: accuracy {100 * share(row.correct, row.totals):.1f} %"
+        needs_tasks = strategy.traits.task_ids == "needed"
+        correct = row.correct_task_aware if needs_tasks else row.correct
+        summary = f"{heading(strategy, progress)}: accuracy {100 * share(correct, row.totals):.1f} %"
         if index > 0 and row.totals[index] > 0:
-            told += f" (new {100 * share(row.correct[index], row.totals[index]):.1f} %)"
-        words = [told, clock_time(seconds) if seconds >= 60 else f"{seconds:.1f} s"]
+            summary += f" (new {100 * share(correct[index], row.totals[index]):.1f} %)"
+        words = [summary, clock_time(seconds) if seconds >= 60 else f"{seconds:.1f} s"]
         if (left := self.time_left() or 0.0) >= 1 and index + 1 < progress.tasks:
             words.append(f"{clock_time(left)} left")
         self.console.print(", ".join(words), soft_wrap=True, highlight=False, markup=False)
@@ -136,7 +140,7 @@ class StreamProgress(ProgressBar):
     # ------------------------------------------------------------------ the line
 
     def time_left(self) -> float | None:
-        """Seconds to the end of the stream, at the pace so far; None before there is a pace."""
+        """Estimated seconds to the end of the stream; None before the first steps."""
         if self._start is None or self._ahead is None:
             return None
         begin, ahead = self._start
@@ -163,26 +167,26 @@ class StreamProgress(ProgressBar):
             self._live = None
 
     def line(self, strategy: "ContinualStrategy", stage: str, done: float, total: float) -> Text:
-        """The line, as long as the terminal is wide; what matters least is left out where it is narrow.
+        """Text of the line, of the width of the terminal; on a narrow terminal the less important parts are omitted.
 
         Args:
-            strategy: Says where it is, and its loss terms.
-            stage: What is done; empty for training.
-            done: Batches so far.
-            total: Batches in all; 0 if not known.
+            strategy: Strategy with its task, epoch and loss terms.
+            stage: Name of the stage, such as ``evaluation``; empty for training.
+            done: Number of finished batches.
+            total: Number of all batches; 0 if unknown.
         """
-        progress = strategy.progress
+        progress = self.progress
         place = bare = phase = accuracy = ""
         if progress is not None:
-            place, bare = heading(strategy), heading(strategy, name=False)
+            place, bare = heading(strategy, self.progress), heading(strategy, self.progress, name=False)
             phase = f"{strategy.phase.name} {progress.phase + 1}/{progress.phases}" if progress.phases > 1 else ""
             accuracy = f"A {100 * progress.accuracy:.1f} %" if progress.accuracy is not None else ""
-        step = stage or f"epoch {strategy.epoch + 1}/{strategy.phase_epochs}"
+        step = stage or f"epoch {strategy.epoch + 1}/{strategy.phase.options.epochs}"
         counts = f" {done:.0f}/{total:.0f}" if 0 < total < math.inf else ""
         seconds = self.time_left()
         left = f"{clock_time(seconds)} left" if seconds is not None else ""
         terms = [] if stage else loss_terms(strategy)
-        # Shorter and shorter, until there is room for the bar.
+        # Omit one part after the other until there is room for the bar.
         shorter: list[dict[str, Any]] = [{"terms": terms[:count]} for count in reversed(range(len(terms)))]
         shorter += [{"place": bare}, {"phase": ""}, {"accuracy": ""}, {"left": ""}]
         parts: dict[str, Any] = {"place": place, "phase": "" if stage else phase, "terms": terms}
@@ -204,44 +208,44 @@ class StreamProgress(ProgressBar):
         return text.append(counts).append(end, "dim")
 
 
-def heading(strategy: "ContinualStrategy", *, name: bool = True) -> str:
-    """``task 3/10``, with its name where that says more."""
-    task, progress = strategy.task, strategy.progress
+def heading(strategy: "ContinualStrategy", progress: Progress | None, *, name: bool = True) -> str:
+    """``task 3/10``, followed by the name of the task unless it is the default name."""
+    task = strategy.task
     tasks = f"/{progress.tasks}" if progress is not None else ""
     named = f" ({printable(task.name)})" if name and task.name != f"task {task.index}" else ""
     return f"task {task.index + 1}{tasks}{named}"
 
 
 def loss_terms(strategy: "ContinualStrategy") -> list[str]:
-    """Means of the loss terms since they were last logged, one by one."""
-    terms = strategy.mean_terms()
+    """Means of the loss terms since the last logging, formatted, one string per term."""
+    terms = strategy.terms.means()
     if not terms:  # they were logged just now
-        logged = {name.removeprefix("train/"): value for name, value in strategy.shown_terms.items() if "/" in name}
+        logged = {name.removeprefix("train/"): value for name, value in strategy.terms.shown.items() if "/" in name}
         terms = {name: value for name, value in logged.items() if name not in ("loss", "lr")}
     return [f"{name} {value:.3f}" if abs(value) < 1000 else f"{name} {value:.2e}" for name, value in terms.items()]
 
 
-def work_ahead(strategy: Any, trainer: Trainer, batches: int | None) -> float | None:
-    """Samples, times epochs, still to be trained on; None where the loop does not say.
+def work_ahead(strategy: Any, progress: Progress | None, trainer: Trainer, batches: int | None) -> float | None:
+    """Number of samples, times epochs, still to be trained on; None if the progress is unknown.
 
     Args:
-        strategy: Knows its progress.
-        trainer: Knows the number of batches.
-        batches: Done in this epoch; None if the phase is over.
+        strategy: Strategy with its epoch and phase.
+        progress: Progress at the start of the phase.
+        trainer: Trainer with the number of batches per epoch.
+        batches: Number of finished batches in this epoch; None if the phase is finished.
     """
-    progress = strategy.progress
     if progress is None:
         return None
     if batches is None:
         done = 1.0
     else:
         epochs = strategy.epoch + batches / max(trainer.num_training_batches, 1)
-        done = min(epochs / max(strategy.phase_epochs, 1), 1.0)
+        done = min(epochs / max(strategy.phase.options.epochs or 1, 1), 1.0)
     return float(progress.ahead - done * progress.work)
 
 
 def sum_of(batches: Any) -> float:
-    """Number of batches of all loaders."""
+    """Total number of batches of all loaders."""
     return float(sum(batches) if isinstance(batches, list) else batches)
 
 

@@ -1,4 +1,4 @@
-"""Adapt Your Teacher: normalisation statistics of the teacher follow the new data."""
+"""Adapt Your Teacher: the normalisation statistics of a teacher adapt to the new data."""
 
 import warnings
 from collections.abc import Iterator
@@ -8,38 +8,38 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cl_lightning.callback import ContinualCallback
 from cl_lightning.distributed import average_batch_statistics
-from cl_lightning.hooks import ContinualCallback
+from cl_lightning.memory import Teacher
 from cl_lightning.stream import Task
-from cl_lightning.teacher import Teacher
 
 if TYPE_CHECKING:
     from cl_lightning.strategy import ContinualStrategy
 
 
 class TeacherAdaptation(ContinualCallback):
-    """Lets the batch normalisation of a distillation teacher adapt to the images of the new task.
+    """Adapts the batch-normalisation statistics of a distillation teacher to the images of the new task.
 
-    A teacher that normalises images of new classes by the statistics of old ones gives wrong targets. With mu_B, var_B
-    the mean and variance of a channel over the batch at hand, a the layer's momentum, the teacher computes during
-    training
+    A teacher that normalises images of new classes by the statistics of old classes gives wrong targets. With mu_B and
+    var_B the mean and variance of a channel over the batch and a the momentum of the layer, the teacher computes in
+    training steps
 
         y = gamma (x - mu_B) / sqrt(var_B + eps) + beta,   mean <- (1 - a) mean + a mu_B,   var <- (1 - a) var + a var_B
 
-    with all its weights, gamma and beta among them, frozen (TA: Szatkowski et al., WACV 2024, arXiv:2308.09544).
-    Outside of training steps the adapted ``mean`` and ``var`` are used. Dropout stays off: only normalisation layers
-    change mode.
+    All weights are frozen, including gamma and beta (TA: Szatkowski et al., WACV 2024, arXiv:2308.09544). Outside of
+    training steps the adapted ``mean`` and ``var`` are used. Only normalisation layers change their mode: dropout stays
+    off.
 
-    The teachers are the attribute ``teacher`` of the strategy (``LwF`` and its kin) and those of the callbacks
-    (``Distillation``). Networks without batch normalisation are left as they are, with a warning.
+    The teachers are the attribute ``teacher`` of the strategy (for example ``LwF``) and the attributes ``teacher`` of
+    callbacks (``Distillation``). For a network without batch normalisation there is a warning, and no other effect.
 
-    Each process normalises by its own share of the batch, as the student does; the running statistics are averaged over
-    processes at the end of each epoch, so with several of them results differ from those of one, unless the backbone
-    uses ``SyncBatchNorm``.
+    Each process normalises by its own share of the batch, as the student does. The running statistics are averaged over
+    processes at the end of each epoch. Results with several processes therefore differ from results with one process,
+    unless the backbone uses ``SyncBatchNorm``.
 
-    The paper's ablations (a teacher that is trained on the new data, before or meanwhile, as a whole or its
-    normalisation alone) are not here, nor is the learning rate of its own that the code gives the warm-up of a new head
-    (``LwF.warmup_epochs`` has that of the task).
+    Not implemented are the ablations of the paper (a teacher that is trained on the new data, before or during the
+    task, as a whole or its normalisation alone) and the separate learning rate of the code for the warm-up of a new
+    head (``LwF.warmup_epochs`` uses the learning rate of the task).
     """
 
     paper: str = "Szatkowski et al., WACV 2024, arXiv:2308.09544"
@@ -48,17 +48,17 @@ class TeacherAdaptation(ContinualCallback):
         if not _teachers(trainer, strategy):
             raise ValueError(
                 f"TeacherAdaptation: neither {type(strategy).__name__} nor a callback has a teacher; use a strategy "
-                "that distils, such as LwF, or add the callback Distillation"
+                "with distillation, such as LwF, or add the callback Distillation"
             )
-        if strategy.teacher_measures:
+        if any(isinstance(part, Teacher) and part.reference for part in strategy.modules()):
             raise ValueError(
-                f"TeacherAdaptation: the teacher of {type(strategy).__name__} measures how features drift and must "
-                "stay what it was; leave the callback out"
+                f"TeacherAdaptation: remove the callback; the teacher of {type(strategy).__name__} is a reference for "
+                "the drift of features and must not change"
             )
         if not any(_layers(strategy.network)):
             warnings.warn(
-                f"TeacherAdaptation: {type(strategy.network.backbone).__name__} has no batch normalisation, so there "
-                "is nothing to adapt",
+                f"TeacherAdaptation: {type(strategy.network.backbone).__name__} has no batch normalisation, so the "
+                "callback has no effect",
                 stacklevel=2,
             )
 
@@ -71,7 +71,7 @@ class TeacherAdaptation(ContinualCallback):
         self._set_mode(trainer, pl_module, training=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        inside = set(pl_module.modules())  # whose statistics the task loop averages
+        inside = set(pl_module.modules())  # the task loop averages the statistics of these modules
         for teacher in _teachers(trainer, pl_module):
             if teacher not in inside:
                 average_batch_statistics(teacher)

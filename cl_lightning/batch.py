@@ -1,20 +1,22 @@
-"""What travels from a loader to a strategy, and the random numbers that belong to it.
+"""Batches of samples from a loader to a strategy, and counter-based random numbers for their rows.
 
-Randomness here is counter-based: what a step draws is a function of (seed, task, phase, epoch, batch), never of how
-often a generator was called before. So a resumed run draws what the uninterrupted one draws, with no generator state to
-save, and two processes that share a global batch draw what one process draws.
+The random numbers of a step are a function of (seed, task, phase, epoch, batch), not of the number of earlier calls of
+a generator. A resumed run therefore draws the same numbers as an uninterrupted run, without generator state in
+checkpoints, and two processes that split a global batch draw the same numbers as one process.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from itertools import accumulate
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cl_lightning.stream import draws
+from cl_lightning.distributed import world_size
+from cl_lightning.hashing import hash64
 
 _MASK = (1 << 64) - 1
 
@@ -38,8 +40,13 @@ def mix(*numbers: int) -> int:
 class Draw:
     """Random numbers for a global batch of ``total`` rows, of which this process holds rows ``start:stop``.
 
-    Every method draws for all rows and returns this process's share, so that the ranks of a distributed run together
-    draw exactly what a single process draws.
+    Every method draws numbers for all rows and returns the rows of this process. All processes of a distributed run
+    together therefore have exactly the numbers of a single process.
+
+    Attributes:
+        key: Seed of the numbers.
+        start, stop: First row of this process, and the row after its last one.
+        total: Number of rows of the global batch.
     """
 
     key: int
@@ -49,7 +56,7 @@ class Draw:
 
     @classmethod
     def of(cls, rows: int, *numbers: int) -> "Draw":
-        """Draw of ``rows`` rows, all held by this process, keyed by ``numbers``."""
+        """Draw of ``rows`` rows, all held by this process, whose key is a hash of ``numbers``."""
         return cls(mix(*numbers), 0, rows, rows)
 
     def fork(self, *salt: int) -> "Draw":
@@ -57,7 +64,7 @@ class Draw:
         return replace(self, key=mix(self.key, *salt))
 
     def share(self, total: int, *salt: int) -> "Draw":
-        """An independent draw for ``total`` other rows, shared out over the processes as evenly as this one is."""
+        """An independent draw for ``total`` other rows, split over the processes in the same proportions."""
         scale = total / max(self.total, 1)
         return Draw(mix(self.key, *salt), round(self.start * scale), round(self.stop * scale), total)
 
@@ -82,7 +89,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class RowDraw(Draw):
-    """Random numbers that belong to each row, wherever it stands: a function of the draw's key and the row's own.
+    """Random numbers of a row as a function of the key of the draw and the key of the row, not of the row's position.
 
     Attributes:
         rows: Key of each row, int64 ``(total,)``, on the CPU.
@@ -110,13 +117,16 @@ class RowDraw(Draw):
         """Integers in ``0 .. 2**count - 1`` for each row, int64 ``(rows, *shape)``."""
         size = math.prod(shape)
         rows, places = np.repeat(self.rows.numpy(), size), np.tile(np.arange(size), len(self.rows))
-        bits = draws.mix(self.key, rows, places) >> np.uint64(64 - count)
+        bits = hash64(self.key, rows, places) >> np.uint64(64 - count)
         return torch.from_numpy(bits.astype(np.int64)).view(len(self.rows), *shape)
 
 
 def mixed_rows(rows: Tensor, *numbers: int) -> Tensor:
-    """A key for each row of the numbers and its own key, int64, on the CPU."""
-    return torch.from_numpy(draws.mix(*numbers, rows.cpu().numpy()).view(np.int64))
+    """Hash of ``numbers`` and the key of each row, int64, on the CPU."""
+    return torch.from_numpy(hash64(*numbers, rows.cpu().numpy()).view(np.int64))
+
+
+Output_ = TypeVar("Output_")  # output of a network: a named tuple of tensors with one row per sample
 
 
 @dataclass
@@ -124,16 +134,20 @@ class Batch:
     """Samples of one step.
 
     Attributes:
-        images: What the network sees: augmented and normalised, float ``(B, C, H, W)``. Before the batch is on its
+        images: Input of the network: augmented and normalised, float ``(B, C, H, W)``. Before the batch is on its
             device this is the same tensor as ``raw``.
-        labels: Column of the class in the logits, int64 ``(B,)``; -1 where the label is hidden from the strategy.
-        tasks: Index of the task that the sample belongs to, int64 ``(B,)``.
-        indices: Place of the sample in its data set, int64 ``(B,)``; -1 for samples from a memory.
-        raw: The same images neither augmented nor normalised, uint8 ``(B, C, H, W)``. What a memory keeps.
+        labels: Column of the class in the logits, int64 ``(B,)``; -1 if the label is hidden from the strategy.
+        tasks: Index of the task of the sample, int64 ``(B,)``.
+        indices: Index of the sample in its data set, int64 ``(B,)``; -1 for samples from a memory.
+        raw: The same images, neither augmented nor normalised, uint8 ``(B, C, H, W)``; a memory stores these.
         draw: Random numbers of this step; ``draw.total`` is the size of the batch over all processes.
         extra: Further tensors with B rows that a memory or a strategy adds, by name (stored logits, views, ...).
-        weight: Share of this process in the mean over the global batch, times the number of processes: 1 unless the
-            processes hold unequal numbers of samples (the last batch of an epoch), 0 where this one holds none.
+        weight: Weight of the mean over the samples of this process: its share of the global batch times the number of
+            processes. 1 if all processes hold equal numbers of samples, 0 if this process holds none.
+        first_pass, last_pass: Whether the samples of this step are seen for the first or the last time in the phase:
+            in the first or last epoch and, for an online stream with several steps on each batch, in the first or last
+            of these steps.
+        parts: Rows and original batch of each part of a joint batch, by name (see ``join``).
     """
 
     images: Tensor
@@ -144,6 +158,9 @@ class Batch:
     draw: Draw
     extra: dict[str, Tensor] = field(default_factory=dict)
     weight: float = 1.0
+    first_pass: bool = True
+    last_pass: bool = True
+    parts: dict[str, tuple[slice, "Batch"]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -157,12 +174,32 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def select(self, rows: Tensor | slice) -> Self:
-        """The given rows, with the same draw and weight."""
+        """Batch of the given rows, with the same draw and weight."""
         return self._map(lambda tensor: tensor[rows])
 
     def replace(self, **changes: Any) -> Self:
         """Copy with some fields changed."""
         return replace(self, **changes)
+
+    def part(self, name: str, output: Output_) -> "Part[Output_]":
+        """A part of a joint batch: its samples, its rows of the output, and its share of the mean.
+
+        Multiply a mean over the part by ``share`` and add it to the loss of the joint batch: weighted and averaged over
+        any number of processes, this gives the mean over the part of the global batch.
+
+        Args:
+            name: Name of the part, as given to ``join``.
+            output: Output of the network for the joint batch: a named tuple of tensors with one row per sample.
+
+        Raises:
+            ValueError: If the batch has no part of this name.
+        """
+        if name not in self.parts:
+            raise ValueError(f"Batch: no part {name!r}; there are {', '.join(self.parts) or 'none'}")
+        rows, batch = self.parts[name]
+        named: Any = output
+        pieces: Output_ = named._replace(**{key: value[rows] for key, value in named._asdict().items()})
+        return Part(batch, pieces, batch.weight / self.weight if self.weight else 0.0)
 
     def _map(self, function: Any) -> Self:
         changes: dict[str, Any] = {
@@ -170,16 +207,47 @@ class Batch:
         }
         changes["raw"] = changes["images"] if self.raw is self.images else function(self.raw)
         changes["extra"] = {name: function(value) for name, value in self.extra.items()}
+        changes["parts"] = {}  # the rows of the parts are no longer valid
         return replace(self, **changes)
 
 
-def cat(batches: Sequence[Batch], world_size: int = 1) -> Batch:
-    """Join batches row by row; the draw is the first one's, ``extra`` keeps the names that all of them have.
+class Part(NamedTuple, Generic[Output_]):
+    """A part of a joint batch.
 
-    The weight is such that the mean over the joint rows is again this process's part of the mean over the global rows.
+    Attributes:
+        batch: Its samples.
+        output: Its rows of the output of the network.
+        share: Factor for a mean over the part in the loss of the joint batch.
+    """
+
+    batch: Batch
+    output: Output_
+    share: float
+
+
+def join(parts: Mapping[str, Batch | None]) -> Batch:
+    """Concatenate several parts to one batch for one forward pass; ``batch.part(name, output)`` returns each part.
+
+    With the batch B of the stream and samples R of a memory, ``join({"stream": B, "replay": R})`` has their rows in
+    this order. The first part gives ``draw``, ``first_pass`` and ``last_pass``.
 
     Args:
-        batches: At least one.
+        parts: Batches by name; at least one is not None. None is left out, for example for an empty memory.
+    """
+    present = {name: batch for name, batch in parts.items() if batch is not None}
+    joint = cat(list(present.values()), world_size())
+    ends = list(accumulate(len(batch) for batch in present.values()))
+    rows = {name: slice(end - len(batch), end) for (name, batch), end in zip(present.items(), ends, strict=True)}
+    return joint.replace(parts={name: (rows[name], batch) for name, batch in present.items()})
+
+
+def cat(batches: Sequence[Batch], world_size: int = 1) -> Batch:
+    """Concatenate batches; the first batch gives the draw, and ``extra`` keeps the names that all batches have.
+
+    The weight is the share of this process in the concatenated global batch, times the number of processes.
+
+    Args:
+        batches: At least one batch.
         world_size: Number of processes.
     """
     first, *rest = batches
@@ -191,4 +259,7 @@ def cat(batches: Sequence[Batch], world_size: int = 1) -> Batch:
     extra = {name: torch.cat([batch.extra[name] for batch in batches]) for name in names}
     total = sum(batch.draw.total for batch in batches)
     weight = world_size * len(joined["labels"]) / total if total else 1.0
-    return first.replace(**joined, extra=extra, weight=weight)
+    return first.replace(**joined, extra=extra, weight=weight, parts={})
+
+
+ImageShape = tuple[int, int, int]  # channels, height, width

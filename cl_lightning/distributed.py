@@ -1,4 +1,4 @@
-"""Collectives that work alike on one process and on many."""
+"""Collectives for one process and for several: with a single process each returns its input."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def is_distributed() -> bool:
-    """Whether a process group of more than one process is up."""
+    """Whether a process group with more than one process is initialised."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -23,13 +23,13 @@ def rank() -> int:
 
 
 def leave() -> None:
-    """Leave the process group, if there is one: threads that still serve it may abort a process that ends."""
+    """Destroy the process group, if there is one: its threads may abort a process that exits."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def all_sum(tensor: Tensor) -> Tensor:
-    """Sum over all processes, in place; the same tensor is returned."""
+    """Sum over all processes, in place, without gradient; returns the same tensor. Every process must call it."""
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
@@ -46,11 +46,17 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """Sum over all processes, for statistics that a loss depends on: all that went in takes gradient.
+    """Sum over all processes with gradient, for statistics in a loss.
 
-    The gradients of all processes are summed in the backward pass, which every one of them has to come by, too. With
-    distributed training, which takes the mean over the processes, the result is the gradient of the mean of their
-    losses, as where one process has all rows.
+    The backward pass sums the gradients of all processes, so every process must run both the forward and the backward
+    pass. Distributed training averages gradients over processes; the result is then the gradient of the mean of their
+    losses, as for one process with all rows.
+
+    Args:
+        tensor: Of the same shape and dtype on every process, such as the sum of this process's rows.
+
+    Returns:
+        The sum, the same on every process.
     """
     if not is_distributed():
         return tensor
@@ -59,7 +65,7 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 
 
 def all_names(names: Iterable[str]) -> list[str]:
-    """Names that any process has, each once, in an order that is the same everywhere; waits for the device."""
+    """Union of the names of all processes, in the same order on each; synchronises with the device."""
     mine = list(names)
     gathered: list[list[str]] = [mine]
     if is_distributed():
@@ -69,7 +75,9 @@ def all_names(names: Iterable[str]) -> list[str]:
 
 
 def all_gather_rows(tensor: Tensor) -> Tensor:
-    """Rows of all processes in the order of their ranks.
+    """Concatenate the rows of all processes in the order of their ranks, without gradient.
+
+    With 3 rows on rank 0 and 2 on rank 1, ``(3, d)`` and ``(2, d)``, each process gets ``(5, d)``.
 
     Args:
         tensor: ``(n, ...)`` with the same trailing shape and dtype on every process; ``n`` may differ, and may be 0.
@@ -81,21 +89,28 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
 
 
 def all_gather_together(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """As :func:`all_gather_rows` for tensors of as many rows each, whose number is asked for, and waited for, once."""
+    """Apply :func:`all_gather_rows` to several tensors, with one exchange of the number of rows.
+
+    Args:
+        tensors: At least one tensor, all with the same number of rows on this process.
+
+    Returns:
+        The gathered tensors, in the same order.
+    """
     if not is_distributed():
         return [tensor.detach() for tensor in tensors]
     return [torch.cat(parts) for parts in _gather_parts(tensors)]
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
-    """As :func:`all_gather_rows`, for losses that compare rows with one another: this process's rows take gradient.
+    """Concatenate the rows of all processes with gradient for this process's rows, for losses that compare rows.
 
-    It is the gradient of those rows times the number of processes. A loss of the gathered rows, the same on every
-    process, so leads to the mean over the processes, which distributed training takes, that is the gradient of the
-    loss. Nothing is exchanged in the backward pass.
+    The gradient of these rows is multiplied by the number of processes. If each process computes the same loss of the
+    gathered rows, the mean over processes, which distributed training takes, is the gradient of that loss. The backward
+    pass needs no communication. Every process must call this.
 
     Args:
-        tensor: ``(n, ...)``; call it on every process.
+        tensor: ``(n, ...)``; ``n`` may differ between processes.
 
     Returns:
         ``(sum of n, ...)``, the same values on every process.
@@ -108,7 +123,7 @@ def gather_rows(tensor: Tensor) -> Tensor:
 
 
 def _gather_parts(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """The rows of each process, of each of the tensors; all of them have the same number of rows."""
+    """For each tensor, the rows of each process; all tensors have the same number of rows on this process."""
     mine = [tensor.detach().contiguous() for tensor in tensors]
     counts = torch.zeros(world_size(), dtype=torch.int64, device=mine[0].device)
     counts[rank()] = mine[0].shape[0]
@@ -124,13 +139,17 @@ def _gather_parts(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def rows_norm(rows: Tensor) -> Tensor:
-    """Euclidean norm of the rows of all processes, as one vector.
+    """Euclidean norm of the rows of all processes, concatenated to one vector.
 
-    The value is the same on every process. The gradient is that of this process's rows times the number of processes,
-    so that the mean over the processes, which distributed training takes, is the gradient of the norm; at 0 it is 0.
+    The value is the same on every process. The gradient of this process's rows is multiplied by the number of
+    processes, so that the mean over processes, which distributed training takes, is the gradient of the norm. The
+    gradient at 0 is 0. Every process must call this.
 
     Args:
-        rows: This process's, ``(n, ...)``; call it on every process.
+        rows: Rows of this process, ``(n, ...)``.
+
+    Returns:
+        Scalar.
     """
     square = rows.square().sum()
     norm = all_sum(square.detach().clone()).sqrt()
@@ -139,12 +158,12 @@ def rows_norm(rows: Tensor) -> Tensor:
 
 
 def average_batch_statistics(module: nn.Module) -> None:
-    """Average the running statistics of batch normalisation over the processes, in place."""
+    """Average the running statistics of batch normalisation over processes, in place; every process must call it."""
     if not is_distributed():
         return
     for layer in module.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None:
             for statistic in (layer.running_mean, layer.running_var):
                 assert statistic is not None
-                # In float64, so that those of a frozen layer, the same everywhere, stay what they are to the bit.
+                # In float64, so that the statistics of a frozen layer, equal on all processes, do not change by a bit.
                 statistic.copy_(all_sum(statistic.double()).div_(world_size()))

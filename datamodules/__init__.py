@@ -1,1 +1,1 @@
-"""Sources of data, one file each, over one base."""
+"""Data modules: one file per kind of data set, over one base class."""

@@ -2,18 +2,18 @@
 
 from typing import Any
 
+from cl_lightning.data import RandomCrop, RandomHorizontalFlip, Transform
 from cl_lightning.datamodules.torchvision_data import TorchvisionData
-from cl_lightning.stream import Catalogue, ClassIncremental, Scenario
-from cl_lightning.transforms import RandomCrop, RandomHorizontalFlip, Transform
+from cl_lightning.stream import ClassIncremental, DatasetInfo, Scenario
 
 
 class SplitCIFAR10(TorchvisionData):
-    """CIFAR-10, its 10 classes dealt out over tasks: five of two classes unless a scenario says otherwise.
+    """CIFAR-10, its 10 classes dealt out over tasks; by default five tasks of two classes.
 
     Args:
         root: Folder of the data.
-        download: Fetch them if they are not there.
-        kwargs: Of the base.
+        download: Download the data if they are missing.
+        kwargs: Options of :class:`ContinualDataModule`.
     """
 
     def __init__(self, *, root: str = "data", download: bool = False, **kwargs: Any) -> None:
@@ -24,12 +24,12 @@ class SplitCIFAR10(TorchvisionData):
 
 
 class SplitCIFAR100(TorchvisionData):
-    """CIFAR-100, its 100 classes dealt out over tasks: ten of ten classes unless a scenario says otherwise.
+    """CIFAR-100, its 100 classes dealt out over tasks; by default ten tasks of ten classes.
 
     Args:
         root: Folder of the data.
-        download: Fetch them if they are not there.
-        kwargs: Of the base.
+        download: Download the data if they are missing.
+        kwargs: Options of :class:`ContinualDataModule`.
     """
 
     def __init__(self, *, root: str = "data", download: bool = False, **kwargs: Any) -> None:
@@ -38,5 +38,5 @@ class SplitCIFAR100(TorchvisionData):
     def default_transforms(self) -> list[Transform]:
         return [RandomCrop(padding=4), RandomHorizontalFlip()]
 
-    def default_scenario(self, catalogue: Catalogue) -> Scenario:
+    def default_scenario(self, info: DatasetInfo) -> Scenario:
         return ClassIncremental(tasks=10)

@@ -1,4 +1,4 @@
-"""Streams of corrupted test images, for test-time adaptation."""
+"""Streams of corrupted test images for test-time adaptation."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,34 +9,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cl_lightning.backbones import ImageShape
-from cl_lightning.batch import mix
-from cl_lightning.corruptions import CORRUPTIONS, SEVERITIES, check, corrupt
+from cl_lightning.batch import ImageShape, mix
+from cl_lightning.data import CORRUPTIONS, SEVERITIES, SampleSource, Transform, corrupt
+from cl_lightning.data.corruptions import check
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.sources import Source
-from cl_lightning.stream import Catalogue, DomainIncremental, IntArray, Scenario
-from cl_lightning.transforms import Transform
+from cl_lightning.stream import DatasetInfo, DomainIncremental, IntArray, Scenario
 
 SOURCE = "source"
 Order = Literal["given", "shuffled", "sorted", "dirichlet"]
 Variant = tuple[str, int]  # a corruption and its severity
-_MOST_BYTES = 2**30  # of corrupted images that are kept
+_MOST_BYTES = 2**30  # maximum size of the cache of corrupted images
 _ORDER = 0xC0DE  # salt of the order of a domain
 
 
 def arranged(labels: IntArray, order: Order, chance: np.random.Generator, *, delta: float = 0.1) -> IntArray:
-    """In which order the samples of a domain come.
+    """Order of the samples of a domain in the stream.
 
     Args:
-        labels: Their classes, ``(n,)``.
-        order: ``given``; ``shuffled``; ``sorted`` by class; or ``dirichlet``: the samples of each class are dealt out
-            over as many slots as there are classes, in shares drawn from Dirichlet(delta), and slot follows slot, each
-            shuffled (as in NOTE, Gong et al., NeurIPS 2022, arXiv:2208.05117; the number of slots is our choice).
-        chance: Of the drawing.
-        delta: Positive; small for a class that comes in few slots, large for slots that are alike.
+        labels: Raw labels of the samples, ``(n,)``.
+        order: ``given``; ``shuffled``; ``sorted`` by class; or ``dirichlet``: the samples of each class are split over
+            as many slots as there are classes, in shares drawn from Dirichlet(delta). The slots are shuffled within and
+            then concatenated (as in NOTE, Gong et al., NeurIPS 2022, arXiv:2208.05117; the number of slots is our
+            choice).
+        chance: Random generator.
+        delta: Concentration, positive. With a small delta each class is in few slots; with a large delta all slots have
+            nearly the same classes.
 
     Returns:
-        Places of the samples, ``(n,)``.
+        Indices of the samples in the order of the stream, ``(n,)``.
     """
     if order == "given":
         return np.arange(len(labels))
@@ -56,27 +56,29 @@ def arranged(labels: IntArray, order: Order, chance: np.random.Generator, *, del
 
 
 class CorruptedSource:
-    """Clean images, followed by corrupted ones, which are made when they are first asked for.
+    """Clean images followed by corrupted images, which are computed on first access.
+
+    Labels are raw.
 
     Args:
-        clean: What comes first, images and labels.
-        count: So many of it, its first ones.
-        images: What is corrupted.
-        variants: Corruptions and severities that there are.
-        variant: Which of them, for each of the further samples, ``(m,)``.
-        places: Which image, for each of them, ``(m,)``.
-        domains: Domain of each sample, the clean ones included.
-        domain_names: Their names.
-        seed: Of the corruptions.
-        folder: Of files that hold them already; None to make all.
+        clean: Images and labels of the first samples.
+        images: Images to be corrupted, with their labels.
+        count: Number of clean samples: the first ones of ``clean``.
+        variants: All pairs of corruption and severity.
+        variant: Index into ``variants`` of each corrupted sample, int64 ``(m,)``.
+        places: Index into ``images`` of each corrupted sample, int64 ``(m,)``.
+        domains: Domain of each sample, int64 ``(count + m,)``.
+        domain_names: Names of the domains.
+        seed: Seed of the corruptions.
+        folder: Folder of files with corrupted images; None to compute all.
     """
 
     in_memory = True
 
     def __init__(
         self,
-        clean: Source,
-        images: Source,
+        clean: SampleSource,
+        images: SampleSource,
         *,
         count: int,
         variants: Sequence[Variant],
@@ -94,7 +96,7 @@ class CorruptedSource:
         self.domains: np.ndarray | None = domains
         self.domain_names = tuple(domain_names)
         self.seed, self.folder = seed, folder
-        self._blocks: dict[int, Tensor] = {}  # by variant; the one that was asked for last stands last
+        self._blocks: dict[int, Tensor] = {}  # by variant, the most recently used last
         self._everything: Tensor | None = None
 
     @property
@@ -114,7 +116,7 @@ class CorruptedSource:
         return result
 
     def digest(self, indices: np.ndarray) -> bytes:
-        """Of the clean images and of what is done to them; nothing has to be corrupted for that."""
+        """Hash of the clean images and of the parameters of their corruption; computes no corruption."""
         count, digest = self.count, hashlib.blake2b(digest_size=16)
         digest.update(self.clean.digest(indices[indices < count]))
         further = indices[indices >= count] - count
@@ -127,7 +129,7 @@ class CorruptedSource:
         return digest.digest()
 
     def _block(self, number: int) -> Tensor:
-        """The images that the stream has, up to the last one, in one variant, uint8 ``(n, C, H, W)``."""
+        """All images of the stream in one variant, uint8 ``(n, C, H, W)``; cached up to 1 GiB."""
         block = self._blocks.pop(number, None)
         if block is None:
             block = self._make(*self.variants[number])
@@ -149,9 +151,9 @@ def _load(path: Path) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"CorruptionStream: {path} is no readable .npy file ({reason})") from error
+        raise ValueError(f"CorruptionStream: {path} is not a readable .npy file ({reason})") from error
     if not isinstance(array, np.ndarray):
-        raise ValueError(f"CorruptionStream: {path} holds several arrays; give .npy files of one")
+        raise ValueError(f"CorruptionStream: {path} has several arrays; give .npy files of one array each")
     return array
 
 
@@ -162,45 +164,46 @@ def _from_file(path: Path, severity: int, count: int, shape: ImageShape) -> Tens
     if array.dtype != np.uint8 or array.shape != expected:
         raise ValueError(
             f"CorruptionStream: {path} is {array.dtype} {array.shape}; it must be uint8 {expected}: all {count} test "
-            "images at severity 1, then 2, ..."
+            "images at severity 1, then at severity 2, ..."
         )
     rows = np.array(array[(severity - 1) * count : severity * count])
     return torch.from_numpy(rows).permute(0, 3, 1, 2).contiguous()
 
 
 class CorruptionStream(ContinualDataModule):
-    """The source domain, then the test images of a data set under one corruption after another.
+    """Stream for continual test-time adaptation: the source domain, then test images under changing corruptions.
 
-    Task 0, ``source``, has the clean images: training images for a network that is trained on them, or that statistics
-    are taken of, and the clean test images as its test samples. Each further task is a domain, whose "training samples"
-    are corrupted *test* images in the order in which they are to come: a method for test-time adaptation sees them once
-    and without labels. Corruptions are made here, see ``cl_lightning.corruptions`` (frost is synthetic), the first time
-    they are needed, or read from files as those of CIFAR-10-C.
+    Task 0, ``source``, has clean images: training images, on which a network is trained or statistics are computed, and
+    the clean test images as test samples. Each further task is a domain. Its "training samples" are corrupted *test*
+    images in the order of the stream, which a method for test-time adaptation sees once and without labels. Corruptions
+    are computed on first access (``cl_lightning.data.corruptions``; frost is synthetic), or read from files in the
+    format of CIFAR-10-C.
 
     Args:
-        base: Where the images come from; its scenario and batch sizes are not used.
-        corruptions: Names in order; None for all 15 in the usual one.
-        severity: 1 to 5.
-        setting: ``continual``: a domain for each corruption, at the severity; ``gradual``: each of them goes through
-            the severities 1, 2, ..., severity, ..., 2, 1; ``mixed``: one domain of all of them, shuffled together.
-        order: Of the images in each domain (and severity): ``given``, that of the test set; ``shuffled``; ``sorted`` by
-            class; ``dirichlet``, correlated in time, see :func:`arranged`.
-        delta: Of ``dirichlet``.
-        samples: Take the first so many test images, clean and corrupted; None for all.
-        source_part: Images of the source task: ``train``, or ``test`` where there are no others and nothing is trained
-            on them: then the statistics that a method takes of the source are those of clean test images.
-        evaluated: Test samples after each task: ``source``, the clean ones, which tells what is left on the source
-            domain; ``all``, also those of each domain that was seen, which takes longer than the adaptation.
-        folder: Folder of files ``NAME.npy`` and ``labels.npy``, as CIFAR-10-C has them, of the test images of the base
-            in their order; a corruption that has no file is made. None to make all.
-        batch_size: Images per step; 200 in the papers for CIFAR-10-C.
-        eval_batch_size: Images at a time where nothing is learnt; None for ``batch_size``, since statistics of a test
-            batch depend on its size. It should divide the number of test images: else some batches have images of two
-            domains with ``evaluated="all"``.
-        kwargs: Of the base of all data modules; mean, std and transforms are those of ``base`` unless given.
+        base: Data module of the images; its scenario and batch sizes are not used.
+        corruptions: Names of the corruptions in order; None for all 15 in the usual order.
+        severity: Severity of the corruptions, 1 to 5.
+        setting: ``continual``: one domain per corruption, at the given severity; ``gradual``: one domain per
+            corruption, with the severities 1, 2, ..., severity, ..., 2, 1 in turn; ``mixed``: a single domain with all
+            corruptions, shuffled together.
+        order: Order of the images in each domain (and severity): ``given``, the order of the test set; ``shuffled``;
+            ``sorted`` by class; ``dirichlet``, correlated in time, see :func:`arranged`.
+        delta: Concentration of ``dirichlet``, above 0.
+        samples: Use this number of test images, the first ones, clean and corrupted; None for all.
+        source_part: Images of the source task: ``train``; or ``test``, if there are no training images and the network
+            is not trained on the source. Statistics of the source are then computed on clean test images.
+        evaluated: Test samples after each task: ``source``, the clean ones, which measures forgetting of the source
+            domain; ``all``, also the test samples of each domain seen so far, which takes longer than the adaptation.
+        folder: Folder of files ``NAME.npy`` and ``labels.npy`` in the format of CIFAR-10-C, with the test images of
+            ``base`` in their order; corruptions without a file are computed. None to compute all.
+        batch_size: Images per step; the papers use 200 for CIFAR-10-C.
+        eval_batch_size: Images per batch of an evaluation; None for ``batch_size``, since statistics of a test batch
+            depend on its size. With ``evaluated="all"`` it should divide the number of test images, since other batches
+            mix images of two domains.
+        kwargs: Options of :class:`ContinualDataModule`; mean, std and transforms default to those of ``base``.
 
     Raises:
-        ValueError: If an option is outside its range, or a file is not as it must be.
+        ValueError: If an option is outside its range, or a file does not have the expected content.
     """
 
     def __init__(
@@ -233,17 +236,20 @@ class CorruptionStream(ContinualDataModule):
                 raise ValueError(f"CorruptionStream: {option} is {value!r}; use one of {', '.join(allowed)}")
         names = list(CORRUPTIONS) if corruptions is None else corruptions
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"CorruptionStream: corruptions {names}; give at least one, each once")
+            raise ValueError(f"CorruptionStream: corruptions are {names}; give at least one, and each once")
         for name in names:
             try:
                 check(name, severity)
             except ValueError as error:
                 raise ValueError(f"CorruptionStream: {error}") from None
         if not delta > 0 or (samples is not None and samples < 1):
-            raise ValueError(f"CorruptionStream: delta={delta}, samples={samples}; above 0, at least 1 or null")
+            raise ValueError(
+                f"CorruptionStream: delta is {delta}, samples is {samples}; delta must be above 0, samples at least 1 "
+                "or null"
+            )
         if self.val_fraction:
             raise ValueError(
-                f"CorruptionStream: val_fraction is {self.val_fraction}; a test stream holds nothing out: 0"
+                f"CorruptionStream: val_fraction is {self.val_fraction}; it must be 0, a test stream has no validation"
             )
         self.corruptions, self.severity, self.setting = names, severity, setting
         self.order, self.delta, self.num_samples = order, delta, samples
@@ -262,7 +268,7 @@ class CorruptionStream(ContinualDataModule):
     def default_transforms(self) -> list[Transform]:
         return list(self.base.augmentation.transforms)
 
-    def default_scenario(self, catalogue: Catalogue) -> Scenario:
+    def default_scenario(self, info: DatasetInfo) -> Scenario:
         return DomainIncremental()
 
     def shuffles(self, task: int) -> bool:
@@ -292,8 +298,8 @@ class CorruptionStream(ContinualDataModule):
             folder=self.folder,
         )
 
-    def _stream_of(self, images: Source) -> tuple[list[Variant], IntArray, IntArray, IntArray]:
-        """Variants; variant, image and domain of each sample of the stream, in the order in which they come."""
+    def _stream_of(self, images: SampleSource) -> tuple[list[Variant], IntArray, IntArray, IntArray]:
+        """Variants, then variant, image and domain of each sample, in the order of the stream."""
         if self._streamed is not None:
             return self._streamed
         labels = images.labels[: self.num_samples]
@@ -326,14 +332,14 @@ class CorruptionStream(ContinualDataModule):
     def _chance(self, stretch: int) -> np.random.Generator:
         return np.random.default_rng(mix(self.seed or 0, _ORDER, stretch))
 
-    def _check_files(self, images: Source) -> None:
+    def _check_files(self, images: SampleSource) -> None:
         if self.folder is None:
             return
         if not self.folder.is_dir():
-            raise ValueError(f"CorruptionStream: no folder {self.folder}; give that of the .npy files")
+            raise ValueError(f"CorruptionStream: no folder {self.folder}; give the folder of the .npy files")
         labels = _load(self.folder / "labels.npy")
         if not np.array_equal(labels, np.tile(images.labels, len(SEVERITIES))):
             raise ValueError(
-                f"CorruptionStream: {self.folder / 'labels.npy'} does not have the labels of the test images, five "
-                "times over; give files of these images, in their order"
+                f"CorruptionStream: {self.folder / 'labels.npy'} does not have the labels of the test images, "
+                "repeated five times; give files of these images, in their order"
             )

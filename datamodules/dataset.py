@@ -1,33 +1,37 @@
-"""Data sets of one's own."""
+"""Data sets given as torch Datasets."""
 
 from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
+from cl_lightning.data import DatasetSource
+from cl_lightning.data.sources import names_in
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.sources import DatasetSource, names_in
 
 
 class UserDataset(ContinualDataModule):
-    """Two map-style Datasets, for training and for testing, each with items ``(image, label)``.
+    """Training and test samples from two map-style Datasets with items ``(image, label)``.
 
-    An image is a PIL image or a uint8 tensor ``(C, H, W)``, a label an integer from 0. Labels are read from an
-    attribute ``targets`` (or ``labels``) if there is one, else from every item; names of the classes from an attribute
-    ``classes``. For domain-incremental streams an attribute ``domains`` has an integer for each item, and
-    ``domain_names`` may name them.
+    An image is a PIL image or a uint8 tensor ``(C, H, W)``. A label is an integer from 0, a raw label, which loaders
+    map to a column. Labels are read from the attribute ``targets`` (or ``labels``) of the Dataset if it has one, else
+    from every item; names of classes are read from the attribute ``classes``. For domain-incremental streams, the
+    attribute ``domains`` has an integer for each item, and ``domain_names`` is optional.
 
-    Items must not be augmented or normalised: that is done here, on the device. They are read once and kept in memory
-    where they take at most 1 GiB. A Dataset with a random transform needs ``in_memory: false``, and a resumed run then
-    does not see the images that the uninterrupted one would have seen.
+    Items must not be augmented or normalised: the data module does both on the device. Items are read once and kept in
+    memory if they take at most 1 GiB. A Dataset with a random transform needs ``in_memory: false``; a resumed run then
+    sees other images than an uninterrupted one.
 
     Args:
         train: Training samples.
         test: Test samples.
-        class_names: One per class; None for the attribute ``classes`` of ``train``, or numbers.
-        size: Height and width that PIL images are scaled and cropped to; None where all have one shape.
-        mode: ``RGB`` or ``L`` (grayscale) that PIL images are converted to; None to keep grayscale ones and convert all
-            others to RGB.
-        kwargs: Of the base.
+        class_names: One name per class; None for the attribute ``classes`` of ``train``, or for numbers without it.
+        size: Height and width in pixels to which PIL images are scaled and cropped; None if all have the same shape.
+        mode: Mode to which PIL images are converted, ``RGB`` or ``L`` (grayscale); None to keep grayscale images and
+            convert all others to RGB.
+        kwargs: Options of :class:`ContinualDataModule`.
+
+    Raises:
+        ValueError: If ``size`` is below 1, or before training if labels, classes or images are not as above.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class UserDataset(ContinualDataModule):
     ) -> None:
         super().__init__(**kwargs)
         if size is not None and size < 1:
-            raise ValueError(f"UserDataset: size is {size}; give height and width in pixels, at least 1")
+            raise ValueError(f"UserDataset: size is {size}; it must be at least 1, in pixels, or null")
         self.train, self.test = train, test
         self.class_names, self.size, self.mode = class_names, size, mode
 
@@ -52,8 +56,8 @@ class UserDataset(ContinualDataModule):
         mine = names_in(self.train if train else self.test, f"UserDataset: {part}")
         if self.class_names is None and names is not None and mine is not None and mine != names:
             raise ValueError(
-                f"UserDataset: the classes of the test samples are {mine[:5]} ..., those of the training samples "
-                f"{names[:5]} ...; labels must mean the same in both"
+                f"UserDataset: test samples have the classes {mine[:5]} ..., training samples {names[:5]} ...; give "
+                "both Datasets the same classes in the same order"
             )
         if names is None and not train:
             names = list(self.samples(train=True).class_names)

@@ -1,21 +1,21 @@
-"""Folders of domains, each a folder of classes."""
+"""Image folders by domain and class."""
 
 from dataclasses import replace
 from pathlib import Path
 
+from cl_lightning.data.images import sub_folders
 from cl_lightning.datamodules.folder import File, ImageFolder
-from cl_lightning.sources import sub_folders
-from cl_lightning.stream import Catalogue, DomainIncremental, Scenario
+from cl_lightning.stream import DatasetInfo, DomainIncremental, Scenario
 
 
 class DomainFolder(ImageFolder):
     """Images in ``root/<domain>/<class>/``, or in ``root/train/<domain>/<class>/`` and ``root/test/<domain>/<class>/``.
 
-    Each domain is a task unless a scenario says otherwise. Options and all else are as for ``ImageFolder``; test images
-    are chosen within each class of each domain. A domain may lack some classes.
+    By default each domain is a task. Options and layout are as for :class:`ImageFolder`; without a test folder, test
+    images are chosen within each class of each domain. A domain may lack some classes.
     """
 
-    def default_scenario(self, catalogue: Catalogue) -> Scenario:
+    def default_scenario(self, info: DatasetInfo) -> Scenario:
         return DomainIncremental()
 
     def scan(self, folder: Path) -> list[File]:

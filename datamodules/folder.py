@@ -1,4 +1,4 @@
-"""Folders of image files, one sub-folder per class."""
+"""Image folders with one sub-folder per class."""
 
 import hashlib
 import unicodedata
@@ -11,21 +11,22 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cl_lightning.data import FileSource
+from cl_lightning.data.images import IMAGE_SUFFIXES, image_files, sub_folders
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.sources import IMAGE_SUFFIXES, FileSource, image_files, sub_folders
 
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 
 @dataclass(frozen=True)
 class File:
-    """An image file and what the folders that it lies in say about it.
+    """An image file with its class and domain, which are the names of its folders.
 
     Attributes:
-        path: The file.
-        name: Its path inside the folder of its class, with ``/``.
-        class_name: Name of that folder.
-        domain: Name of the folder of the domain; empty where there are none.
+        path: Path of the file.
+        name: Path relative to the folder of the class, with ``/`` as separator.
+        class_name: Name of the folder of the class.
+        domain: Name of the folder of the domain; empty without domains.
     """
 
     path: Path
@@ -37,27 +38,30 @@ class File:
 class ImageFolder(ContinualDataModule):
     """Images in ``root/train/<class>/`` and ``root/test/<class>/``, or in ``root/<class>/`` alone.
 
-    In the second layout a share of each class becomes test data, chosen by a hash of each file's name: a file that is
-    a test image stays one when files or classes are added, also with another seed of the run. Class folders that come
-    later make further tasks when a run is continued. Files lie in the class folders or deeper, also behind symbolic
-    links, wherever they lead, except to a folder above; a link that leads nowhere is an error. Names that begin with a
-    dot are left out. Images are turned upright by their EXIF tag, converted to ``mode``, scaled so that the shorter
-    side is ``size`` and cropped at the centre.
+    In the second layout a share of each class becomes test data, chosen by a hash of each file's name. A test image
+    therefore remains one if files or classes are added, or if the seed of the run changes. Class folders that are added
+    later make further tasks when a run is continued. Files are searched in the class folders and their sub-folders.
+    Symbolic links are followed, except to a folder above; a broken link raises an error. Names that begin with a dot
+    are ignored. Images are rotated by their EXIF tag, converted to ``mode``, scaled so that the shorter side is
+    ``size``, and cropped at the centre. Raw labels are the indices of the sorted class names.
 
-    A file that cannot be read is an error before training. Images that are kept in memory (``in_memory``) are all
-    decoded then; of others the head and the end of each file are looked at, and damage in between shows when an image
-    is decoded.
+    A file that cannot be read raises an error before training. Images that are kept in memory (``in_memory``) are all
+    decoded then. For other images only the start and the end of each file are checked, and damage in between raises an
+    error when the image is decoded.
 
     Args:
-        root: The folder. Instead of ``test``, the test folder may be called ``val``, ``valid`` or ``validation``.
-        size: Height and width of the images in pixels.
+        root: Folder of the data. The test folder may also be called ``val``, ``valid`` or ``validation``.
+        size: Height and width of the images in pixels, at least 1.
         mode: ``RGB``, or ``L`` for grayscale.
-        test_fraction: Share of test images, in (0, 1), where there is no test folder. Each class of at least two images
-            gets one or more: where the hash chooses none, the file with the lowest one, which can change when files are
-            added.
-        test_seed: Other numbers choose other test images.
-        skip_unreadable: Leave out files that cannot be read, with a warning; every file is decoded before training.
-        kwargs: Of the base.
+        test_fraction: Share of test images, in (0, 1), if there is no test folder. Each class of at least two images
+            gets at least one: if the hash chooses none, the file with the smallest hash, which can change when files
+            are added.
+        test_seed: Seed of the choice of test images.
+        skip_unreadable: Leave out unreadable files, with a warning. All files are then decoded before training.
+        kwargs: Options of :class:`ContinualDataModule`.
+
+    Raises:
+        ValueError: If an option is outside its range, or before training if folders or files are missing.
     """
 
     def __init__(
@@ -73,11 +77,11 @@ class ImageFolder(ContinualDataModule):
     ) -> None:
         super().__init__(**kwargs)
         if size < 1:
-            raise ValueError(f"{self._name}: size is {size}; give height and width in pixels, at least 1")
+            raise ValueError(f"{self._name}: size is {size}; it must be at least 1, in pixels")
         if mode not in ("RGB", "L"):
-            raise ValueError(f"{self._name}: mode is {mode!r}; use RGB, or L for grayscale")
+            raise ValueError(f"{self._name}: mode is {mode!r}; use 'RGB', or 'L' for grayscale")
         if not 0 < test_fraction < 1:
-            raise ValueError(f"{self._name}: test_fraction is {test_fraction}; it must lie between 0 and 1")
+            raise ValueError(f"{self._name}: test_fraction is {test_fraction}; it must be in (0, 1)")
         self.root = Path(root).expanduser()
         self.size, self.mode, self.skip_unreadable = size, mode, skip_unreadable
         self.test_fraction, self.test_seed = test_fraction, test_seed
@@ -101,10 +105,10 @@ class ImageFolder(ContinualDataModule):
         )
 
     def scan(self, folder: Path) -> list[File]:
-        """The image files in a folder of classes.
+        """List the image files in a folder of class folders.
 
         Raises:
-            ValueError: If there are no class folders, or one without images.
+            ValueError: If there are no class folders, or one of them has no images.
         """
         names = sub_folders(folder)
         if not names:
@@ -114,7 +118,7 @@ class ImageFolder(ContinualDataModule):
             paths = image_files(folder / name)
             if not paths:
                 endings = ", ".join(IMAGE_SUFFIXES)
-                remedy = f"add some (known endings: {endings}) or remove the folder"
+                remedy = f"add images (allowed suffixes: {endings}) or remove the folder"
                 raise ValueError(f"{self._name}: no images in {folder / name}; {remedy}")
             found += [File(path, path.relative_to(folder / name).as_posix(), name) for path in paths]
         return found
@@ -130,7 +134,7 @@ class ImageFolder(ContinualDataModule):
             return self._find()
         except OSError as error:
             what = f"{self._name}: {error.filename} cannot be read ({(error.strerror or str(error)).lower()})"
-            raise ValueError(f"{what}; give yourself the right to read it") from error
+            raise ValueError(f"{what}; change its permissions") from error
 
     def _find(self) -> tuple[list[File], list[File]]:
         if not self.root.is_dir():
@@ -139,8 +143,8 @@ class ImageFolder(ContinualDataModule):
         if not train.is_dir() or test is None:
             if sub_folders(self.root) == ["train"]:
                 raise ValueError(
-                    f"{self._name}: {self.root} holds `train` alone; add `test`, or give {train} as root, of which a "
-                    "share becomes test data"
+                    f"{self._name}: {self.root} has `train` but no `test`; add `test`, or give {train} as root to hold "
+                    "out a share of it"
                 )
             return self._split(self.scan(self.root))
         parts = self.scan(train), self.scan(test)
@@ -148,7 +152,7 @@ class ImageFolder(ContinualDataModule):
             known, tested = ({getattr(file, kind) for file in part} for part in parts)
             if unknown := tested - known:
                 what = kind.removesuffix("_name")
-                raise ValueError(f"{self._name}: {test} holds the {what} {min(unknown)!r}, which {train} does not have")
+                raise ValueError(f"{self._name}: {test} has the {what} {min(unknown)!r}, which is missing in {train}")
         return parts
 
     def _split(self, files: Sequence[File]) -> tuple[list[File], list[File]]:
@@ -164,19 +168,19 @@ class ImageFolder(ContinualDataModule):
                 single.append(f"{domain}/{class_name}" if domain else class_name)
                 train.append(group[0][1])
                 continue
-            # At least one image on either side, also where names that encode an accent in two ways have one chance.
+            # At least one image on either side, also if two names differ in Unicode form only and share one hash.
             count = sum(chance <= self.test_fraction for chance, _ in group)
             by_chance = sorted((chance, file.name, place) for place, (chance, file) in enumerate(group))
             chosen = {place for _, _, place in by_chance[: min(max(count, 1), len(group) - 1)]}
             for place, (_, file) in enumerate(group):
                 (test if place in chosen else train).append(file)
         if single:
-            warnings.warn(f"{self._name}: {', '.join(single)}: one image only, and so none to test on", stacklevel=2)
+            warnings.warn(f"{self._name}: {', '.join(single)}: a single image, so there is no test image", stacklevel=2)
         return train, test
 
 
 def share(seed: int, *names: str) -> float:
-    """Number in [0, 1) that depends on names and a seed only; on all systems, however they encode accents."""
+    """Hash of a seed and names as a number in [0, 1), the same for every Unicode normalisation and on every system."""
     text = "\0".join([str(seed), *(unicodedata.normalize("NFC", name) for name in names)])
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53

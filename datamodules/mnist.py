@@ -6,12 +6,12 @@ from cl_lightning.datamodules.torchvision_data import TorchvisionData
 
 
 class SplitMNIST(TorchvisionData):
-    """MNIST, its 10 digits dealt out over tasks: five of two unless a scenario says otherwise. Not augmented.
+    """MNIST, its 10 digits dealt out over tasks; by default five tasks of two, without augmentation.
 
     Args:
         root: Folder of the data.
-        download: Fetch them if they are not there.
-        kwargs: Of the base.
+        download: Download the data if they are missing.
+        kwargs: Options of :class:`ContinualDataModule`.
     """
 
     def __init__(self, *, root: str = "data", download: bool = False, **kwargs: Any) -> None:
@@ -19,12 +19,12 @@ class SplitMNIST(TorchvisionData):
 
 
 class SplitFashionMNIST(TorchvisionData):
-    """Fashion-MNIST, its 10 classes dealt out over tasks: five of two unless a scenario says otherwise. Not augmented.
+    """Fashion-MNIST, its 10 classes dealt out over tasks; by default five tasks of two, without augmentation.
 
     Args:
         root: Folder of the data.
-        download: Fetch them if they are not there.
-        kwargs: Of the base.
+        download: Download the data if they are missing.
+        kwargs: Options of :class:`ContinualDataModule`.
     """
 
     def __init__(self, *, root: str = "data", download: bool = False, **kwargs: Any) -> None:

@@ -1,18 +1,21 @@
-"""Images in a NumPy archive."""
+"""Images and labels in a NumPy archive."""
 
 import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cl_lightning.data import TensorSource
+from cl_lightning.data.sources import check_labels
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.sources import TensorSource, check_labels
 
-# What numpy and zipfile raise on damaged archives, and on those that ask for more memory than there is.
+# Errors of numpy and zipfile for damaged archives, and for archives that declare more data than memory can hold.
 _DAMAGE = (
     OSError,
     ValueError,
@@ -33,23 +36,24 @@ _NAMES = {"y": "class_names", "yc": "coarse_names"}
 
 
 class NpzData(ContinualDataModule):
-    """Images and labels from an ``.npz`` file, as ``numpy.savez`` writes it; nothing in the file is executed.
+    """Images and labels from an ``.npz`` file of ``numpy.savez``; pickled objects in the file are refused.
 
-    The file holds ``x_train`` and ``x_test``, uint8 ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)``, the labels
-    ``y_train`` and ``y_test``, integers from 0, and optionally ``class_names``, one string per class.
+    The file has ``x_train`` and ``x_test``, uint8 ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)``; the raw labels
+    ``y_train`` and ``y_test``, integers from 0, ``(N,)``; and optionally ``class_names``, one string per class.
 
     Args:
-        path: The file.
-        labels: Which labels to learn, where the file has several: those of the keys ``<labels>_train`` and
-            ``<labels>_test``, such as ``yc`` for coarse labels.
-        names: Key of the names of the classes; None for ``class_names`` with ``y`` and ``coarse_names`` with ``yc``,
-            if the file has them, else for numbers.
-        domains: Where each sample has a domain: those of the keys ``<domains>_train`` and ``<domains>_test``, integers
-            from 0, with names under ``domain_names`` if the file has them.
-        kwargs: Of the base.
+        path: Path of the file.
+        labels: Prefix of the keys of the labels, if the file has several kinds: ``yc`` for coarse labels in
+            ``yc_train`` and ``yc_test``.
+        names: Key of the names of the classes. None for ``class_names`` with ``labels="y"`` and ``coarse_names`` with
+            ``labels="yc"``; if the file has no such key, names are numbers.
+        domains: Prefix of the keys of the domain of each sample, integers from 0, ``(N,)``, such as ``d`` for
+            ``d_train`` and ``d_test``; the names are in ``domain_names`` if the file has this key. None for no domains.
+        kwargs: Options of :class:`ContinualDataModule`.
 
     Raises:
-        ValueError: Before training, if the file is missing or damaged, lacks a key, or holds arrays of a wrong kind.
+        ValueError: Before training, if the file is missing or damaged, lacks a key, or has arrays of a wrong shape or
+            dtype.
     """
 
     def __init__(
@@ -89,7 +93,7 @@ class NpzData(ContinualDataModule):
     def _numbers(
         self, file: Any, kind: str, part: str, count: int, names_key: str, prefix: str
     ) -> tuple[np.ndarray, list[str]]:
-        """Labels or domains of the samples, and their names: those of the file, or numbers after a prefix."""
+        """Labels or domains of the samples, and their names from the file, or a prefix and a number without names."""
         if names_key in file.files or self.names == names_key:
             names = self._names(file, names_key)
         else:
@@ -105,18 +109,24 @@ class NpzData(ContinualDataModule):
     def _at(self, key: str) -> str:
         return f"{type(self).__name__}: {self.path}: {key}"
 
-    def _open(self) -> Any:
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        """The archive, open; a file that numpy cannot read is closed too."""
         if not self.path.is_file():
             raise ValueError(f"{type(self).__name__}: no file {self.path}; give the path of an .npz file")
-        try:
-            file = np.load(self.path, allow_pickle=False)
-        except _DAMAGE as error:
-            raise ValueError(f"{type(self).__name__}: {self.path} is no readable .npz file ({_line(error)})") from error
-        if not hasattr(file, "files"):
-            raise ValueError(
-                f"{type(self).__name__}: {self.path} holds a single array; save several by name with numpy.savez"
-            )
-        return file
+        with self.path.open("rb") as handle:
+            try:
+                file = np.load(handle, allow_pickle=False)
+            except _DAMAGE as error:
+                raise ValueError(
+                    f"{type(self).__name__}: {self.path} is not a readable .npz file ({_line(error)})"
+                ) from error
+            if not hasattr(file, "files"):
+                raise ValueError(
+                    f"{type(self).__name__}: {self.path} holds a single array; save several by name with numpy.savez"
+                )
+            with file:
+                yield file
 
     def _array(self, file: Any, key: str) -> np.ndarray:
         if key not in file.files:
@@ -144,7 +154,7 @@ class NpzData(ContinualDataModule):
         ]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{self._at(key)} has {twice!r} more than once; names must differ")
+            raise ValueError(f"{self._at(key)} has {twice!r} more than once; give each class or domain its own name")
         return names
 
 

@@ -1,4 +1,4 @@
-"""Classification data sets of torchvision, by name."""
+"""Classification data sets of torchvision by name."""
 
 import difflib
 import inspect
@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from cl_lightning.batch import mix
+from cl_lightning.data import DatasetSource, SampleSource, TensorSource
+from cl_lightning.data.sources import check_labels
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.sources import DatasetSource, Source, TensorSource, check_labels
 
 _Arguments = dict[str, Any]
 _BY_FLAG: tuple[list[_Arguments], list[_Arguments]] = ([{"train": True}], [{"train": False}])
@@ -22,8 +23,8 @@ def _by_split(train: str, test: str, key: str = "split") -> tuple[list[_Argument
     return [{key: split} for split in train.split("+")], [{key: test}]
 
 
-# Constructor arguments of the training samples (several parts are joined: what is labelled and no test data) and of the
-# test samples; none where torchvision knows no test samples, and a share is held out instead.
+# Constructor arguments of the training samples (several parts are concatenated: all labelled samples except test data)
+# and of the test samples. An empty list: torchvision has no test samples, and a share of each class is held out.
 _SETS: dict[str, tuple[list[_Arguments], list[_Arguments]]] = {
     "CIFAR10": _BY_FLAG,
     "CIFAR100": _BY_FLAG,
@@ -58,7 +59,7 @@ _SETS: dict[str, tuple[list[_Arguments], list[_Arguments]]] = {
     "USPS": _BY_FLAG,
 }
 _UNSORTED = {"INaturalist": "index", "SUN397": "_image_files"}
-"""Sets that list their files as the file system does, and where they keep the list."""
+"""Sets whose order of files depends on the file system, and their attribute with the list of files."""
 # Mean and standard deviation of the training images.
 _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "CIFAR10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -73,25 +74,26 @@ _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 class TorchvisionData(ContinualDataModule):
     """A classification data set of ``torchvision.datasets``, with its official training and test samples.
 
-    Where a set has labelled validation samples of its own they belong to the training samples, of which
-    ``val_fraction`` takes its share. Sets without official test samples (Caltech101, Caltech256, EuroSAT, SEMEION,
-    SUN397) hold out a share of each class, drawn with a seed of its own: published numbers use other splits. Arrays
-    stay as they are; image files are scaled and cropped to ``size``, and decoded by ``workers`` unless they fit into
-    memory.
+    Official validation samples with labels are part of the training samples, of which ``val_fraction`` holds out a
+    share. For sets without official test samples (Caltech101, Caltech256, EuroSAT, SEMEION, SUN397) a share of each
+    class is held out by ``test_seed``; published numbers use other splits. Arrays of images keep their size. Image
+    files are scaled and cropped to ``size``, and decoded by ``workers`` unless they are kept in memory. Raw labels are
+    the labels of torchvision, renumbered without gaps.
 
     Args:
         name: Name of the class in ``torchvision.datasets``.
-        root: Folder of the data, as torchvision's ``root``.
-        download: Fetch what is not there; needs a network.
-        size: Height and width of images that come as files, in pixels; None for 224. Arrays have a size of their own:
-            leave it out for them, and see ``resize``.
+        root: Folder of the data, as ``root`` of torchvision.
+        download: Download missing data; needs a network connection.
+        size: Height and width of images from files, in pixels, at least 1; None for 224. It must be None for sets of
+            arrays; use ``resize`` for those.
         options: Further arguments of the class, such as ``{split: balanced}`` for EMNIST.
-        test_fraction: Share of each class that is held out where there are no official test samples, in (0, 1).
-        test_seed: Draws them.
-        kwargs: Of the base.
+        test_fraction: Share of each class that is held out without official test samples, in (0, 1).
+        test_seed: Seed of the held-out samples.
+        kwargs: Options of :class:`ContinualDataModule`.
 
     Raises:
-        ValueError: If the name is not known, or later, but before training, if the data are not at ``root``.
+        ValueError: If the name is unknown or an option is outside its range; before training, if the data are missing
+            in ``root``.
     """
 
     def __init__(
@@ -112,11 +114,11 @@ class TorchvisionData(ContinualDataModule):
             nearest = difflib.get_close_matches(name.lower(), [known.lower() for known in _SETS], n=3)
             meant = [known for known in _SETS if known.lower() in nearest]
             hint = f"did you mean {' or '.join(meant)}?" if meant else f"known are {', '.join(_SETS)}"
-            raise ValueError(f"TorchvisionData: {name!r} is no classification data set of torchvision; {hint}")
+            raise ValueError(f"TorchvisionData: name is {name!r}, not a classification data set of torchvision; {hint}")
         if size is not None and size < 1:
-            raise ValueError(f"{self._title}: size is {size}; give height and width in pixels, at least 1")
+            raise ValueError(f"{self._title}: size is {size}; it must be at least 1, in pixels, or null")
         if not 0 < test_fraction < 1:
-            raise ValueError(f"{self._title}: test_fraction is {test_fraction}; it must lie between 0 and 1")
+            raise ValueError(f"{self._title}: test_fraction is {test_fraction}; it must be in (0, 1)")
         self.root, self.download, self.size = root, download, size
         self.options = dict(options or {})
         self.test_fraction, self.test_seed = test_fraction, test_seed
@@ -132,14 +134,14 @@ class TorchvisionData(ContinualDataModule):
             for arguments in (*_SETS[self.dataset][0], *_SETS[self.dataset][1]):
                 self._open(arguments, download=True)
 
-    def source(self, *, train: bool) -> Source:
+    def source(self, *, train: bool) -> SampleSource:
         if not train:
-            self.samples(train=True)  # says which classes there are
+            self.samples(train=True)  # defines the classes
         training, testing = _SETS[self.dataset]
         datasets = [self._open(arguments) for arguments in (training if train or not testing else testing)]
         labels = np.concatenate([_labels(dataset) for dataset in datasets])
         rows = np.arange(len(labels))
-        if self.dataset in _UNSORTED:  # in whatever order the file system has them
+        if self.dataset in _UNSORTED:  # listed in the order of the file system
             files = [str(file) for dataset in datasets for file in getattr(dataset, _UNSORTED[self.dataset])]
             rows = np.array(sorted(range(len(files)), key=files.__getitem__), dtype=np.int64)
         if not testing:
@@ -154,13 +156,15 @@ class TorchvisionData(ContinualDataModule):
             self._numbers = np.full(int(present[-1]) + 1, -1, dtype=np.int64)
             self._numbers[present] = np.arange(len(present))
         if (beyond := labels.max(initial=0)) >= len(self._numbers):
-            raise ValueError(f"{self._title}: test samples have the label {beyond}, training samples do not")
+            raise ValueError(
+                f"{self._title}: label {beyond} occurs in the test samples only; training samples must have it"
+            )
         labels, names = self._numbers[labels], self._class_names
         array = _array(datasets[0])
         if array is not None:
             if self.size is not None:
                 shape = " x ".join(str(side) for side in array.shape[1:])
-                raise ValueError(f"{self._title}: its images are arrays of {shape}; leave size out, or use resize")
+                raise ValueError(f"{self._title}: leave size out, or use resize; its images are arrays of {shape}")
             return TensorSource(array[rows], labels, class_names=names, name=self._title)
         everything = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
         return DatasetSource(
@@ -179,39 +183,44 @@ class TorchvisionData(ContinualDataModule):
         return f"{own} {self.dataset}" if type(self) is TorchvisionData else own
 
     def _open(self, arguments: _Arguments, *, download: bool = False) -> Dataset[Any]:
-        from torchvision import datasets  # takes a second, which other data need not wait for
+        from torchvision import datasets  # this import takes a second
 
         kind = getattr(datasets, self.dataset)
         makers = [base.__init__ for base in kind.__mro__ if "__init__" in vars(base)]
         can_download = any("download" in inspect.signature(maker).parameters for maker in makers)
         if download and not can_download:
             raise ValueError(
-                f"{self._title}: torchvision cannot download it; fetch it by hand, put it under {self.root} and leave "
-                "download out"
+                f"{self._title}: download it by hand into {self.root} and leave download out; torchvision cannot "
+                "download it"
             )
         extra = {"download": download} if can_download else {}
         try:
             dataset: Dataset[Any] = kind(self.root, **arguments, **{**self.options, **extra})
         except TypeError as error:
-            raise ValueError(f"{self._title}: options {self.options} do not fit: {error}") from error
+            raise ValueError(
+                f"{self._title}: options are {self.options}, which the class does not take: {error}"
+            ) from error
         except ValueError as error:
             raise ValueError(f"{self._title}: {' '.join(str(error).split())}") from error
         except ImportError as error:
             raise ValueError(f"{self._title}: it needs a package that is not installed: {error}") from error
         except (RuntimeError, OSError) as error:
-            remedy = "check the network" if download else "give the root that holds it, or set download: true"
+            remedy = "check the network" if download else "give the root of the data, or set download: true"
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{self._title}: no data under {self.root} ({reason}); {remedy}") from error
         return dataset
 
 
 def held_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Which samples are held out, bool ``(N,)``: a share of each class, at least one sample and never all.
+    """Choose held-out samples: a share of each class, at least one sample and never all.
 
     Args:
-        labels: int64 ``(N,)``.
-        fraction: The share, rounded to whole samples.
-        seed: Of the draw.
+        labels: Raw labels, int64 ``(N,)``.
+        fraction: Share of each class, in (0, 1), rounded to whole samples.
+        seed: Seed of the draw.
+
+    Returns:
+        Whether a sample is held out, bool ``(N,)``.
     """
     held = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels).tolist():
@@ -223,7 +232,7 @@ def held_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 
 def _labels(dataset: Any) -> np.ndarray:
-    """Labels of all samples, wherever the class keeps them."""
+    """Labels of all samples, int64 ``(N,)``, from whichever attribute the class has."""
     for attribute in ("targets", "labels", "_labels", "y"):
         if (found := getattr(dataset, attribute, None)) is not None:
             labels = np.asarray(found)
@@ -237,17 +246,17 @@ def _labels(dataset: Any) -> np.ndarray:
 
 
 def _class_names(dataset: Any, count: int) -> list[str]:
-    """One name per label, all different; numbers where the class has no names."""
+    """One name per label, all different; numbers if the class has no names."""
     for attribute in ("classes", "categories", "all_categories"):
         found = getattr(dataset, attribute, None)
         if found is not None and len(found) >= count:
-            names = [name if isinstance(name, str) else str(name[0]) for name in found]  # ImageNet has several for each
+            names = [name if isinstance(name, str) else str(name[0]) for name in found]  # ImageNet has lists of names
             return [f"{name} ({label})" if names.count(name) > 1 else name for label, name in enumerate(names)]
     return [str(label) for label in range(count)]
 
 
 def _array(dataset: Any) -> np.ndarray | Tensor | None:
-    """All images of a class that holds them as one array, uint8."""
+    """All images as one uint8 array; None if the class does not hold them in memory."""
     data = getattr(dataset, "data", None)
     if data is None and (samples := getattr(dataset, "_samples", None)) and isinstance(samples[0][0], Tensor):
         data = torch.stack([image for image, _ in samples])

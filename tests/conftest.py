@@ -1,9 +1,11 @@
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from support import costs, rotation
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
@@ -21,3 +23,54 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data and weights are not at {folder}; set CL_LIGHTNING_DATA to their folder")
     return folder
+
+
+# ------------------------------------------------------------------ which tests run, and where
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist writes the groups into the names
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is not this run's turn; keep together what shares a reference run, or a file."""
+    selected = config.option.keyword or any("::" in arg for arg in config.args)
+    if not selected and (left_out := rotation.left_out(items)):
+        config.hook.pytest_deselected(items=left_out)
+        skipped = set(left_out)
+        items[:] = [item for item in items if item not in skipped]
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        group = costs.method_of(item) or str(item.path.relative_to(config.rootpath))
+        item.add_marker(pytest.mark.xdist_group(group))
+        groups.setdefault(group, []).append(item)
+    items[:] = [item for members in groups.values() for item in members]
+
+
+# ------------------------------------------------------------------ what it costs, and how to repeat it
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    report.cost = costs.lap()
+    report.method = costs.method_of(item)
+    if report.failed and (command := rotation.how_to_repeat(item)) is not None:
+        report.sections.append(("rotation", f"to repeat this: {command}"))
+    return report
+
+
+def pytest_runtest_logstart(nodeid: str, location: Any) -> None:
+    costs.lap()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    costs.TOTALS.add(report)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if exitstatus == 0 and not hasattr(session.config, "workerinput") and costs.TOTALS.fails():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for line in costs.TOTALS.summary():
+        terminalreporter.write_line(line)

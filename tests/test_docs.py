@@ -1,10 +1,8 @@
 import re
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from support import ROOT
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -42,14 +40,42 @@ def test_files_that_the_documents_name_exist(document):
     assert not missing
 
 
-def test_the_table_of_methods_in_the_readme_names_only_what_there_is():
-    from cl_lightning.discovery import methods
+@pytest.fixture
+def generate(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import generate
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = text.split("<!-- methods -->")[1].split("<!-- /methods -->")[0]
-    named = set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE))
-    assert named
-    assert named <= {method.name for method in methods()}
+    return generate
+
+
+def test_the_generated_parts_of_the_documentation_are_up_to_date(generate):
+    assert generate.outdated() == [], "run make docs"
+
+
+def test_a_page_that_differs_from_the_code_is_reported(generate, monkeypatch, capsys):
+    monkeypatch.setitem(generate.FAMILIES, "online", ("Online methods", "another purpose"))
+    assert generate.main(["--check"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        f"{file}: generated part is out of date; run make docs" for file in ("README.md", "docs/methods/online.md")
+    ]
+
+
+def test_every_method_is_in_the_readme_and_every_config_on_a_page(generate):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [method.name for method in generate.methods() if f"`{method.name}`" not in readme] == []
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/methods").glob("*.md"))
+    configs = [str(path.relative_to(ROOT)) for path in (ROOT / "experiments/methods").rglob("*.yaml")]
+    assert [config for config in configs if config not in pages] == []
+
+
+def test_the_command_of_a_config_keeps_its_further_lines(generate, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    config = tmp_path / "mine.yaml"
+    config.write_text("# Mine.\n#   python -m cl_lightning fit --config a \\\n#     --config mine\n# End.\nmodel: ER\n")
+    assert generate.command_of(config) == "python -m cl_lightning fit --config a \\\n    --config mine"
+    config.write_text("# Mine.\nmodel: ER\n")
+    with pytest.raises(ValueError, match=r"mine.yaml: the head has no command; add `#   python -m"):
+        generate.command_of(config)
 
 
 def test_the_page_of_benchmarks_is_what_their_numbers_say(monkeypatch):

@@ -23,22 +23,24 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fuzzing import JUNK, cases, damaged, mangled
 from hypothesis import given
 from hypothesis import strategies as st
-from test_report import content as run_content
+from support import ROOT
+from support.fuzzing import JUNK, cases, damaged, mangled
+from support.reports import content as run_content
 from torch import Tensor
 
-from cl_lightning import cli, measures, results
+from cl_lightning import cli, measures
 from cl_lightning.batch import Draw
 from cl_lightning.datamodules.npz import NpzData
-from cl_lightning.measures import AccuracyMatrix, Row
-from cl_lightning.memory import ClassBalanced, Herding, Memory, Policy, Reservoir, Ring
+from cl_lightning.loop import results
+from cl_lightning.measures import AccuracyMatrix, EvaluationResult
+from cl_lightning.memory import ClassBalanced, HerdingPolicy, Memory, Policy, Reservoir, Ring
 from cl_lightning.report import command
 from cl_lightning.stream import (
     Blurry,
-    Catalogue,
     ClassIncremental,
+    DatasetInfo,
     DomainIncremental,
     FewShot,
     LabelFraction,
@@ -51,8 +53,6 @@ from cl_lightning.stream import (
     Subset,
 )
 from cl_lightning.stream.scenarios import read_lists
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def check_told(error: BaseException, what: str = "") -> None:
 
 
 @st.composite
-def catalogues(draw: st.DrawFn, classes: int | None = None) -> Catalogue:
+def catalogues(draw: st.DrawFn, classes: int | None = None) -> DatasetInfo:
     """Three or more samples of each class in each of two domains."""
     classes = draw(st.integers(1, 6)) if classes is None else classes
     counts = draw(st.lists(st.integers(3, 7), min_size=2 * classes, max_size=2 * classes))
@@ -80,7 +80,7 @@ def catalogues(draw: st.DrawFn, classes: int | None = None) -> Catalogue:
     test = np.arange(2 * classes)
     names = draw(st.lists(st.text(max_size=3), min_size=classes, max_size=classes, unique=True))
     train = train[order]
-    return Catalogue(train // 2, test // 2, tuple(names), train % 2, test % 2, ("x", "y"))
+    return DatasetInfo(train // 2, test // 2, tuple(names), train % 2, test % 2, ("x", "y"))
 
 
 @st.composite
@@ -117,26 +117,26 @@ def keeps_all(scenario: Any) -> bool:
 @cases(60)
 @given(st.data(), catalogues(), st.integers(0, 2**32), st.sampled_from([0.0, 0.3]))
 def test_no_sample_comes_in_two_tasks_and_the_order_is_a_permutation(
-    folder: Path, data: st.DataObject, catalogue: Catalogue, seed: int, val_fraction: float
+    folder: Path, data: st.DataObject, info: DatasetInfo, seed: int, val_fraction: float
 ) -> None:
-    scenario = data.draw(scenarios(catalogue.num_classes))
+    scenario = data.draw(scenarios(info.num_classes))
     try:
-        stream = scenario(catalogue, seed=seed, val_fraction=val_fraction)
+        stream = scenario(info, seed=seed, val_fraction=val_fraction)
     except ValueError as error:
         check_told(error, "training samples")  # there are too few to deal out
         return
     dealt = np.concatenate([*stream.train, *stream.val]).tolist()
     assert len(dealt) == len(set(dealt))
-    assert not keeps_all(scenario) or len(dealt) == len(catalogue.train_labels)
+    assert not keeps_all(scenario) or len(dealt) == len(info.train_labels)
     tested = np.concatenate(stream.test).tolist()
-    assert "test_per_class=1" in repr(scenario) or sorted(set(tested)) == list(range(len(catalogue.test_labels)))
-    assert sorted(stream.order) == list(range(catalogue.num_classes))
-    stream.check(catalogue)
+    assert "test_per_class=1" in repr(scenario) or sorted(set(tested)) == list(range(len(info.test_labels)))
+    assert sorted(stream.order) == list(range(info.num_classes))
+    stream.check(info)
     stream.save(folder / "stream.json")
     again = Stream.load(folder / "stream.json")
     assert again == stream
     assert again.hashes == stream.hashes
-    assert scenario(catalogue, seed=seed, val_fraction=val_fraction) == stream
+    assert scenario(info, seed=seed, val_fraction=val_fraction) == stream
 
 
 @cases(40)
@@ -146,8 +146,8 @@ def test_a_stream_that_is_extended_keeps_each_sample_in_its_task(
 ) -> None:
     whole = data.draw(catalogues(before + more))
     old = whole.train_labels < before
-    first = Catalogue(whole.train_labels[old], np.arange(before), whole.class_names[:before])
-    grown = Catalogue(whole.train_labels, np.arange(before + more), whole.class_names)
+    first = DatasetInfo(whole.train_labels[old], np.arange(before), whole.class_names[:before])
+    grown = DatasetInfo(whole.train_labels, np.arange(before + more), whole.class_names)
     made = [ClassIncremental(increment=1, class_order="random"), SingleTask(), Blurry(tasks=1), FewShot(before, 1, 2)]
     scenario = data.draw(st.sampled_from(made))
     stream = scenario(first, seed=seed)
@@ -173,7 +173,7 @@ chance, made = random.Random(0), []
 for _ in range(int(sys.argv[1])):
     classes = chance.randint(1, 12)
     labels = np.repeat(np.arange(classes), [chance.randint(4, 20) for _ in range(classes)])
-    data = Catalogue(labels, np.arange(classes), tuple(f"{chance.random()} \\u00e4" for _ in range(classes)))
+    data = DatasetInfo(labels, np.arange(classes), tuple(f"{chance.random()} \\u00e4" for _ in range(classes)))
     tasks = chance.randint(1, classes)
     for scenario in (Blurry(tasks, blurry=40), ClassIncremental(increment=1, class_order="random"), FewShot(1, 1, 3),
                      LabelFraction(LongTailed(SingleTask(), 3, "shuffled"), 0.5), PermutedDomains(2, share="split")):
@@ -187,11 +187,11 @@ print(hashlib.sha256(json.dumps(made).encode()).hexdigest())
 
 def test_a_class_that_a_tail_takes_out_of_a_task_leaves_its_validation_samples_too() -> None:
     train = np.array([0, 1, 0, 2, 0, 0, 1, 0, 2, 2, 2, 1, 1, 1, 2, 1, 0, 2])
-    homes = np.array([0, 1, 1, 0, 0, 1, 0, 1, 1, 0, 0, 1, 0, 1, 1, 0, 0, 1])
+    assign_tests = np.array([0, 1, 1, 0, 0, 1, 0, 1, 1, 0, 0, 1, 0, 1, 1, 0, 0, 1])
     pairs = np.arange(6)
-    catalogue = Catalogue(train, pairs // 2, ("", "1", "0"), homes, pairs % 2, ("x", "y"))
-    stream = LongTailed(DomainIncremental(), 3.0)(catalogue, seed=0, val_fraction=0.3)
-    stream.check(catalogue)
+    info = DatasetInfo(train, pairs // 2, ("", "1", "0"), assign_tests, pairs % 2, ("x", "y"))
+    stream = LongTailed(DomainIncremental(), 3.0)(info, seed=0, val_fraction=0.3)
+    stream.check(info)
     assert Stream.from_dict(stream.to_dict()) == stream
 
 
@@ -272,7 +272,7 @@ OPERATIONS = st.lists(
 
 
 @cases(60)
-@given(st.integers(0, 12), st.sampled_from([Reservoir, ClassBalanced, Ring, Herding]), OPERATIONS)
+@given(st.integers(0, 12), st.sampled_from([Reservoir, ClassBalanced, Ring, HerdingPolicy]), OPERATIONS)
 def test_a_memory_never_holds_more_than_its_size_whatever_is_done_to_it(
     size: int, policy: type[Policy], operations: list[tuple[str, Any]]
 ) -> None:
@@ -315,7 +315,7 @@ def test_a_memory_never_holds_more_than_its_size_whatever_is_done_to_it(
 
 
 @st.composite
-def rows(draw: st.DrawFn) -> list[Row]:
+def rows(draw: st.DrawFn) -> list[EvaluationResult]:
     """Evaluations after each task of a stream of one to five, with tasks and classes that have no test samples."""
     count = draw(st.integers(1, 5))
     classes = draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
@@ -337,7 +337,7 @@ def rows(draw: st.DrawFn) -> list[Row]:
         prefix = torch.tensor([draw(st.floats(0, 1)) for _ in ends], dtype=torch.float64)
         ece = torch.tensor(draw(st.lists(st.floats(0, 1), min_size=t + 1, max_size=t + 1)), dtype=torch.float64)
         ece[totals == 0] = math.nan
-        found.append(Row(totals, correct, aware, prefix, confusion, ece))
+        found.append(EvaluationResult(totals, correct, aware, prefix, confusion, ece))
     return found
 
 
@@ -346,10 +346,10 @@ SIGNED = ("forgetting", "transfer", "drop")
 
 @cases(100)
 @given(rows(), st.booleans())
-def test_all_measures_of_a_run_stay_within_their_bounds(found: list[Row], started: bool) -> None:
+def test_all_measures_of_a_run_stay_within_their_bounds(found: list[EvaluationResult], started: bool) -> None:
     matrix = AccuracyMatrix()
     if started:
-        matrix.fill(-1, Row(found[-1].totals, found[-1].correct // 2, found[-1].correct_task_aware // 2))
+        matrix.fill(-1, EvaluationResult(found[-1].totals, found[-1].correct // 2, found[-1].correct_task_aware // 2))
     for t, row in enumerate(found):
         matrix.fill(t, row)
     for t in range(matrix.learned):
@@ -386,10 +386,10 @@ def test_measures_of_curves_stay_within_their_bounds(tasks: int, points: int, da
 # ---------------------------------------------------------------------- damaged files
 
 
-def manifest() -> tuple[Stream, Catalogue]:
-    catalogue = Catalogue(np.arange(18) % 3, np.arange(6) % 3, ("a", "b|", "<c>"))
+def manifest() -> tuple[Stream, DatasetInfo]:
+    info = DatasetInfo(np.arange(18) % 3, np.arange(6) % 3, ("a", "b|", "<c>"))
     scenario = LabelFraction(ClassIncremental(sizes=[1, 2]), fraction=0.5)
-    return scenario(catalogue, seed=3, val_fraction=0.2), catalogue
+    return scenario(info, seed=3, val_fraction=0.2), info
 
 
 MANIFEST = json.dumps(manifest()[0].to_dict()).encode()
@@ -400,10 +400,10 @@ MANIFEST = json.dumps(manifest()[0].to_dict()).encode()
 def test_a_damaged_manifest_gives_a_stream_of_the_data_or_a_clear_error(folder: Path, content: bytes) -> None:
     path = folder / "damaged.json"
     path.write_bytes(content)
-    stream, catalogue = manifest()
+    stream, info = manifest()
     try:
         found = Stream.load(path)
-        found.check(catalogue)
+        found.check(info)
     except ValueError as error:
         check_told(error)
         return
@@ -576,7 +576,7 @@ TALE = st.sampled_from(
 @pytest.fixture
 def built(monkeypatch, tmp_path) -> Iterator[list[bool]]:
     """Runs of ``fit`` end where training would begin; tells of each whether it came so far."""
-    from cl_lightning import commands
+    from cl_lightning.cli import commands
 
     reached: list[bool] = []
 
@@ -624,19 +624,22 @@ def test_a_damaged_configuration_is_accepted_or_told_in_a_line(built, content: A
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("a: &a [*a]", "the configuration is nested too deeply, or holds itself"),
-        ("model: &m {class_path: ER, init_args: *m}", "the configuration is nested too deeply, or holds itself"),
-        ("trainer: null", "trainer: None is not allowed; give keys with their values, or leave it out"),
-        ("loop: 3", "loop: 3 is not allowed; give keys with their values, or leave it out"),
+        ("a: &a [*a]", "the configuration is nested too deeply, or contains itself"),
+        ("model: &m {class_path: ER, init_args: *m}", "the configuration is nested too deeply, or contains itself"),
+        ("trainer: null", "trainer: None is not allowed; give keys and values, or remove it"),
+        ("loop: 3", "loop: 3 is not allowed; give keys and values, or remove it"),
         ("trainer: [1]", "trainer: "),
         ("trainer: {max_epochs: '${x'}", "trainer.max_epochs: "),
-        ("trainer: {max_epochs: '${loop.nosuch}'}", "refer to another key by its whole name, as ${loop.keep_tasks}"),
+        (
+            "trainer: {max_epochs: '${loop.nosuch}'}",
+            "refer to another key by its full name, such as ${loop.keep_tasks}",
+        ),
         ("model: !!python/object/apply:os.mkdir ['hacked']", "could not determine a constructor for the tag"),
         ("trainer: {logger: {class_path: Nosuch}}", "there is no class 'Nosuch'; there are CSVLogger"),
         ('model: "a\\e[31m.b"', "model: "),
     ],
 )
-def test_configurations_that_once_ended_in_a_traceback_are_told(built, content: str, told: str) -> None:
+def test_configurations_that_once_ended_in_a_traceback_are_an_error(built, content: str, told: str) -> None:
     check_fit(content)
     code, said = fit(content)
     assert code == 2

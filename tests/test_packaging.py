@@ -6,8 +6,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
-ROOT = Path(__file__).parents[1]
 TOPS = ("callbacks", "datamodules")  # folders at the top that are installed inside cl_lightning
 
 

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_report import check_page, content
+from support import ROOT
+from support.reports import check_page, content
 
-from cl_lightning import results
 from cl_lightning.cli import main
+from cl_lightning.loop import results
 from cl_lightning.report import command, page, runs, tables
 from cl_lightning.report.comparison import compare
-from cl_lightning.stream import Catalogue, ClassIncremental, FromManifest
+from cl_lightning.stream import ClassIncremental, DatasetInfo, FromManifest
 
-ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
     path for part in ("cl_lightning", "callbacks", "datamodules") for path in (ROOT / part).rglob("*.py")
 )  # the two links inside cl_lightning are not followed
@@ -61,7 +61,7 @@ def given(call: ast.Call, keyword: str) -> Any:
 
 
 def test_the_sources_are_found() -> None:
-    assert {"cl_lightning/checkpoint.py", "callbacks/distillation.py", "datamodules/npz.py"} <= set(TREES)
+    assert {"cl_lightning/loop/checkpoint.py", "callbacks/distillation.py", "datamodules/npz.py"} <= set(TREES)
     assert len(list(calls("np.load"))) >= 1
     assert len(list(calls("torch.load"))) >= 2
 
@@ -118,7 +118,7 @@ def test_pages_escape_what_they_show() -> None:
 
 
 def test_a_manifest_holds_no_path_that_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    catalogue = Catalogue(np.arange(6) % 3, np.arange(3), ("../../etc", "/etc/passwd", "c"))
+    catalogue = DatasetInfo(np.arange(6) % 3, np.arange(3), ("../../etc", "/etc/passwd", "c"))
     stream = ClassIncremental(increment=1)(catalogue, seed=0)
     data = stream.to_dict()
     data["scenario"] = {

@@ -1,4 +1,4 @@
-"""The protocol of runs in words: what a reader has to know before comparing their numbers with others."""
+"""The protocol of runs as titles and texts, for the comparison with published numbers."""
 
 import hashlib
 import json
@@ -10,18 +10,18 @@ from cl_lightning.report.comparison import Group
 from cl_lightning.report.runs import Run
 
 Card = list[tuple[str, list[tuple[str, tuple[str, ...]]]]]
-"""Titles, each with its values, each with the labels of the groups that have it."""
+"""Titles with their values; each value with the labels of its groups."""
 
-_SHOWN = 4  # values of a group whose runs differ
+_SHOWN = 4  # at most so many values of a group whose runs differ
 
 
 def protocol(groups: Sequence[Group]) -> Card:
-    """How the runs were made. A fact in which groups differ has several values."""
+    """Data, stream, training and evaluation of the runs. A fact in which groups differ has several values."""
     return _card(groups, _FACTS)
 
 
 def software(groups: Sequence[Group]) -> Card:
-    """What the runs ran on, and with."""
+    """Hardware and software of the runs."""
     names: dict[str, Callable[[Run], str]] = {
         "Device": _device,
         "System": lambda run: run.hardware.get("system", ""),
@@ -53,7 +53,7 @@ def _joined(values: Sequence[str]) -> str:
 
 
 def described(config: Mapping[str, str], key: str) -> str:
-    """A class of a configuration with its options, as one would write a call; those of a list one after the other."""
+    """A class of a configuration with its options, in the form of a call; the classes of a list separated by commas."""
     items = sorted({int(found[1]) for entry in config if (found := re.match(rf"{re.escape(key)}\.(\d+)\.", entry))})
     if items:
         return ", ".join(filter(None, (described(config, f"{key}.{item}") for item in items)))
@@ -141,11 +141,11 @@ def _batch(run: Run) -> str:
     size = _text(run, "batch_size") or (run.config or {}).get("data.init_args.batch_size", "")
     extra = []
     if _text(run, "accumulate_grad_batches") not in ("", "1"):
-        extra.append(f"gradients of {_text(run, 'accumulate_grad_batches')} batches added up")
+        extra.append(f"gradients accumulated over {_text(run, 'accumulate_grad_batches')} batches")
     if _text(run, "one_pass") == "true":
-        extra.append("each sample in one batch alone")
+        extra.append("each sample in one batch only")
     if _text(run, "passes") not in ("", "1"):
-        extra.append(f"{_text(run, 'passes')} steps a batch")
+        extra.append(f"{_text(run, 'passes')} steps per batch")
     return ", ".join([size, *extra]) if size else ""
 
 
@@ -153,7 +153,7 @@ def _augmentation(run: Run) -> str:
     configured = _configured(run, "data.init_args.transforms")
     names = run.protocol.texts.get("augmentation")
     if names is None:
-        return configured or ("none given: that of the data set" if run.config is not None else "")
+        return configured or ("none given: default of the data set" if run.config is not None else "")
     return configured or ", ".join(re.findall(r'"([^"]*)"', names)) or "none"
 
 
@@ -172,8 +172,8 @@ def _weights(run: Run) -> str:
     start = "model.init_args.backbone.init_args."
     given = {key.removeprefix(start): value for key, value in config.items() if key.startswith(start)}
     names = ("pretrained", "weights", "checkpoint", "checkpoint_path", "tag")
-    told = [f"{name}={given[name]}" for name in names if given.get(name, "false") not in ("false", "")]
-    return ", ".join(told) or ("from scratch" if run.config is not None else "")
+    given_names = [f"{name}={given[name]}" for name in names if given.get(name, "false") not in ("false", "")]
+    return ", ".join(given_names) or ("from scratch" if run.config is not None else "")
 
 
 def _optimizer(run: Run) -> str:
@@ -199,10 +199,10 @@ def _memory(run: Run) -> str:
     held = _text(run, "memory_samples")
     parts = [f"{', '.join(sizes)} samples at most"] if sizes else []
     if run.finished and held and (held != "0" or parts):
-        parts.append(f"{held} held at the end")
+        parts.append(f"{held} at the end")
     if run.finished:
         kept = [f"{kind} {size:,} B" for kind, size in run.bytes_kept.items() if size]
-        parts.append("kept between tasks: " + (", ".join(kept) or "nothing beside the network"))
+        parts.append("kept between tasks: " + (", ".join(kept) or "nothing except the network"))
     return "; ".join(parts)
 
 
@@ -216,7 +216,7 @@ def _numbers(run: Run) -> str:
 
 
 def seeds(run: Run) -> str:
-    """Seed of a run, and that of its data where they have one of their own."""
+    """Seed of a run, and the seed of its data if it has one of its own."""
     seed, own = run.draw
     return f"{seed} (data {own})" if own else seed
 

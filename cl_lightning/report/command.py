@@ -13,46 +13,46 @@ from cl_lightning.report.comparison import Comparison
 from cl_lightning.report.runs import load
 
 FORMATS = ("table", "markdown", "latex", "csv")
-_LISTED = 20  # problems that are told in the terminal
+_LISTED = 20  # problems that are printed in the terminal
 
 
 class _Parser(argparse.ArgumentParser):
-    """Puts a mistake in one line."""
+    """Argument parser whose errors are a ValueError."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the arguments after the word ``report``."""
+    """Parser of the arguments after ``report``."""
     result = _Parser(
         prog="python -m cl_lightning report",
-        description="Compare runs: print a table, and write one HTML page that needs nothing else.",
+        description="Compare runs: print a table, and write one self-contained HTML page.",
         allow_abbrev=False,
     )
-    result.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or one that holds runs")
-    result.add_argument("--output", default="report.html", help="the page that is written (default: %(default)s)")
+    result.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a folder that contains runs")
+    result.add_argument("--output", default="report.html", help="HTML file to write (default: %(default)s)")
     result.add_argument(
         "--format",
         default="table",
         choices=FORMATS,
-        help="of what is printed to standard output (default: %(default)s)",
+        help="format of the table on standard output (default: %(default)s)",
     )
     result.add_argument(
         "--baseline",
         metavar="METHOD",
-        help="what the others are compared with: a method, or its name in the table (default: Finetune, or the first)",
+        help="method to compare the others with, or its name in the table (default: Finetune, or the first)",
     )
     return result
 
 
 def main(args: Sequence[str]) -> int:
-    """Compare runs; returns the exit code, 0, or 2 after a mistake, which is told in one line.
+    """Compare runs; returns the exit code: 0, or 2 after an error, which is printed in one line.
 
-    The comparison goes to standard output, all else to standard error.
+    The comparison is printed to standard output, everything else to standard error.
 
     Args:
-        args: Arguments after the word ``report``.
+        args: Arguments after ``report``.
     """
     try:
         options = parser().parse_args(list(args))
@@ -64,37 +64,37 @@ def main(args: Sequence[str]) -> int:
     try:
         show(compared, options.format)
         sys.stdout.flush()
-    except BrokenPipeError:  # a pager or head has seen enough
+    except BrokenPipeError:  # a pager or head has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     for text in compared.streams:
         print(f"different streams: {text}", file=sys.stderr)
     for problem in compared.problems[:_LISTED]:
         print(problem, file=sys.stderr)
     if len(compared.problems) > _LISTED:
-        print(f"and {len(compared.problems) - _LISTED} more, all in the page", file=sys.stderr)
+        print(f"and {len(compared.problems) - _LISTED} more; the page lists all", file=sys.stderr)
     print(f"report: {path}", file=sys.stderr)
     return 0
 
 
 def write(runs: Sequence[str | Path], output: str | Path, baseline: str | None = None) -> Path:
-    """Write the page on some runs, and return its path.
+    """Write the page that compares runs, and return its path.
 
     Args:
-        runs: Folders of runs, or folders that hold runs.
-        output: The file; its folder is made.
-        baseline: What the other methods are compared with; None for fine-tuning, or the first.
+        runs: Folders of runs, or folders that contain runs.
+        output: The file; its folder is created.
+        baseline: Method to compare the others with; None for fine-tuning, or the first.
 
     Raises:
-        ValueError: None of the runs can be used, the baseline is not among them, or the file cannot be written.
+        ValueError: If no run can be used, the baseline is not among the runs, or the file cannot be written.
     """
     return save(read([str(run) for run in runs], baseline), output)
 
 
 def read(paths: Sequence[str], baseline: str | None = None) -> Comparison:
-    """Compare the runs at and below some paths.
+    """Compare the runs at and below the given paths.
 
     Raises:
-        ValueError: None of them can be used, or the baseline is not among them.
+        ValueError: If no run can be used, or the baseline is not among the runs.
     """
     found, problems = load(paths)
     if not found:
@@ -104,12 +104,12 @@ def read(paths: Sequence[str], baseline: str | None = None) -> Comparison:
 
 
 def save(compared: Comparison, output: str | Path) -> Path:
-    """Write the page, whole or not at all.
+    """Write the page; an existing file is replaced atomically.
 
     Raises:
-        ValueError: The file cannot be written.
+        ValueError: If the file cannot be written.
     """
-    from cl_lightning.report import page  # matplotlib takes a while to import
+    from cl_lightning.report import page
 
     path = Path(output)
     if path.is_dir():
@@ -137,7 +137,7 @@ def _umask() -> int:
 
 
 def show(compared: Comparison, form: str = "table") -> None:
-    """Print the comparison in one of the formats."""
+    """Print the comparison in one of ``FORMATS``."""
     if form == "csv":
         print(tables.comma_separated(compared), end="")
         return

@@ -1,4 +1,4 @@
-"""Compares runs: which belong together, how they differ in outcome, and in what else they differ."""
+"""Comparison of runs: grouping over seeds, differences in results, and differences in everything else."""
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -11,29 +11,29 @@ from cl_lightning.report.statistics import Estimate, estimate, paired_difference
 Unit = Literal["percent", "seconds", "bytes"]
 
 _SEEDS = ("seed_everything", "data.init_args.seed")
-_BOOKKEEPING = re.compile(  # cannot change a result
+_BOOKKEEPING = re.compile(  # options that cannot change a result
     r"trainer\.(logger|profiler|enable_progress_bar|enable_model_summary|enable_checkpointing|default_root_dir"
     r"|log_every_n_steps|num_sanity_val_steps|enable_autolog_hparams|barebones)(\.|$)"
     r"|loop\.(save_every_n_steps|save_every_seconds|keep_last|keep_tasks|stop_after_task|feature_cache|feature_cache_gb)$"
     r"|data\.init_args\.(root|workers|in_memory)$"
 )
-_UNUSED = {("loop.nan_loss", "stop")}  # a run that goes on has not met it, nor one of a version without it
+_UNUSED = {("loop.nan_loss", "stop")}  # without effect on a run that continued
 _MEMORY = re.compile(r"(^|[._])(memory_size|buffer_size|exemplars_per_class|memory_per_class)$")
-_SHARED_OPTIONS = re.compile(  # options of a strategy that every strategy has, and that are no part of a method
+_SHARED_OPTIONS = re.compile(  # options of every strategy, which are not part of a method
     r"model\.init_args\.(backbone|optimizer|scheduler|first_optimizer|first_scheduler|freeze_backbone)(\.|$)"
 )
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Something that a run is judged by.
+    """A measure of runs.
 
     Attributes:
-        name: In CSV.
-        title: In tables.
-        unit: ``percent`` for shares in [-1, 1], ``seconds`` or ``bytes``.
-        more: Whether more of it is better.
-        of: Its value in a run; None if the run does not have it.
+        name: Name in CSV files.
+        title: Title in tables.
+        unit: ``percent`` for fractions in [-1, 1], ``seconds`` or ``bytes``.
+        more: Whether larger is better.
+        of: Function from a run to its value; None if the run does not have it.
     """
 
     name: str
@@ -70,10 +70,10 @@ MEASURES = (LAST, INCREMENTAL, FORGETTING, TRANSFER, SECONDS, BYTES)
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one method with one configuration, that differ in their seeds alone.
+    """Runs of one method with one configuration, which differ only in their seeds.
 
     Attributes:
-        label: Name of the method, with the options that tell it from other groups of the same method.
+        label: Name of the method, with the options that distinguish it from other groups of the same method.
         runs: At least one, each with a seed of its own.
     """
 
@@ -98,11 +98,11 @@ class Group:
 
     @property
     def config(self) -> Mapping[str, str]:
-        """The configuration, but for what the runs of a group may differ in."""
+        """The configuration without the fields in which runs of a group may differ."""
         return comparable(self.first.config or {})
 
     def values(self, measure: Measure) -> dict[Hashable, float]:
-        """Value per run, by what the runs of two groups are paired by: seed and data."""
+        """Value per run, by the key for pairing the runs of two groups: seed and data."""
         found = {(run.draw, run.fingerprints): measure.of(run) for run in self.runs}
         return {key: value for key, value in found.items() if value is not None}
 
@@ -113,7 +113,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Difference:
-    """A field in which groups differ: each value with the labels of the groups that have it; None is not set."""
+    """A field in which groups differ: each value with the labels of its groups; None if the field is not set."""
 
     field: str
     values: tuple[tuple[str | None, tuple[str, ...]], ...]
@@ -121,11 +121,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Budget:
-    """One method at several sizes of memory.
+    """One method at several memory sizes.
 
     Attributes:
-        label: Of the method.
-        megabytes: Mean size per group, of network and exemplars, in 2^20 bytes; ascending.
+        label: Label of the method.
+        megabytes: Mean size of network and exemplars per group, in 2^20 bytes, ascending.
         groups: The groups.
         average, last: Area under average incremental and last accuracy over the size, mean over seeds.
     """
@@ -139,16 +139,16 @@ class Budget:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that a report tells of several runs, as numbers.
+    """The numbers and differences of a report on several runs.
 
     Attributes:
-        groups: In the order in which the runs were given.
-        baseline: The group that the others are compared with; None if there is no other.
-        problems: What could not be read.
-        streams: In what the streams of the runs differ; empty if all learnt the same.
+        groups: Groups, in the order in which the runs were given.
+        baseline: Group that the others are compared with; None for a single group.
+        problems: Problems with runs.
+        streams: Differences between the streams of the runs; empty if all runs have the same stream.
         protocol, options, software: Fields in which groups differ: of the protocol, of the methods themselves, of
             software and hardware.
-        budgets: Methods that were run at several sizes of memory.
+        budgets: Methods with several memory sizes.
     """
 
     groups: tuple[Group, ...]
@@ -165,7 +165,7 @@ class Comparison:
         return [run for group in self.groups for run in group.runs]
 
     def difference(self, group: Group, measure: Measure) -> Estimate | None:
-        """Mean and interval of group - baseline, over the seeds and data that both have; None if that says nothing."""
+        """Mean and interval of group - baseline, over the common seeds and data; None without a comparison."""
         base = self.baseline
         if base is None or group is base or group.finished != base.finished:
             return None
@@ -176,19 +176,22 @@ def compare(runs: Sequence[Run], problems: Sequence[Problem] = (), baseline: str
     """Group runs by method and configuration, and compare the groups.
 
     Args:
-        runs: At least one.
-        problems: Of other runs, passed on.
-        baseline: Label, method or import path of the group that the others are compared with; None for fine-tuning if
-            it is among them, else for the first.
+        runs: At least one run.
+        problems: Problems with other runs, passed on.
+        baseline: Label, method or import path of the group to compare the others with; None for fine-tuning if it is
+            among the groups, otherwise for the first group.
 
     Raises:
-        ValueError: For a baseline that is not among the groups, or that several of them answer to.
+        ValueError: If the baseline is not among the groups, or several groups match it.
     """
     found, repeated = _grouped(runs)
     groups = _labelled(found)
     chosen = _baseline(groups, baseline)
     unfinished = [
-        Problem(run.name, f"is unfinished: {run.finished} of {len(run.tasks)} tasks are learnt; used as far as it goes")
+        Problem(
+            run.name,
+            f"is unfinished: {run.finished} of {len(run.tasks)} tasks are done; the report uses these",
+        )
         for group in groups
         for run in group.runs
         if not run.complete
@@ -208,7 +211,7 @@ def compare(runs: Sequence[Run], problems: Sequence[Problem] = (), baseline: str
 
 
 def comparable(config: Mapping[str, str]) -> dict[str, str]:
-    """The fields of a configuration that decide what is learnt, and how; not the seed."""
+    """The fields of a configuration that can change results, without the seed."""
     return {
         key: value
         for key, value in config.items()
@@ -217,12 +220,13 @@ def comparable(config: Mapping[str, str]) -> dict[str, str]:
 
 
 def shown(field: str) -> str:
-    """A key of the configuration as it is given on the command line."""
+    """A key of the configuration in the form of the command line."""
     return field.replace(".init_args", "").removesuffix(".class_path")
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points (cost, gain) that no other beats: at most its cost with more gain, or less with as much."""
+    """Indices of the Pareto-optimal points (cost, gain): no other point has at most the cost and more gain, or less
+    cost and at least the gain."""
     front: list[int] = []
     best = float("-inf")
     for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
@@ -242,7 +246,7 @@ def _grouped(runs: Sequence[Run]) -> tuple[list[tuple[Run, ...]], list[Problem]]
     for run in runs:
         config = None if run.config is None else frozenset(comparable(run.config).items())
         key: tuple[Hashable, ...] = (run.strategy, config, run.finished, _size(run))
-        # Runs of one seed stay apart if it is not known that they have the same options, and learnt the same data.
+        # Runs of one seed are separate groups unless they are known to have the same options and data.
         while (other := by_key.get(key, {}).get(run.draw)) is not None and (
             config is None or other.fingerprints != run.fingerprints
         ):
@@ -250,7 +254,7 @@ def _grouped(runs: Sequence[Run]) -> tuple[list[tuple[Run, ...]], list[Problem]]
         members = by_key.setdefault(key, {})
         if (other := members.get(run.draw)) is not None:
             kept, left = (run, other) if run.written >= other.written else (other, run)
-            repeated.append(Problem(left.name, f"has the configuration and the seed of {kept.name}; left out"))
+            repeated.append(Problem(left.name, f"has the same configuration and seed as {kept.name}; left out"))
             members[run.draw] = kept
         else:
             members[run.draw] = run
@@ -271,13 +275,13 @@ def _labelled(found: Sequence[tuple[Run, ...]]) -> tuple[Group, ...]:
 
 
 def _label(group: Group, among: Sequence[Group], skip: re.Pattern[str] | None = None) -> str:
-    """Name of the method, with up to three options that tell the group from the others of that method."""
+    """Name of the method, with up to three options that distinguish the group from others of the same method."""
     namesakes = {other.first.strategy for other in among if other.method == group.method}
     name = group.method if len(namesakes) == 1 else group.first.strategy
-    alike = [other for other in among if other.first.strategy == group.first.strategy]
-    fields = [entry.field for entry in _differences(alike, lambda member: member.config)]
-    told = [field for field in fields if field in group.config and not (skip and skip.search(field))][:3]
-    return f"{name} {', '.join(f'{_leaf(field)}={_short(group.config[field])}' for field in told)}".rstrip()
+    same_method = [other for other in among if other.first.strategy == group.first.strategy]
+    fields = [entry.field for entry in _differences(same_method, lambda member: member.config)]
+    distinct = [field for field in fields if field in group.config and not (skip and skip.search(field))][:3]
+    return f"{name} {', '.join(f'{_leaf(field)}={_short(group.config[field])}' for field in distinct)}".rstrip()
 
 
 def _leaf(field: str) -> str:
@@ -299,9 +303,9 @@ def _baseline(groups: Sequence[Group], wanted: str | None) -> Group:
             return found[0]
         if found:
             labels = ", ".join(repr(group.label) for group in found)
-            raise ValueError(f"--baseline {wanted!r} stands for {len(found)} groups; use one of {labels}")
+            raise ValueError(f"--baseline {wanted!r} matches {len(found)} groups; use one of {labels}")
     labels = ", ".join(repr(group.label) for group in groups)
-    raise ValueError(f"--baseline {wanted!r} is none of the methods; use one of {labels}")
+    raise ValueError(f"--baseline {wanted!r} is not among the methods; use one of {labels}")
 
 
 # ---------------------------------------------------------------------- what else differs
@@ -326,7 +330,7 @@ def _is_option(field: str) -> bool:
 
 
 def _software(groups: Sequence[Group]) -> list[Difference]:
-    """In software and hardware the runs of one group may differ too: a label stands for those of its runs that do."""
+    """Differences in software and hardware; the runs of a group may differ too: a label stands for some of them."""
     values: dict[str, dict[str | None, list[str]]] = {}
     runs = [(group.label, run) for group in groups for run in group.runs]
     entries = [{**run.versions, **{f"hardware {key}": value for key, value in run.hardware.items()}} for _, run in runs]
@@ -343,7 +347,7 @@ def _software(groups: Sequence[Group]) -> list[Difference]:
 
 
 def _streams(groups: Sequence[Group]) -> list[str]:
-    """Sentences on in what the streams of the runs differ."""
+    """Sentences about the differences between the streams of the runs."""
     runs = [(group.label, run) for group in groups for run in group.runs]
     notices = []
     sizes: dict[str, list[str]] = {}
@@ -367,10 +371,12 @@ def _streams(groups: Sequence[Group]) -> list[str]:
         if len(found) > 1 and not notices:
             parts = "; ".join(f"{_some(labels)} ({seen[0][:8]}…)" for seen, labels in found.items())
             which = f"seed {seed}" + (f", data seed {own}" if own else "")
-            notices.append(f"With {which}, the tasks hold other samples, or come in another order: {parts}.")
+            notices.append(f"With {which}, the tasks differ in their samples or in their order: {parts}.")
     unknown = [run.name for _, run in runs if not run.fingerprints]
     if unknown and len(runs) > 1:
-        notices.append(f"Whether these learnt the same data is not known, their files do not say: {_some(unknown)}.")
+        notices.append(
+            f"It is not known whether these runs have the same data, because their files lack hashes: {_some(unknown)}."
+        )
     return notices
 
 
@@ -397,7 +403,7 @@ def _some(names: Sequence[str], limit: int = 6) -> str:
 
 
 def _budgets(groups: Sequence[Group]) -> list[Budget]:
-    """Groups that differ in the size of their memory alone, as one budget curve each."""
+    """Budget curves, each of groups that differ only in their memory size."""
     families: dict[Hashable, list[Group]] = {}
     for group in groups:
         if group.complete and group.config and all(run.budget is not None for run in group.runs):

@@ -1,4 +1,4 @@
-"""The report as one HTML page, with nothing outside of it."""
+"""The report as one self-contained HTML page."""
 
 import re
 
@@ -11,7 +11,7 @@ from cl_lightning.report.parts import counted
 
 
 def render(comparison: Comparison) -> str:
-    """The whole page."""
+    """The HTML of the page."""
     runs = comparison.runs
     sections = single.sections(comparison.groups[0]) if len(runs) == 1 else several.sections(comparison)
     environment = Environment(
@@ -46,13 +46,13 @@ def _summary(comparison: Comparison) -> str:
 
 
 def _unit(head: str) -> Markup:
-    """The unit at the end of a head, in brackets, apart from it."""
+    """A column head with its unit, the brackets at the end, in an element of its own."""
     found = re.fullmatch(r"(.*) (\([^()]+\))", head)
     return Markup('{} <span class="unit">{}</span>').format(*found.groups()) if found else escape(head)
 
 
 def _half(cell: str) -> Markup:
-    """What follows the sign of the interval, lighter."""
+    """A cell with the half-width of its interval in an element of its own."""
     mean, sign, rest = cell.partition(" ± ")
     return Markup('{} <span class="half">± {}</span>').format(mean, rest) if sign else escape(cell)
 

@@ -1,4 +1,4 @@
-"""What the pages on one run and on several are made of."""
+"""Parts of the pages on one run and on several runs: plots, matrices, sections."""
 
 import math
 import re
@@ -14,12 +14,12 @@ from cl_lightning.report.statistics import estimate
 from cl_lightning.report.tables import Sheet
 
 NUMBERED = 24
-"""Rows of a matrix that is shown with its numbers; a larger one is an image."""
+"""Largest number of rows of a matrix that is displayed with its numbers; a larger matrix is an image."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing with its heading; ``legend`` are pairs of a sign and a text."""
+    """A plot with its heading; ``legend`` are pairs of a symbol and a text."""
 
     title: str
     svg: Markup
@@ -30,7 +30,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Heat:
-    """A matrix of shares in [0, 1]: rows are (name, cells, total), cells (value, text); or an image of it."""
+    """A matrix of values in [0, 1], or an image of it: rows are (name, cells, total), cells are (value, text)."""
 
     title: str
     corner: str = ""
@@ -43,7 +43,7 @@ class Heat:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; what is empty does not appear."""
+    """A section of the page; empty parts are left out."""
 
     title: str = ""
     text: str = ""
@@ -74,7 +74,7 @@ class Section:
 
 
 def axis_range(values: Sequence[float], *, whole: bool) -> tuple[float, float]:
-    """Limits of an axis in percent; the scale of shares, save where all lies in a small part of it."""
+    """Limits of an axis in percent: from 0 for ``whole`` unless all values are at least 50, else around the values."""
     known = [value for value in values if value == value]
     low, high = min(known, default=0.0), max(known, default=100.0)
     if whole:
@@ -84,12 +84,12 @@ def axis_range(values: Sequence[float], *, whole: bool) -> tuple[float, float]:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things, in words."""
+    """A number with its noun in singular or plural."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def short(number: int) -> str:
-    """A large number to three digits."""
+    """A number to three digits, with a prefix such as M from 1000 on."""
     for size, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {name}"
@@ -97,7 +97,7 @@ def short(number: int) -> str:
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:
-    """Mean of those that are known."""
+    """Mean of the values that are not None."""
     found = estimate(values)
     return None if found is None else found.mean
 
@@ -105,12 +105,12 @@ def mean_of(values: Sequence[float | None]) -> float | None:
 COUNTS: tuple[tuple[str, Callable[[Run], int | None]], ...] = (
     ("weights", lambda run: run.parameters),
     ("trained last", lambda run: run.trainable),
-    ("FLOPs an image", lambda run: run.flops),
+    ("FLOPs per image", lambda run: run.flops),
 )
 
 COST_NOTE = (
-    "Peak memory is of the GPU where there was one, else of the process. FLOPs are the operations of one prediction, a "
-    "multiplication and an addition being two; images/s are those of the stream in training."
+    "Peak memory is the memory of the GPU if there was one, otherwise of the process. FLOPs are the operations of one "
+    "prediction, a multiplication and an addition counted as two; images/s counts images of the stream in training."
 )
 
 
@@ -129,7 +129,7 @@ def rate(run: Run) -> float | None:
 def heat(
     name: str, title: str, run: Run, values: Matrix, totals: Sequence[float | None], *, brief: bool = False
 ) -> Heat:
-    """An accuracy matrix, with the average after each task; a ``brief`` one of many tasks has colours alone."""
+    """An accuracy matrix with the average after each task; with ``brief``, above 8 tasks, in colours only."""
     size = len(values)
     if size > NUMBERED:
         array = [[math.nan if value is None else value for value in row] for row in values]
@@ -156,7 +156,7 @@ def heat(
 
 
 def is_plain(run: Run, task: int) -> bool:
-    """Whether the name of a task says no more than its number."""
+    """Whether the name of a task is only its number."""
     return run.tasks[task].name in (f"task {task}", str(task))
 
 
@@ -172,8 +172,8 @@ _GAP_NAMES = {
 }
 
 GAP_NOTE = (
-    "min-ACC: mean over old tasks of the least accuracy after they ended; WC-ACC: worst-case accuracy; WF and WP: "
-    "largest drop and rise within so many evaluations (De Lange et al., arXiv:2205.13452); AAA: average anytime "
+    "min-ACC: mean over old tasks of the lowest accuracy after they ended; WC-ACC: worst-case accuracy; WF and WP: "
+    "largest drop and rise within that many evaluations (De Lange et al., arXiv:2205.13452); AAA: average anytime "
     "accuracy."
 )
 

@@ -1,7 +1,7 @@
-"""Plots as SVG that stands in a page: its texts are text, and its colours are those of the page, light or dark.
+"""Plots as inline SVG: labels are text, and colours are CSS variables of the page, light or dark.
 
-Drawn by matplotlib without pyplot, so that nothing global is left behind. A series has a colour, a line and a
-marker of its own; the colours are those that colour-blind people tell apart (Okabe & Ito 2008), as variables of CSS.
+Drawn by matplotlib without pyplot and its global state. Each series has its own colour, line and marker. The colours
+are distinguishable for colour-blind readers (Okabe & Ito 2008).
 """
 
 import io
@@ -24,14 +24,14 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from cl_lightning.report.statistics import Estimate
 
 COLORS = 8
-"""Number of series colours; the style sheet of the page says what they are."""
-_SERIES = [f"#0102{index:02x}" for index in range(COLORS)]  # stand in the drawing for var(--series-N)
+"""Number of series colours; the style sheet of the page defines them."""
+_SERIES = [f"#0102{index:02x}" for index in range(COLORS)]  # replaced by var(--series-N)
 _INK, _FAINT, _PAPER = "#030101", "#030102", "#030103"
 _VARIABLES = {color: f"var(--series-{index})" for index, color in enumerate(_SERIES)}
 _VARIABLES |= {_INK: "currentColor", _FAINT: "var(--line)", _PAPER: "var(--paper)"}
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d")
 _LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1, 1, 1, 1, 1)))
-_WIDTH, _HEIGHT = 4.4, 3.1  # inches; at the width of a phone the texts are as large as those of the page
+_WIDTH, _HEIGHT = 4.4, 3.1  # inches; at the width of a phone the texts have the size of the page's text
 _RC: Any = {
     "svg.fonttype": "none",
     "font.size": 9.0,
@@ -65,11 +65,11 @@ class Series:
     """A curve.
 
     Attributes:
-        label: What it is called in the legend.
-        index: Chooses its colour, line and marker; the same in all plots of a page.
-        x, y: Its points; nan is a gap.
-        low, high: Of the interval around each point; None for none.
-        line: Whether the points are joined.
+        label: Label in the legend.
+        index: Index of colour, line and marker, the same in all plots of a page.
+        x, y: Coordinates of the points; nan is a gap.
+        low, high: Limits of the interval around each point; None without intervals.
+        line: Whether the points are connected.
     """
 
     label: str
@@ -86,11 +86,11 @@ class Point:
     """A group in a plot of accuracy against cost.
 
     Attributes:
-        label: What it is called.
-        index: Chooses its colour and marker.
-        cost, gain: With their intervals.
+        label: Label of the group.
+        index: Index of colour and marker.
+        cost, gain: Means with intervals.
         runs: The single runs, (cost, gain).
-        best: Whether no other group has more for less.
+        best: Whether the point is Pareto-optimal.
     """
 
     label: str
@@ -112,16 +112,16 @@ def curves(
     whole_x: bool = True,
     marks: Sequence[float] = (),
 ) -> Markup:
-    """Curves with bands.
+    """Plot of curves with bands.
 
     Args:
-        name: Of the plot in the page; letters, digits and ``-``.
-        title: Read out in place of the drawing.
+        name: Id of the plot in the page; letters, digits and ``-``.
+        title: Text for screen readers.
         series: The curves.
-        x_label, y_label: Of the axes.
+        x_label, y_label: Labels of the axes.
         y_range: Limits of the y axis; None to fit the data.
         whole_x: Whether x counts tasks.
-        marks: Places on the x axis that get a thin line.
+        marks: Positions on the x axis of thin vertical lines.
     """
     with mpl.rc_context(_RC):
         figure, axes = _figure()
@@ -147,7 +147,7 @@ def curves(
         if y_range is not None:
             axes.set_ylim(*y_range)
         bottom, top = axes.get_ylim()
-        if axes.dataLim.y1 <= 100 < top:  # there is room for marks above 100 %, which itself is the most there is
+        if axes.dataLim.y1 <= 100 < top:  # space for markers above 100 %, but no tick there
             axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 100])
             axes.set_ylim(bottom, top)
         if whole_x:
@@ -156,7 +156,7 @@ def curves(
 
 
 def tradeoff(name: str, title: str, points: Sequence[Point], *, x_label: str, y_label: str, unit: float) -> Markup:
-    """Accuracy in % against a cost in ``unit``, with the line of what nothing else beats."""
+    """Plot of accuracy in % against a cost in ``unit``, with the Pareto front."""
     with mpl.rc_context(_RC):
         figure, axes = _figure()
         front = sorted((p.cost.mean / unit, 100 * p.gain.mean) for p in points if p.best)
@@ -186,14 +186,14 @@ def tradeoff(name: str, title: str, points: Sequence[Point], *, x_label: str, y_
         _cost_axis(axes, [cost / unit for p in points for cost in (p.cost.mean, *(cost for cost, _ in p.runs))])
         heights = [100 * gain for point in points for gain in (point.gain.mean, *(gain for _, gain in point.runs))]
         pad = max(4.0, 0.15 * (max(heights) - min(heights)))
-        axes.set_ylim(max(-3.0, min(heights) - pad), min(103.0, max(heights) + pad))  # intervals may go beyond
+        axes.set_ylim(max(-3.0, min(heights) - pad), min(103.0, max(heights) + pad))  # intervals may exceed the limits
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         return _svg(figure, name, title)
 
 
 def _cost_axis(axes: Axes, costs: Sequence[float]) -> None:
-    """Limits, scale and ticks for costs from 0 on; intervals may go beyond."""
+    """Limits, scale and ticks of an axis for costs of at least 0; intervals may exceed the limits."""
     positive = [cost for cost in costs if cost > 0]
     high = max(positive, default=1.0)
     low = min(positive, default=1.0)
@@ -222,7 +222,7 @@ def stacked(
     x_label: str,
     y_label: str,
 ) -> Markup:
-    """Bars of several parts, one per label; ``parts`` are (name, index of the colour, heights)."""
+    """Stacked bars, one per label; ``parts`` are (name, index of the colour, heights)."""
     with mpl.rc_context(_RC):
         figure, axes = _figure()
         bottom = np.zeros(len(labels))
@@ -269,7 +269,7 @@ def image(
     names: Sequence[str] = (),
     label: str = "%",
 ) -> Markup:
-    """A large matrix of shares as an image, with lines at ``bounds``; nan is left empty."""
+    """A large matrix of values in [0, 1] as an image, with lines at ``bounds``; nan is empty."""
     with mpl.rc_context({**_RC, "axes.grid": False}):
         figure, axes = _figure(height=_WIDTH * 0.88)
         array = 100 * np.asarray(values, dtype=float)
@@ -298,7 +298,7 @@ def sign(index: int) -> Markup:
 
 
 def signs(count: int) -> Markup:
-    """The drawings that ``sign`` refers to, of the first ``count`` series, in an element that takes no place."""
+    """The symbols that ``sign`` refers to, of the first ``count`` series, in an element without size."""
     drawn = []
     for index in range(count):
         with mpl.rc_context({**_RC, "axes.grid": False}):
@@ -348,7 +348,7 @@ _DROPPED = ("metadata", "style")
 
 
 def _svg(figure: Figure, name: str, title: str) -> Markup:
-    """The figure as an element of HTML, with a title that is read out."""
+    """The figure as an SVG element of the page, with a title for screen readers."""
     root = _drawing(figure, name)
     for key, value in (("class", "plot"), ("role", "img"), ("aria-labelledby", f"{name}-title")):
         root.set(key, value)
@@ -363,10 +363,10 @@ def _text(root: ElementTree.Element) -> Markup:
 
 
 def _drawing(figure: Figure, name: str) -> ElementTree.Element:
-    """The figure without names and colours of its own, without metadata."""
+    """The figure as SVG with ids prefixed by ``name``, colours as variables, and no metadata."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the page has other fonts
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the page uses other fonts
         FigureCanvasSVG(figure).print_svg(buffer)  # type: ignore[no-untyped-call]
     root = ElementTree.fromstring(buffer.getvalue())
     for parent in list(root.iter()):

@@ -1,52 +1,58 @@
-"""Reads what runs have written, and checks all of it: a file may be half-written, foreign, edited or outdated.
+"""Reads and checks the results of runs: a file may be incomplete, of another program, edited or outdated.
 
-What a report cannot do without makes a run unusable, and is told in one line; what it can do without is left out, and
-told as well.
+If a required field is missing or malformed, the run is unusable, and the reason is reported in one line. A malformed
+optional field is left out and reported.
 """
 
 import json
 import math
 import os
-import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
+
+from cl_lightning.report.fields import (
+    FILE,
+    Parser,
+    T,
+    UnusableRunError,
+    _inside,
+    _MalformedError,
+    _Object,
+    _object,
+    clean,
+    dict_of,
+    flattened,
+    fraction,
+    integer,
+    list_of,
+    matrix_of,
+    natural,
+    non_negative,
+    nullable,
+    number,
+    text,
+)
 
 OLDEST, NEWEST = 1, 2
-"""The schemas of ``cl_lightning.results`` that can be read; without importing it, since torch takes seconds."""
-FILE = "results.json"
+"""Oldest and newest readable schema; a copy of ``cl_lightning.loop.results``, whose import of torch takes seconds."""
 KINDS = ("training", "statistics", "evaluation")
-"""What the seconds of a method are spent on."""
+"""Kinds of time that count for a method."""
 SAVING = "saving"
-"""Seconds of writing checkpoints, which are no part of a method."""
-
-_LONGEST = 300  # characters of a text
-_DEEPEST = 40  # levels of a configuration
-_STARTED = ("config.yaml", "manifest.json")  # what a run writes before its first results
-
-T = TypeVar("T")
-D = TypeVar("D")
-Parser = Callable[[Any], T]
+"""Time for writing checkpoints, which does not count for a method."""
+_STARTED = ("config.yaml", "manifest.json")  # files that a run writes before its first results
 Matrix = tuple[tuple[float | None, ...], ...]
-
-
-class UnusableRunError(ValueError):
-    """A folder that no report can be made of; the message says why, in one line, without the folder."""
-
-
-class _MalformedError(ValueError):
-    """A value that is not what it should be; the message says what it should be."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that the reader of a report should know of.
+    """A problem with a run, for the reader of a report.
 
     Attributes:
-        place: The folder or file, as it is shown.
-        text: What is wrong, in one line.
+        place: The folder or file, as displayed.
+        text: The problem, in one line.
     """
 
     place: str
@@ -57,7 +63,7 @@ class Problem:
 
 
 def gathered(problems: Sequence[Problem]) -> list[Problem]:
-    """The problems, those of the same text as one, in the order in which they came."""
+    """The problems in order; problems of the same text are merged into one."""
     places: dict[str, list[str]] = {}
     for problem in problems:
         places.setdefault(problem.text, []).append(problem.place)
@@ -69,7 +75,7 @@ def gathered(problems: Sequence[Problem]) -> list[Problem]:
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """A task of a stream: its name, its classes in order of arrival, its numbers of samples, its columns."""
+    """A task of a stream: name, classes in order of arrival, numbers of samples, columns."""
 
     name: str
     classes: tuple[str, ...]
@@ -81,14 +87,14 @@ class TaskInfo:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How the numbers of a run came about, as far as its file says; None or empty is not known.
+    """The protocol of a run, as far as its file contains it; None or empty if not known.
 
     Attributes:
-        scenario: How the data were dealt out, flat, as a configuration.
-        epochs: Of each finished task, by phase.
+        scenario: Scenario of the stream, as a flat configuration.
+        epochs: Epochs of each finished task, by phase.
         steps: Optimizer steps of each finished task.
-        texts: All else, as text by name.
-        test_data_use: What test data was used for.
+        texts: All other fields, as text by name.
+        test_data_use: Purposes that test data was used for.
     """
 
     scenario: Mapping[str, str]
@@ -104,11 +110,11 @@ class Curves:
 
     Attributes:
         steps: Optimizer steps at each evaluation.
-        tasks: Task that was being learnt.
-        accuracy: On each task (columns) at each evaluation (rows), in [0, 1]; None before a task has come.
-        samples: Test samples per task.
-        measures: By name.
-        split: Which data it was evaluated on.
+        tasks: Task in training at each evaluation.
+        accuracy: Accuracy on each task (columns) at each evaluation (rows), in [0, 1]; None for future tasks.
+        samples: Number of test samples per task.
+        measures: Measures of the curves, by name.
+        split: Evaluated data: ``test`` or ``val``.
     """
 
     steps: tuple[int, ...]
@@ -119,7 +125,7 @@ class Curves:
     split: str
 
     def starts(self) -> list[int]:
-        """Steps at which a task began, but for the first."""
+        """Steps at which a task began, without the first task."""
         changes = zip(self.steps[1:], self.tasks[1:], self.tasks[:-1], strict=True)
         return [step for step, now, before in changes if now != before]
 
@@ -135,41 +141,41 @@ class Curves:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has written, checked.
+    """The checked results of a run.
 
     Attributes:
-        folder: Where it lies.
-        name: The folder as it is shown.
-        schema: Version of the file.
+        folder: Folder of the run.
+        name: The folder, as displayed.
+        schema: Schema version of the file.
         strategy: Import path of the method.
-        config: The configuration, flat: text by dotted key; None if the run did not come from a configuration.
-        seed: Of everything that was drawn; None if it is not known.
-        data_seed: Of the data, where they have one of their own.
-        tasks: All tasks of the stream, also those to come.
+        config: The configuration, flat: text by dotted key; None if the run was not started from one.
+        seed: Seed of all random numbers; None if not known.
+        data_seed: Seed of the data, if it has a seed of its own.
+        tasks: All tasks of the stream, including future tasks.
         class_order: Raw label of each column.
-        class_names: Name of the class of each column; two classes may have the same.
-        fingerprints: Hash of the data of each task, as far as the file has them.
-        order_hash: Of the order of the classes; empty if it is not known.
-        finished: Number of tasks that were learnt and evaluated.
+        class_names: Class name of each column; two classes may have the same name.
+        fingerprints: Hash of the data of each task, as far as known.
+        order_hash: Hash of the class order; empty if not known.
+        finished: Number of tasks that are trained and evaluated.
         accuracy: R[t, i] in [0, 1], ``finished`` rows and columns; None where it was not measured.
-        accuracy_known: The same with the task known; None if the file does not have it.
+        accuracy_known: The same with the task known; None if not in the file.
         calibration: Expected calibration error in [0, 1] after task t on task i; None if it was not measured.
-        per_class: Accuracy on the class of each column after the last finished task; empty if it is not known.
+        per_class: Accuracy on the class of each column after the last finished task; empty if not known.
         confusion: Test samples by true (rows) and predicted column after the last finished task; None if not known.
-        measures: After each finished task, by name.
-        seconds: Spent on each finished task, by kind.
-        images_per_second: Of the stream, in the training of each finished task; empty if it is not known.
-        bytes_kept: What was kept between tasks, by kind; the most of any process.
-        bytes_per_process: The same of each process, if there are several.
-        budget: Network and exemplars in 2^20 bytes, as memory budgets count them; None if it is not known.
-        parameters, trainable: Number of weights of the network, and of those trained last.
-        peak_memory: In bytes.
-        flops: Operations of one prediction.
-        protocol: How the numbers came about.
-        curves: Evaluations during training; None if there were none.
-        versions, hardware: What the run ran with, and on, as text by name.
-        written: When the file was, in seconds; 0 if that is not known.
-        notes: What the file has, but not in a form that can be used.
+        measures: Measures after each finished task, by name.
+        seconds: Time of each finished task in seconds, by kind.
+        images_per_second: Training images of the stream per second in each finished task; empty if not known.
+        bytes_kept: Bytes kept between tasks, by kind; the maximum over processes.
+        bytes_per_process: The same for each process, if there are several.
+        budget: Size of network and exemplars in 2^20 bytes (memory budget); None if not known.
+        parameters, trainable: Number of weights of the network, and of weights trained in the last phase.
+        peak_memory: Peak memory in bytes.
+        flops: Floating-point operations of one prediction.
+        protocol: Protocol of the run.
+        curves: Evaluations during training; None without.
+        versions, hardware: Software versions and hardware, as text by name.
+        written: Modification time of the file in seconds; 0 if not known.
+        notes: Malformed or missing optional fields of the file.
     """
 
     folder: Path
@@ -218,7 +224,7 @@ class Run:
 
     @property
     def draw(self) -> tuple[str, str]:
-        """What runs are paired by: the seed, and that of the data where it has one of its own."""
+        """Key for pairing runs: the seed, and the seed of the data if it has one of its own."""
         own = "" if self.data_seed in (None, self.seed) else str(self.data_seed)
         return "" if self.seed is None else str(self.seed), own
 
@@ -229,7 +235,7 @@ class Run:
 
     @property
     def total_seconds(self) -> float | None:
-        """Spent on the training, statistics and evaluation of all finished tasks."""
+        """Seconds of training, statistics and evaluation over all finished tasks."""
         return math.fsum(task.get(kind, 0.0) for task in self.seconds for kind in KINDS) if self.seconds else None
 
     @property
@@ -242,167 +248,12 @@ class Run:
 
     @property
     def total_bytes(self) -> int | None:
-        """Kept between tasks beside the network; None if it is not known."""
+        """Bytes kept between tasks in addition to the network; None if not known."""
         return sum(self.bytes_kept.values()) if self.finished else None
 
 
-# ---------------------------------------------------------------------- values, checked
-
-
-def clean(value: str) -> str:
-    """A text that can be printed in one line and written as UTF-8, cut where it is very long."""
-    plain = value.encode("utf-8", "replace").decode("utf-8")
-    plain = "".join(" " if unicodedata.category(mark) in ("Cc", "Zl", "Zp") else mark for mark in plain)
-    return plain if len(plain) <= _LONGEST else f"{plain[: _LONGEST - 1]}…"
-
-
-def text(value: Any) -> str:
-    if not isinstance(value, str):
-        _refuse("a text", value)
-    return clean(value)
-
-
-def number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        _refuse("a number", value)
-    if not abs(value) < 1e18:  # also nan; an integer may lie beyond the range of floats
-        _refuse("a finite number", value)
-    return float(value)
-
-
-def share(value: Any) -> float:
-    if not 0 <= number(value) <= 1:
-        _refuse("a number in [0, 1]", value)
-    return float(value)
-
-
-def positive(value: Any) -> float:
-    if number(value) < 0:
-        _refuse("a number from 0", value)
-    return float(value)
-
-
-def natural(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        _refuse("a whole number from 0", value)
-    return value
-
-
-def whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**64:
-        _refuse("a whole number", value)
-    return value
-
-
-def maybe(item: Parser[T]) -> Parser[T | None]:
-    return lambda value: None if value is None else item(value)
-
-
-def many(item: Parser[T]) -> Parser[tuple[T, ...]]:
-    def parse(value: Any) -> tuple[T, ...]:
-        if not isinstance(value, list):
-            _refuse("a list", value)
-        return tuple(_inside(str(index), item, entry) for index, entry in enumerate(value))
-
-    return parse
-
-
-def by_name(item: Parser[T]) -> Parser[dict[str, T]]:
-    def parse(value: Any) -> dict[str, T]:
-        return {clean(key): _inside(clean(key), item, entry) for key, entry in _object(value).items()}
-
-    return parse
-
-
-def square(item: Parser[T], size: int) -> Parser[tuple[tuple[T, ...], ...]]:
-    """The first rows and columns of a matrix that is at least so large."""
-
-    def parse(value: Any) -> tuple[tuple[T, ...], ...]:
-        if not isinstance(value, list) or any(not isinstance(row, list) or len(row) < size for row in value[:size]):
-            _refuse(f"a matrix of at least {size} rows and columns", value)
-        if len(value) < size:
-            _refuse(f"a matrix of at least {size} rows and columns", value)
-        return many(many(item))([row[:size] for row in value[:size]])
-
-    return parse
-
-
-def flat(value: Any) -> dict[str, str]:
-    """A configuration as text by dotted key; a list of plain values is one text."""
-    entries = dict(_leaves(_object(value), "", 0))
-    return {clean(key): clean(entry) for key, entry in entries.items()}
-
-
-def _leaves(value: Any, key: str, depth: int) -> Iterator[tuple[str, str]]:
-    if depth > _DEEPEST:
-        raise _MalformedError(f"must not be nested deeper than {_DEEPEST} levels")
-    start = f"{key}." if key else ""
-    if isinstance(value, dict):
-        for name, entry in value.items():
-            yield from _leaves(entry, f"{start}{name}", depth + 1)
-    elif isinstance(value, list) and any(isinstance(entry, (dict, list)) for entry in value):
-        for index, entry in enumerate(value):
-            yield from _leaves(entry, f"{start}{index}", depth + 1)
-    elif value is not None:  # what is not set is not written either, where a configuration is saved
-        yield key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        _refuse("an object", value)
-    return value
-
-
-def _inside(name: str, item: Parser[T], value: Any) -> T:
-    try:
-        return item(value)
-    except _MalformedError as error:
-        inner = str(error)
-        raise _MalformedError(f"{name}.{inner}" if not inner.startswith("must") else f"{name} {inner}") from None
-
-
-def _refuse(expected: str, value: Any) -> NoReturn:
-    kinds = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        raise _MalformedError(f"must be {expected}, is {value:.6g}" if abs(value) < 1e18 else f"must be {expected}")
-    raise _MalformedError(f"must be {expected}, is {kinds.get(type(value), type(value).__name__)}")
-
-
-class _Object:
-    """A JSON object whose fields are taken out and checked."""
-
-    def __init__(self, data: dict[str, Any], where: str, notes: list[str]) -> None:
-        self.data, self.where, self.notes = data, where, notes
-
-    def need(self, name: str, item: Parser[T]) -> T:
-        """A field that there must be."""
-        if name not in self.data:
-            raise UnusableRunError(f"{FILE} has no field {self.where}{name}")
-        try:
-            return _inside(f"{self.where}{name}", item, self.data[name])
-        except _MalformedError as error:
-            raise UnusableRunError(f"{FILE}: {error}") from None
-
-    def ask(self, name: str, item: Parser[T], default: D) -> T | D:
-        """A field that may be missing; one that is there but malformed is noted, and counts as missing."""
-        if self.data.get(name) is None:
-            return default
-        try:
-            return _inside(f"{self.where}{name}", item, self.data[name])
-        except _MalformedError as error:
-            self.notes.append(f"{FILE}: {error}; left out")
-            return default
-
-    def part(self, name: str) -> "_Object":
-        """An object inside, empty if it is missing."""
-        return _Object(self.ask(name, _object, {}), f"{self.where}{name}.", self.notes)
-
-
-# ---------------------------------------------------------------------- files
-
-
 def load(paths: Sequence[str]) -> tuple[list[Run], list[Problem]]:
-    """The runs at and below some paths, each once, in the order given, and what is wrong with the others."""
+    """The runs at and below the given paths, each once and in order, and the problems with the others."""
     folders, problems = find(paths)
     runs = []
     for folder in folders:
@@ -417,8 +268,8 @@ def load(paths: Sequence[str]) -> tuple[list[Run], list[Problem]]:
 
 
 def find(paths: Sequence[str]) -> tuple[list[Path], list[Problem]]:
-    """Folders that hold results: the given ones, or those below them by name; and what is wrong with the others."""
-    folders: dict[Path, Path] = {}  # by what they resolve to, so that each comes once
+    """Folders with results, given or below a given folder (sorted by name), and the problems with the others."""
+    folders: dict[Path, Path] = {}  # by resolved path, so that each occurs once
     problems = []
     for given in paths:
         path, shown = Path(given), clean(given)
@@ -435,17 +286,17 @@ def find(paths: Sequence[str]) -> tuple[list[Path], list[Problem]]:
             if FILE in names:
                 folders.setdefault(folder.resolve(), folder)
             elif any(name in names for name in _STARTED):
-                problems.append(Problem(clean(str(folder)), f"holds no {FILE}: the run ended before its first task"))
+                problems.append(Problem(clean(str(folder)), f"has no {FILE}: the run ended before its first task"))
             else:
                 continue
             count += 1
         if count == 0:
-            problems.append(Problem(shown, f"is not a run, and holds none: there is no {FILE} in it"))
+            problems.append(Problem(shown, f"neither is a run nor contains one: there is no {FILE} in it"))
     return list(folders.values()), problems
 
 
 def _folders(path: Path) -> Iterator[tuple[Path, set[str]]]:
-    """A folder of a run, or all those below, with the names of their files; hidden ones are passed over."""
+    """A folder and the folders below it, not below runs, with the names of their files; hidden folders are skipped."""
     for folder, below, names in os.walk(path):
         below[:] = [] if FILE in names else sorted(name for name in below if not name.startswith("."))
         yield Path(folder), set(names)
@@ -455,7 +306,7 @@ def read(folder: Path) -> Run:
     """The run in a folder.
 
     Raises:
-        UnusableRunError: It is not a run of this program, or not one that can be read.
+        UnusableRunError: If it is not a run of this program, or cannot be read.
     """
 
     def refuse(constant: str) -> NoReturn:
@@ -485,66 +336,66 @@ def parse(data: Any, folder: Path) -> Run:
         raise UnusableRunError(f"{FILE} was not written by cl_lightning: it has no field schema")
     notes: list[str] = []
     top = _Object(data, "", notes)
-    schema = top.need("schema", whole)
+    schema = top.required("schema", integer)
     if schema > NEWEST:
         raise UnusableRunError(
-            f"{FILE} has schema {schema}, of a newer cl_lightning; this one reads {OLDEST} to {NEWEST}"
+            f"{FILE} has schema {schema}, of a newer cl_lightning; this version reads {OLDEST} to {NEWEST}"
         )
     if schema < OLDEST:
         raise UnusableRunError(
-            f"{FILE} has schema {schema}, of an older cl_lightning; this one reads {OLDEST} to {NEWEST}"
+            f"{FILE} has schema {schema}, of an older cl_lightning; this version reads {OLDEST} to {NEWEST}"
         )
     if schema < NEWEST:
-        notes.append(f"{FILE} has the older schema {schema}; what is new in {NEWEST} is missing")
-    strategy = top.need("strategy", text)
-    tasks = top.need("tasks", many(lambda entry: _task(entry, notes)))
-    finished = top.need("finished", natural)
+        notes.append(f"{FILE} has the older schema {schema}; the fields new in {NEWEST} are missing")
+    strategy = top.required("strategy", text)
+    tasks = top.required("tasks", list_of(lambda entry: _task(entry, notes)))
+    finished = top.required("finished", natural)
     if finished > len(tasks):
         raise UnusableRunError(f"{FILE}: finished is {finished}, of {len(tasks)} tasks")
     matrix, cost, seeds = top.part("matrix"), top.part("cost"), top.part("seeds")
-    entries: Parser[Matrix | None] = square(maybe(share), finished)
+    entries: Parser[Matrix | None] = matrix_of(nullable(fraction), finished)
     accuracy: Matrix = ()
     if finished:
-        accuracy = matrix.need("R_ci", square(maybe(share), finished))
-    measures: tuple[dict[str, float], ...] = top.ask("measures_per_task", many(by_name(number)), ())
+        accuracy = matrix.required("R_ci", matrix_of(nullable(fraction), finished))
+    measures: tuple[dict[str, float], ...] = top.optional("measures_per_task", list_of(dict_of(number)), ())
     if measures and len(measures) < finished:
         notes.append(f"{FILE}: measures_per_task has {len(measures)} entries, of {finished} tasks; left out")
         measures = ()
-    if finished and not measures:  # the curves are lost, not what came out
-        measures = (*({} for _ in range(finished - 1)), top.ask("measures", by_name(number), {}))
+    if finished and not measures:  # without the curves, but with the final measures
+        measures = (*({} for _ in range(finished - 1)), top.optional("measures", dict_of(number), {}))
     return Run(
         folder=folder,
         name=clean(str(folder)),
         schema=schema,
         strategy=strategy,
-        config=top.ask("config", flat, None),
-        seed=top.ask("seed", maybe(whole), None),
-        data_seed=seeds.ask("data", maybe(whole), None),
+        config=top.optional("config", flattened, None),
+        seed=top.optional("seed", nullable(integer), None),
+        data_seed=seeds.optional("data", nullable(integer), None),
         tasks=tasks,
-        class_order=top.ask("class_order", many(whole), ()),
-        class_names=top.ask("class_names", many(text), ()) or _class_names(tasks),
-        fingerprints=top.ask("fingerprints", many(text), ()),
-        order_hash=top.ask("order_hash", text, ""),
+        class_order=top.optional("class_order", list_of(integer), ()),
+        class_names=top.optional("class_names", list_of(text), ()) or _class_names(tasks),
+        fingerprints=top.optional("fingerprints", list_of(text), ()),
+        order_hash=top.optional("order_hash", text, ""),
         finished=finished,
         accuracy=accuracy,
-        accuracy_known=matrix.ask("R_ti", entries, None) if finished else None,
-        calibration=matrix.ask("R_ece", entries, None) if finished else None,
-        per_class=top.ask("per_class", many(maybe(share)), ()),
-        confusion=top.ask("confusion", _confusion, None),
+        accuracy_known=matrix.optional("R_ti", entries, None) if finished else None,
+        calibration=matrix.optional("R_ece", entries, None) if finished else None,
+        per_class=top.optional("per_class", list_of(nullable(fraction)), ()),
+        confusion=top.optional("confusion", _confusion, None),
         measures=measures[:finished],
         seconds=_per_task(cost, "seconds", _seconds, finished),
-        images_per_second=_per_task(cost, "images_per_second", maybe(positive), finished),
-        bytes_kept=cost.ask("bytes_kept", by_name(natural), {}),
-        bytes_per_process=cost.ask("bytes_kept_per_rank", many(by_name(natural)), ()),
-        budget=cost.ask("memory_mb", maybe(positive), None) if finished else None,
-        parameters=cost.ask("parameters", maybe(natural), None) or None,
-        trainable=cost.ask("trainable_parameters", maybe(natural), None),
-        peak_memory=cost.ask("peak_memory_bytes", maybe(natural), None) or None,
-        flops=cost.ask("flops_per_image", maybe(natural), None),
+        images_per_second=_per_task(cost, "images_per_second", nullable(non_negative), finished),
+        bytes_kept=cost.optional("bytes_kept", dict_of(natural), {}),
+        bytes_per_process=cost.optional("bytes_kept_per_rank", list_of(dict_of(natural)), ()),
+        budget=cost.optional("memory_mb", nullable(non_negative), None) if finished else None,
+        parameters=cost.optional("parameters", nullable(natural), None) or None,
+        trainable=cost.optional("trainable_parameters", nullable(natural), None),
+        peak_memory=cost.optional("peak_memory_bytes", nullable(natural), None) or None,
+        flops=cost.optional("flops_per_image", nullable(natural), None),
         protocol=_protocol(top, finished),
         curves=_curves(top),
-        versions=top.ask("versions", flat, {}),
-        hardware=top.ask("hardware", flat, {}),
+        versions=top.optional("versions", flattened, {}),
+        hardware=top.optional("hardware", flattened, {}),
         notes=tuple(clean(note) for note in notes),
     )
 
@@ -552,23 +403,23 @@ def parse(data: Any, folder: Path) -> Run:
 def _task(value: Any, notes: list[str]) -> TaskInfo:
     entry = _Object(_object(value), "tasks.", notes)
     return TaskInfo(
-        name=entry.need("name", text),
-        classes=entry.need("classes", many(text)),
-        train=entry.need("train", natural),
-        test=entry.need("test", natural),
-        val=entry.ask("val", natural, 0),
-        columns=entry.ask("columns", many(natural), ()),
+        name=entry.required("name", text),
+        classes=entry.required("classes", list_of(text)),
+        train=entry.required("train", natural),
+        test=entry.required("test", natural),
+        val=entry.optional("val", natural, 0),
+        columns=entry.optional("columns", list_of(natural), ()),
     )
 
 
 def _seconds(value: Any) -> dict[str, float]:
     entry = _object(value)
-    return {kind: _inside(kind, positive, entry[kind]) for kind in (*KINDS, SAVING) if kind in entry}
+    return {kind: _inside(kind, non_negative, entry[kind]) for kind in (*KINDS, SAVING) if kind in entry}
 
 
 def _per_task(part: _Object, name: str, item: Parser[T], finished: int) -> tuple[T, ...]:
-    """The entries of the finished tasks; empty if there are fewer."""
-    entries = part.ask(name, many(item), ())
+    """The entries of the finished tasks; empty if there are not enough."""
+    entries = part.optional(name, list_of(item), ())
     return entries[:finished] if len(entries) >= finished else ()
 
 
@@ -577,18 +428,20 @@ def _class_names(tasks: Sequence[TaskInfo]) -> tuple[str, ...]:
 
 
 def _confusion(value: Any) -> tuple[tuple[int, ...], ...]:
-    return square(natural, len(value) if isinstance(value, list) else 0)(value)
+    return matrix_of(natural, len(value) if isinstance(value, list) else 0)(value)
 
 
 def _protocol(top: _Object, finished: int) -> Protocol:
     part = top.part("protocol")
     typed = ("scenario", "epochs", "steps", "test_data_use")
     return Protocol(
-        scenario=part.ask("scenario", flat, {}),
-        epochs=_per_task(part, "epochs", by_name(natural), finished),
+        scenario=part.optional("scenario", flattened, {}),
+        epochs=_per_task(part, "epochs", dict_of(natural), finished),
         steps=_per_task(part, "steps", natural, finished),
-        texts=top.ask("protocol", lambda value: flat({k: v for k, v in _object(value).items() if k not in typed}), {}),
-        test_data_use=part.ask("test_data_use", many(text), ()),
+        texts=top.optional(
+            "protocol", lambda value: flattened({k: v for k, v in _object(value).items() if k not in typed}), {}
+        ),
+        test_data_use=part.optional("test_data_use", list_of(text), ()),
     )
 
 
@@ -597,16 +450,16 @@ def _curves(top: _Object) -> Curves | None:
         notes: list[str] = []
         part = _Object(_object(value), "", notes)
         found = Curves(
-            steps=part.ask("steps", many(natural), ()),
-            tasks=part.ask("tasks", many(natural), ()),
-            accuracy=part.ask("accuracy", many(many(maybe(share))), ()),
-            samples=part.ask("samples", many(natural), ()),
-            measures=part.ask("measures", by_name(number), {}),
-            split=part.ask("split", text, ""),
+            steps=part.optional("steps", list_of(natural), ()),
+            tasks=part.optional("tasks", list_of(natural), ()),
+            accuracy=part.optional("accuracy", list_of(list_of(nullable(fraction))), ()),
+            samples=part.optional("samples", list_of(natural), ()),
+            measures=part.optional("measures", dict_of(number), {}),
+            split=part.optional("split", text, ""),
         )
         sizes = {len(found.steps), len(found.tasks), len(found.accuracy)}
         if notes or len(sizes) > 1 or {len(row) for row in found.accuracy} != {len(found.samples)}:
-            raise _MalformedError("must have as many steps and tasks as rows of accuracy, and samples as columns")
+            raise _MalformedError("must have one step and task per row of accuracy, and one sample count per column")
         return found
 
-    return top.ask("continual_evaluation", parse, None)
+    return top.optional("continual_evaluation", parse, None)

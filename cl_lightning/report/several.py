@@ -1,4 +1,4 @@
-"""The page on several runs: how the methods compare."""
+"""The page on several runs: comparison of methods."""
 
 from collections.abc import Sequence
 
@@ -60,8 +60,8 @@ def _results(comparison: Comparison) -> Section:
     if (compared := differences(comparison, (LAST, INCREMENTAL, KNOWN, *MEASURES[2:]))) is not None:
         sheets.append((compared, True))
         notes.append(
-            "Differences are taken between runs of equal seeds on equal data. An interval without 0 says that the sign "
-            "is no accident of the seeds; it holds for one comparison by itself, at 95 %."
+            "Differences are between runs of the same seed on the same data. If an interval does not contain 0, the "
+            "sign of the difference is significant at 95 %, without correction for multiple comparisons."
         )
     return Section("Results", sheets=sheets, notes=notes)
 
@@ -102,12 +102,12 @@ def _band_note(comparison: Comparison) -> list[str]:
 
 
 def _banded(comparison: Comparison) -> bool:
-    """Whether so few curves share a plot that their intervals can be told apart."""
+    """Whether a plot has few enough curves to show their intervals."""
     return len(comparison.groups) <= 6
 
 
 def _measured(group: Group, index: int, key: str, *, band: bool) -> plots.Series:
-    """A measure after each task, its mean over the runs of a group in percent."""
+    """Mean of a measure over the runs of a group after each task, in percent."""
     found = [estimate(run.measures[t].get(key) for run in group.runs) for t in range(group.finished)]
     known = [(t, entry) for t, entry in enumerate(found) if entry is not None]
     band = band and any(entry.half is not None for _, entry in known)
@@ -150,15 +150,15 @@ def _tradeoffs(comparison: Comparison) -> Section:
             y_label="last accuracy (%)",
             unit=unit,
         )
-        text = f"Not beaten: {', '.join(point.label for point in points if point.best)}."
+        text = f"Pareto-optimal: {', '.join(point.label for point in points if point.best)}."
         drawn.append(Plot(f"Last accuracy against {name.lower()}.", svg, text))
     return Section(
         "Accuracy against cost",
         legend=True,
         plots=drawn,
         notes=[
-            "Up and to the left is better. The broken line joins what nothing beats in both; small marks are single "
-            "runs, bars 95 % intervals. Time is training, statistics and evaluation together."
+            "Higher and further left is better. The dashed line is the Pareto front; small markers are runs, bars "
+            "95 % intervals. Time is the sum of training, statistics and evaluation."
         ],
     )
 
@@ -207,8 +207,8 @@ def _budget_section(comparison: Comparison) -> Section:
         sheets=[(Sheet("", ("method", "sizes", "budget (MB)", "AUC-A", "AUC-L"), tuple(rows)), False)],
         plots=drawn,
         notes=[
-            "Area under accuracy, as a share, over the size of network and exemplars in MB of 2^20 bytes, 4 bytes a "
-            "weight (Zhou et al., arXiv:2302.03648). Areas over different ranges of budgets do not compare."
+            "Area under accuracy in [0, 1] over the size of network and exemplars in MB of 2^20 bytes, 4 bytes per "
+            "weight (Zhou et al., arXiv:2302.03648). Areas over different ranges of budgets are not comparable."
         ],
     )
 
@@ -259,7 +259,7 @@ def _stability(comparison: Comparison) -> Section:
 
 
 def _anytime(comparison: Comparison) -> list[Plot]:
-    """The accuracy on all classes seen by then, mean over the runs of a group that were evaluated at the same steps."""
+    """Accuracy on all classes seen by then, mean over the runs of a group if all were evaluated at the same steps."""
     series, starts = [], []
     for index, group in enumerate(comparison.groups):
         found = [run.curves for run in group.runs if run.curves is not None and run.curves.steps]
@@ -281,7 +281,7 @@ def _anytime(comparison: Comparison) -> list[Plot]:
         marks=starts,
     )
     legend = [(plots.sign(entry.index), entry.label) for entry in series]
-    text = "Upright lines are where a task begins."
+    text = "Vertical lines mark the first step of a task."
     return [Plot("Accuracy on all classes seen so far.", svg, text, legend)]
 
 
@@ -293,7 +293,7 @@ def _protocol(comparison: Comparison) -> Section:
         found.append(("Options of the methods that differ", comparison.options))
     if comparison.software:
         found.append(("Software and hardware that differ", comparison.software))
-    notes = ["Seeds, logging, checkpoints and places of files are not compared."]
+    notes = ["Seeds, logging, checkpoints and file locations are not compared."]
     if len(comparison.groups) > 1 and not comparison.protocol:
         notes.insert(0, "No field of the protocol differs between the configurations.")
     card = [*cards.protocol(comparison.groups), *cards.software(comparison.groups)]

@@ -1,4 +1,4 @@
-"""The page on one run: how it was made, and what it learnt, forgot and cost."""
+"""The page on one run: protocol, accuracy, forgetting and cost."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from cl_lightning.report.parts import (
 from cl_lightning.report.runs import KINDS, SAVING, Matrix, Run
 from cl_lightning.report.tables import MISSING, Sheet, digits, scale_of
 
-_NAMED = 40  # classes that are shown by name
+_NAMED = 40  # at most so many classes are listed by name
 
 
 def sections(group: Group) -> list[Section]:
@@ -132,15 +132,15 @@ def _run_confusion(run: Run) -> Section:
     matrices = []
     if tasks > 1:
         shares = tuple(_shares(row) for row in grouped)
-        heading = "By task: share of the test images of a task (rows) taken for a class of each task (columns)"
+        heading = "By task: fraction of the test images of a task (rows) predicted as a class of each task (columns)"
         matrices.append(_confusion_heat("confusion-tasks", heading, shares, [str(task) for task in range(tasks)]))
-    heading = "By class: share of the test images of a class (rows) taken for each class (columns)"
+    heading = "By class: fraction of the test images of a class (rows) predicted as each class (columns)"
     names = run.class_names[:size]
     shares = tuple(_shares(row) for row in counts)
     if size > NUMBERED:
         array = [[math.nan if value is None else value for value in row] for row in shares]
         steps = sorted({bound for bound in bounds if bound <= size})
-        svg = plots.image("confusion", heading, array, x_label="taken for", y_label="class", bounds=steps)
+        svg = plots.image("confusion", heading, array, x_label="predicted", y_label="class", bounds=steps)
         matrices.append(Heat(heading, image=svg))
     else:
         matrices.append(_confusion_heat("confusion-classes", heading, shares, names))
@@ -155,7 +155,7 @@ def _shares(row: Sequence[int]) -> tuple[float | None, ...]:
 def _confusion_heat(name: str, title: str, shares: Matrix, names: Sequence[str]) -> Heat:
     if len(shares) > NUMBERED:
         array = [[math.nan if value is None else value for value in row] for row in shares]
-        svg = plots.image(name, title, array, x_label="taken for", y_label="true")
+        svg = plots.image(name, title, array, x_label="predicted", y_label="true")
         return Heat(title, image=svg)
     rows = [
         (label, [(value, f"{100 * value:.0f}" if value else "") for value in row], None)
@@ -169,7 +169,7 @@ def _run_calibration(run: Run) -> Section:
     matrix = run.calibration
     if matrix is None or all(value is None for row in matrix for value in row):
         return Section()
-    note = "Expected calibration error of each task: by how much confidence and accuracy differ, in 15 bins."
+    note = "Expected calibration error of each task: mean difference of confidence and accuracy over 15 bins."
     if run.finished > 10:
         values = [percent(value) for value in matrix[-1]]
         series = [plots.Series("ECE", 0, list(range(run.finished)), values)]
@@ -214,7 +214,7 @@ def _run_stability(run: Run) -> Section:
     )
     legend = [(plots.sign(entry.index), entry.label) for entry in series]
     first = " of the first six tasks" if tasks > 6 else ""
-    text = f"On a fixed subset of {curves.split or 'test'} data{first}; upright lines are where a task begins."
+    text = f"On a fixed subset of {curves.split or 'test'} data{first}; vertical lines mark the first step of a task."
     tiles = [(gap_name(name), f"{100 * value:.1f}", "%") for name, value in curves.measures.items() if "/" not in name]
     plot = Plot("Accuracy during training.", svg, text, legend)
     return Section("During training: the stability gap", tiles=tiles, plots=[plot], notes=[GAP_NOTE])

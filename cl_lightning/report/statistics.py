@@ -1,4 +1,4 @@
-"""Means over seeds, with the interval that says how far to trust them. Knows neither runs nor files."""
+"""Means over seeds with confidence intervals; independent of runs and files."""
 
 import math
 from collections.abc import Hashable, Iterable, Mapping
@@ -9,11 +9,11 @@ from scipy.special import stdtrit
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with the half-width of its interval.
+    """A mean with the half-width of its confidence interval.
 
     Attributes:
-        mean: In the unit of the values.
-        half: Half-width of the interval around the mean, in the same unit; None of a single value, which has none.
+        mean: Mean, in the unit of the values.
+        half: Half-width of the interval around the mean, in the same unit; None for a single value.
         count: Number of values.
     """
 
@@ -31,7 +31,7 @@ class Estimate:
 
     @property
     def clear(self) -> bool:
-        """Whether there is an interval, and 0 lies outside of it."""
+        """Whether there is an interval and 0 is outside it."""
         return self.half is not None and abs(self.mean) > self.half
 
 
@@ -43,11 +43,11 @@ def student_t(level: float, degrees: int) -> float:
 def estimate(values: Iterable[float | None], level: float = 0.95) -> Estimate | None:
     """Mean and Student's interval, mean +- t s / sqrt(n) with s over n - 1; None without values.
 
-    It holds for independent values that are about normal: the runs of a method with different seeds.
+    Valid for independent and approximately normal values, such as runs of a method with different seeds.
 
     Args:
-        values: Those that are None are left out.
-        level: Share of such intervals that hold the true mean, in (0, 1).
+        values: Values; None is left out.
+        level: Confidence level in (0, 1), the fraction of such intervals that contain the true mean.
     """
     known = [value for value in values if value is not None]
     count = len(known)
@@ -63,9 +63,8 @@ def estimate(values: Iterable[float | None], level: float = 0.95) -> Estimate | 
 def paired_difference(
     values: Mapping[Hashable, float], baseline: Mapping[Hashable, float], level: float = 0.95
 ) -> Estimate | None:
-    """Mean and interval of value - baseline over the keys (seeds) that both have; None if they share none.
+    """Mean and interval of value - baseline over the common keys (seeds); None without a common key.
 
-    What a seed does to both alike, such as an easy order of the classes, cancels out, which it does not in the
-    difference of two means.
+    Effects of a seed on both values, such as an easy class order, cancel out, unlike in the difference of two means.
     """
     return estimate((values[key] - baseline[key] for key in values if key in baseline), level)

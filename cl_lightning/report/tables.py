@@ -1,4 +1,4 @@
-"""Tables of a comparison: for the terminal, for Markdown and LaTeX, and as CSV with all digits."""
+"""Tables of a comparison: for the terminal, in Markdown and LaTeX, and as CSV with all digits."""
 
 import csv
 import io
@@ -17,13 +17,13 @@ from cl_lightning.report.comparison import KNOWN, MEASURES, ONLINE, Comparison, 
 from cl_lightning.report.runs import Run
 from cl_lightning.report.statistics import Estimate
 
-MISSING = "–"  # noqa: RUF001  # an en dash, as tables have it
+MISSING = "–"  # noqa: RUF001  # an en dash, as usual in tables
 _MINUS = "−"  # noqa: RUF001
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table of texts; all columns but the first hold numbers."""
+    """A table of texts; all columns except the first contain numbers."""
 
     title: str
     columns: tuple[str, ...]
@@ -35,7 +35,7 @@ class Sheet:
 
 
 def scale_of(values: Sequence[float], unit: Unit) -> tuple[float, str]:
-    """Divisor and name of the unit in which a column of values reads well."""
+    """Divisor and name of the unit for a column of values, chosen by the largest value."""
     largest = max((abs(value) for value in values), default=0.0)
     if unit == "percent":
         return 0.01, "%"
@@ -65,7 +65,9 @@ def estimated(value: Estimate | None, divisor: float, unit: Unit, *, signed: boo
     if value is None:
         return MISSING
     mean = digits(value.mean, divisor, unit, signed=signed)
-    if value.half is None or (unit == "bytes" and value.half == 0):  # of bytes, most runs keep exactly as many
+    if value.half is None or (
+        unit == "bytes" and value.half == 0
+    ):  # most runs of a method keep the same number of bytes
         return mean
     return f"{mean} ± {digits(value.half, divisor, unit)}"
 
@@ -80,13 +82,13 @@ def column(values: Sequence[Estimate | None], unit: Unit, *, signed: bool = Fals
 
 
 def _with_online(comparison: Comparison, measures: Sequence[Measure]) -> tuple[Measure, ...]:
-    """The measures, and the online error where some run has one."""
+    """The measures, and the online error if a run has one."""
     streamed = any(group.estimate(ONLINE) is not None for group in comparison.groups)
     return (*measures, ONLINE) if streamed else tuple(measures)
 
 
 def outcome(comparison: Comparison, measures: Sequence[Measure] = MEASURES) -> Sheet:
-    """One row per group: how many runs, and each measure."""
+    """One row per group: number of runs, and each measure."""
     groups, measures = comparison.groups, _with_online(comparison, measures)
     heads, columns = ["runs"], [[str(len(group.runs)) for group in groups]]
     for measure in measures:
@@ -103,7 +105,7 @@ def outcome(comparison: Comparison, measures: Sequence[Measure] = MEASURES) -> S
 
 
 def differences(comparison: Comparison, measures: Sequence[Measure] = MEASURES) -> Sheet | None:
-    """One row per group but the baseline: what it has more than the baseline; None if there is nothing to compare."""
+    """One row per group except the baseline: differences from the baseline; None if there is nothing to compare."""
     base = comparison.baseline
     others = [group for group in comparison.groups if group is not base]
     if base is None or all(comparison.difference(group, measures[0]) is None for group in others):
@@ -122,7 +124,7 @@ def differences(comparison: Comparison, measures: Sequence[Measure] = MEASURES) 
 
 
 def pairs(comparison: Comparison, group: Group) -> str:
-    """Number of seeds and data that a group shares with the baseline."""
+    """Number of runs that are paired with a run of the baseline by seed and data."""
     counts = [found.count for measure in MEASURES if (found := comparison.difference(group, measure)) is not None]
     return str(max(counts, default=0))
 
@@ -146,39 +148,39 @@ def matrix(run: Run) -> Sheet:
 
 
 def rich_table(sheet: Sheet) -> Table:
-    """For the terminal."""
+    """The table for the terminal."""
     caption = Text("; ".join(sheet.notes)) if sheet.notes else None
     table = Table(title=Text(sheet.title), caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     for index, head in enumerate(sheet.columns):
         table.add_column(Text(head), justify="right" if index else "left", overflow="fold")
     for row in sheet.rows:
-        table.add_row(*map(Text, row))  # Text, since a name may look like markup
+        table.add_row(*map(Text, row))  # Text, because a name may look like markup
     return table
 
 
 def print_rich(sheets: Sequence[Sheet], console: Console | None = None) -> None:
-    """Print tables; into a pipe as wide as they are, whatever the terminal."""
+    """Print tables; in a pipe at full width, in a narrow terminal transposed if that is narrower."""
     console = console or Console(file=sys.stdout)
     for sheet in sheets:
-        table, other = rich_table(sheet), rich_table(turned(sheet))
+        table, alternative = rich_table(sheet), rich_table(transposed(sheet))
         unbounded = console.options.update(max_width=100_000)
-        width, other_width = (Measurement.get(console, unbounded, one).maximum for one in (table, other))
+        width, transposed_width = (Measurement.get(console, unbounded, one).maximum for one in (table, alternative))
         if not console.is_terminal:
             console.width = max(80, width)
-        elif width > console.width and other_width < width:
-            table = other
+        elif width > console.width and transposed_width < width:
+            table = alternative
         console.print(table)
 
 
-def turned(sheet: Sheet) -> Sheet:
-    """The table with its rows as columns, for a narrow terminal."""
+def transposed(sheet: Sheet) -> Sheet:
+    """The table with rows and columns exchanged."""
     columns = ("", *(row[0] for row in sheet.rows))
     rows = tuple((head, *(row[index] for row in sheet.rows)) for index, head in enumerate(sheet.columns) if index)
     return Sheet(sheet.title, columns, rows, sheet.notes)
 
 
 def markdown(sheet: Sheet) -> str:
-    """A table of GitHub's Markdown."""
+    """The table in GitHub's Markdown."""
     rows = [sheet.columns, *sheet.rows]
     cells = [[_markdown(entry) for entry in row] for row in rows]
     lines = [f"| {' | '.join(row)} |" for row in cells]
@@ -198,7 +200,7 @@ _LATEX = {
 
 
 def latex(sheet: Sheet) -> str:
-    """A table for LaTeX with the package booktabs."""
+    """The table in LaTeX, with the package booktabs."""
 
     def escape(text: str) -> str:
         return "".join(_LATEX.get(mark, mark) for mark in text)
@@ -223,11 +225,11 @@ def latex(sheet: Sheet) -> str:
 
 
 def comma_separated(comparison: Comparison) -> str:
-    """One row per group, shares in [0, 1], seconds and bytes, with all digits; an empty cell is unknown.
+    """One row per group, with fractions in [0, 1], seconds and bytes, with all digits; an empty cell is unknown.
 
-    For each measure there are its mean over the runs, the half-width of the 95 % interval (``..._ci95``), and the mean
-    difference from the baseline with its half-width (``..._difference``, ``..._difference_ci95``). A text that a
-    spreadsheet would take for a formula begins with an apostrophe.
+    The columns of a measure are its mean over the runs, the half-width of the 95 % interval (``..._ci95``), and the
+    mean difference from the baseline with its half-width (``..._difference``, ``..._difference_ci95``). A text that a
+    spreadsheet would evaluate as a formula gets a leading apostrophe.
     """
     measures = _with_online(comparison, (*MEASURES, KNOWN))
     head = ["method", "strategy", "runs", "tasks", "finished", "seeds", "baseline", "pairs"]

@@ -1,26 +1,25 @@
-"""Streams: which classes, samples and domains come when. Pure numpy.
+"""Streams: which classes, samples and domains arrive in which task. Pure numpy.
 
-A scenario is called with a catalogue (the labels of a data set) and a seed, and gives a stream: the tasks and, for
-each, the indices of its training, validation and test samples. The same catalogue, options and seed give the same
+A scenario is called with a ``DatasetInfo`` (the labels of a data set) and a seed, and returns a stream: the tasks, and
+the indices of the training, validation and test samples of each task. The same info, options and seed give the same
 stream on every rank, machine and Python.
 
-    stream = ClassIncremental(first=50, increment=5, class_order=1993)(catalogue, seed=0, val_fraction=0.1)
+    stream = ClassIncremental(first=50, increment=5, class_order=1993)(info, seed=0, val_fraction=0.1)
     stream.save("stream.json")
 """
 
-from cl_lightning.stream.core import Catalogue, Part, Shift, Stream, Task
-from cl_lightning.stream.dealing import Deal, Dealer, Scenario
+from cl_lightning.hashing import IntArray
+from cl_lightning.stream.core import DatasetInfo, Stream
+from cl_lightning.stream.dealing import Scenario, Split, Splitter
 from cl_lightning.stream.domains import DomainIncremental, PermutedDomains, RotatedDomains
-from cl_lightning.stream.draws import IntArray
-from cl_lightning.stream.modifiers import LabelFraction, LongTailed, Modifier, Online, Subset, Thinning
+from cl_lightning.stream.modifiers import LabelFraction, LongTailed, Modifier, Online, Subsampling, Subset
 from cl_lightning.stream.scenarios import Blurry, ClassIncremental, FewShot, FromManifest, SingleTask
+from cl_lightning.stream.tasks import Segment, Shift, Task
 
 __all__ = [
     "Blurry",
-    "Catalogue",
     "ClassIncremental",
-    "Deal",
-    "Dealer",
+    "DatasetInfo",
     "DomainIncremental",
     "FewShot",
     "FromManifest",
@@ -29,14 +28,16 @@ __all__ = [
     "LongTailed",
     "Modifier",
     "Online",
-    "Part",
     "PermutedDomains",
     "RotatedDomains",
     "Scenario",
+    "Segment",
     "Shift",
     "SingleTask",
+    "Split",
+    "Splitter",
     "Stream",
+    "Subsampling",
     "Subset",
     "Task",
-    "Thinning",
 ]

@@ -1,45 +1,35 @@
-"""What a data set tells, what a task is, and the stream of tasks."""
+"""Labels and names of a data set, and the stream of tasks that a scenario makes of them."""
 
-import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from json import dumps
-from operator import index
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from cl_lightning.stream.draws import IntArray, KeyArray, hash_names, mix, places
-
-
-def _integers(values: Any, what: str) -> IntArray:
-    """Read-only int64 copy of a flat sequence of integers."""
-    array = np.asarray(values)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"{what} must be a flat array of integers, got {array.dtype} of shape {array.shape}")
-    array = array.astype(np.int64)
-    array.flags.writeable = False
-    return array
+from cl_lightning.hashing import IntArray, KeyArray, hash64, hash_names
+from cl_lightning.stream import manifest
+from cl_lightning.stream.draws import rank_in_group
+from cl_lightning.stream.tasks import Segment, Shift, Task, _integers, number_tasks, repeats
 
 
 @dataclass(frozen=True, eq=False)
-class Catalogue:
-    """What a data set tells about its samples, without the samples.
+class DatasetInfo:
+    """Labels, domains and names of a data set, without the samples.
 
     Attributes:
         train_labels: Raw label of each training sample, int64 ``(N,)``.
         test_labels: Raw label of each test sample, int64 ``(M,)``; a class may have none.
-        class_names: Name of each raw label; the names differ.
-        train_domains: Domain of each training sample, int64 ``(N,)``, or None where the data has no domains.
+        class_names: Name of each raw label, all different.
+        train_domains: Domain of each training sample, int64 ``(N,)``, or None if the data has no domains.
         test_domains: Domain of each test sample, int64 ``(M,)``, or None.
-        domain_names: Name of each domain; the names differ.
+        domain_names: Name of each domain, all different.
 
     Raises:
-        ValueError: A label or domain without a name, a name given twice, or lengths that differ.
+        ValueError: If a label or domain has no name, a name is given twice, or lengths differ.
     """
 
     train_labels: IntArray
@@ -54,25 +44,25 @@ class Catalogue:
             names = tuple(getattr(self, f"{kind}_names"))
             object.__setattr__(self, f"{kind}_names", names)
             if kind == "class" and not names:
-                raise ValueError("Catalogue: class_names is empty; name at least one class")
+                raise ValueError("DatasetInfo: class_names is empty; name at least one class")
             if twice := repeats(names):
-                raise ValueError(f"Catalogue: {kind} name {twice[0]!r} is given twice; names must differ")
+                raise ValueError(f"DatasetInfo: {kind} name {twice[0]!r} is given twice; names must differ")
         if (self.train_domains is None) != (self.test_domains is None):
-            raise ValueError("Catalogue: domains are given for one of train and test only; give both or neither")
+            raise ValueError("DatasetInfo: domains are given for one of train and test only; give both or neither")
         for part in ("train", "test"):
             labels = self._numbers(f"{part}_labels", "label", self.class_names, "class_names")
             if getattr(self, f"{part}_domains") is not None:
                 domains = self._numbers(f"{part}_domains", "domain", self.domain_names, "domain_names")
                 if len(domains) != len(labels):
-                    raise ValueError(f"Catalogue: {len(labels)} {part} labels but {len(domains)} {part} domains")
+                    raise ValueError(f"DatasetInfo: {len(labels)} {part} labels but {len(domains)} {part} domains")
 
     def _numbers(self, attribute: str, kind: str, names: tuple[str, ...], names_attribute: str) -> IntArray:
-        numbers = _integers(getattr(self, attribute), f"Catalogue: {attribute}")
+        numbers = _integers(getattr(self, attribute), f"DatasetInfo: {attribute}")
         object.__setattr__(self, attribute, numbers)
         wrong = np.flatnonzero((numbers < 0) | (numbers >= len(names)))
         if wrong.size:
             raise ValueError(
-                f"Catalogue: {attribute} has {kind} {numbers[wrong[0]]} at index {wrong[0]}; "
+                f"DatasetInfo: {attribute} has {kind} {numbers[wrong[0]]} at index {wrong[0]}; "
                 f"{names_attribute} names 0 to {len(names) - 1} only"
             )
         return numbers
@@ -88,128 +78,25 @@ class Catalogue:
 
     @cached_property
     def _sample_ids(self) -> KeyArray:
-        """Hash of class name, domain name and place among the samples that share both, uint64 ``(N,)``."""
+        """Hash of class name, domain name and rank among the samples that share both, uint64 ``(N,)``."""
         labels = self.train_labels
         if self.train_domains is None:
-            return mix(self.name_keys[labels], places(labels)[0])
-        place, _ = places(labels * len(self.domain_names) + self.train_domains)
-        return mix(self.name_keys[labels], hash_names(self.domain_names)[self.train_domains], place)
+            return hash64(self.name_keys[labels], rank_in_group(labels)[0])
+        place, _ = rank_in_group(labels * len(self.domain_names) + self.train_domains)
+        return hash64(self.name_keys[labels], hash_names(self.domain_names)[self.train_domains], place)
 
     def keys(self, indices: IntArray, seed: int | KeyArray, purpose: int) -> KeyArray:
-        """Random numbers of training samples.
+        """Counter-based random numbers of training samples.
 
         Args:
             indices: Training samples, ``(n,)``.
             seed: One seed, or one for each sample.
-            purpose: What the numbers are for; other purposes have independent numbers.
+            purpose: Constant of ``draws``; the numbers of different purposes are independent.
 
         Returns:
             uint64 ``(n,)``.
         """
-        return mix(seed, purpose, self._sample_ids[indices])
-
-
-def repeats(items: Sequence[Any]) -> list[Any]:
-    """The items that are there more than once."""
-    return [item for item, count in Counter(items).items() if count > 1]
-
-
-@dataclass(frozen=True)
-class Shift:
-    """What is done to all images of a task.
-
-    Attributes:
-        kind: ``permute``: the pixels change places, alike in all images; ``rotate``: the image is turned.
-        value: Seed of the permutation in ``0 .. 2**32 - 1``, or degrees counter-clockwise.
-    """
-
-    kind: Literal["permute", "rotate"]
-    value: int | float
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("permute", "rotate"):
-            raise ValueError(f"Shift: kind {self.kind!r}; use permute or rotate")
-        if isinstance(self.value, bool) or not isinstance(self.value, int | float) or not math.isfinite(self.value):
-            raise ValueError(f"Shift: value {self.value!r} of {self.kind} is not a finite number")
-        if self.kind == "permute" and not (isinstance(self.value, int) and 0 <= self.value < 2**32):
-            raise ValueError(f"Shift: the seed of a permutation is an integer in 0 .. 2**32 - 1, got {self.value!r}")
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task of a stream.
-
-    Attributes:
-        index: Place in the stream, from 0.
-        name: What to call it in tables.
-        classes: Raw labels of the classes that have training samples here, by column.
-        columns: Their columns in the logits.
-        new_classes: Raw labels of the classes that no earlier task had.
-        num_new: Columns that the task adds; 0 where all its classes are known.
-        num_seen: Columns after this task.
-        domain: What is done to its images, or None.
-    """
-
-    index: int
-    name: str
-    classes: tuple[int, ...]
-    columns: tuple[int, ...]
-    new_classes: tuple[int, ...]
-    num_new: int
-    num_seen: int
-    domain: Shift | None = None
-
-    @property
-    def is_first(self) -> bool:
-        return self.index == 0
-
-
-def number_tasks(
-    classes: Sequence[Sequence[int]], names: Sequence[str], shifts: Sequence[Shift | None]
-) -> tuple[tuple[Task, ...], tuple[int, ...]]:
-    """Give classes their columns in order of arrival.
-
-    Args:
-        classes: Raw labels present in each task; those that are new get their columns in this order.
-        names: Name of each task.
-        shifts: Shift of each task.
-
-    Returns:
-        The tasks, and the raw label of each column.
-    """
-    column: dict[int, int] = {}
-    tasks = []
-    for place, (present, name, shift) in enumerate(zip(classes, names, shifts, strict=True)):
-        new = [label for label in present if label not in column]
-        for label in new:
-            column[label] = len(column)
-        classes_here = tuple(sorted(present, key=column.__getitem__))
-        columns = tuple(column[label] for label in classes_here)
-        tasks.append(Task(place, name, classes_here, columns, tuple(new), len(new), len(column), shift))
-    return tuple(tasks), tuple(column)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Tasks that were dealt at once: the first part when the stream was made, a further one by each extension.
-
-    Attributes:
-        tasks: Number of tasks, at least 1.
-        seed: What they were drawn with.
-        val_fraction: Share of the training samples that was held out, in [0, 1).
-    """
-
-    tasks: int
-    seed: int
-    val_fraction: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "seed", index(self.seed))  # also of numpy; the manifest takes plain numbers only
-        object.__setattr__(self, "val_fraction", float(self.val_fraction))
-        if self.tasks < 1:
-            raise ValueError(f"Part: tasks must be at least 1, got {self.tasks}")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"Stream: val_fraction must be at least 0 and below 1, got {self.val_fraction}")
+        return hash64(seed, purpose, self._sample_ids[indices])
 
 
 _ARRAYS = ("train", "val", "test", "unlabelled")
@@ -217,25 +104,25 @@ _ARRAYS = ("train", "val", "test", "unlabelled")
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """The tasks, and the samples of each. Equal streams have equal manifests.
+    """A sequence of tasks with the indices of their samples. Equal streams have equal manifests.
 
     Attributes:
         tasks: The tasks in order.
         train: Indices of the training samples of each task, int64, read-only.
-        val: Indices, in the training set, of the samples that each task holds out.
-        test: Indices, in the test set, of the samples whose home is the task: row entry i of the accuracy matrix. All
-            of their classes have been seen when the task is over.
+        val: Indices, in the training set, of the held-out validation samples of each task.
+        test: Indices, in the test set, of the samples of each task; entry i of a row of the accuracy matrix is the
+            accuracy on ``test[i]``. All of their classes have been seen at the end of the task.
         order: Raw label of each column.
         class_names: Name of each column.
-        unlabelled: Those of ``train`` whose labels are hidden.
-        parts: How the tasks came to be.
-        one_pass: Whether samples are seen once, in a stream, instead of in epochs.
-        batch_size: Samples that a one-pass stream gives at a time; None leaves it to the data module.
-        passes: How often a one-pass stream is given.
+        unlabelled: Indices of the samples of ``train`` whose labels are hidden.
+        parts: Segments of tasks that were made at once, with their seeds.
+        one_pass: Whether each sample is seen once, in a stream, instead of in epochs.
+        batch_size: Batch size of a one-pass stream; None for the batch size of the data module.
+        passes: Number of steps on each batch of a one-pass stream.
         scenario: Class path and arguments of the scenario that made the stream.
 
     Raises:
-        ValueError: Fields that contradict one another.
+        ValueError: If fields contradict each other.
     """
 
     tasks: tuple[Task, ...]
@@ -245,7 +132,7 @@ class Stream:
     order: tuple[int, ...]
     class_names: tuple[str, ...]
     unlabelled: tuple[IntArray, ...] = ()
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Segment, ...] = ()
     one_pass: bool = False
     batch_size: int | None = None
     passes: int = 1
@@ -258,7 +145,7 @@ class Stream:
         if not self.unlabelled:
             object.__setattr__(self, "unlabelled", (np.empty(0, np.int64),) * count)
         if not self.parts:
-            object.__setattr__(self, "parts", (Part(count, 0, 0.0),))
+            object.__setattr__(self, "parts", (Segment(count, 0, 0.0),))
         for name in _ARRAYS:
             arrays = getattr(self, name)
             if len(arrays) != count:
@@ -283,9 +170,11 @@ class Stream:
         if len(self.class_names) != len(order):
             raise ValueError(f"class_names: {len(self.class_names)} names for {len(order)} columns")
         if twice := repeats(self.class_names):
-            raise ValueError(f"class_names: {twice[0]!r} is there twice")
+            raise ValueError(f"class_names: {twice[0]!r} is given twice")
         if sum(part.tasks for part in self.parts) != count:
-            raise ValueError(f"parts: they have {sum(part.tasks for part in self.parts)} tasks, the stream has {count}")
+            raise ValueError(
+                f"parts: their tasks add up to {sum(part.tasks for part in self.parts)}, the stream has {count}"
+            )
         if self.passes < 1 or (self.batch_size is not None and self.batch_size < 1):
             raise ValueError(f"passes {self.passes} and batch_size {self.batch_size} must be at least 1")
 
@@ -300,35 +189,35 @@ class Stream:
 
     @property
     def seed(self) -> int:
-        """What the first part was drawn with."""
+        """Seed of the first segment."""
         return self.parts[0].seed
 
     @property
     def shifts(self) -> tuple[Shift | None, ...]:
-        """What is done to the images of each task."""
+        """Transform of the images of each task, or None."""
         return tuple(task.domain for task in self.tasks)
 
     @property
-    def task_parts(self) -> tuple[Part, ...]:
-        """The part that each task belongs to."""
+    def task_parts(self) -> tuple[Segment, ...]:
+        """The segment of each task."""
         return tuple(part for part in self.parts for _ in range(part.tasks))
 
     @property
     def part_tasks(self) -> tuple[tuple[Task, ...], ...]:
-        """The tasks of each part."""
+        """The tasks of each segment."""
         stops = np.cumsum([part.tasks for part in self.parts]).tolist()
         return tuple(self.tasks[stop - part.tasks : stop] for part, stop in zip(self.parts, stops, strict=True))
 
     @cached_property
     def column_table(self) -> IntArray:
-        """Column of each raw label, int64 ``(highest raw label + 1,)``; -1 for labels that never come."""
+        """Column of each raw label, int64 ``(highest raw label + 1,)``; -1 for labels that never arrive."""
         table = np.full(max(self.order, default=-1) + 1, -1, np.int64)
         table[list(self.order)] = np.arange(len(self.order))
         table.flags.writeable = False
         return table
 
     def columns_of(self, labels: IntArray | Sequence[int]) -> IntArray:
-        """Columns of raw labels, int64 of the same shape; -1 for labels that never come."""
+        """Columns of raw labels, int64 of the same shape; -1 for labels that never arrive."""
         labels = np.asarray(labels, np.int64)
         known = (labels >= 0) & (labels < len(self.column_table))
         return np.where(known, self.column_table[np.where(known, labels, 0)], -1)
@@ -350,22 +239,23 @@ class Stream:
             digests.append(digest.hexdigest())
         return tuple(digests)
 
-    def check(self, catalogue: Catalogue) -> None:
-        """Refuse data that the stream was not made for.
+    def check(self, info: DatasetInfo) -> None:
+        """Check that the stream was made for this data.
 
         Raises:
-            ValueError: An index outside the data, a class of another name, a sample of a class that is not in its task.
+            ValueError: If an index is outside the data, a class has another name, or a sample's class is not in its
+                task.
         """
         for column, (label, name) in enumerate(zip(self.order, self.class_names, strict=True)):
-            found = catalogue.class_names[label] if label < catalogue.num_classes else None
+            found = info.class_names[label] if label < info.num_classes else None
             if found != name:
                 raise ValueError(
                     f"Stream: class {label} (column {column}) is {name!r} in the stream and {found!r} in the data; "
-                    "use the data it was made for, or extend it"
+                    "use the data that the stream was made for, or extend the stream"
                 )
         for task in self.tasks:
             for name in _ARRAYS:
-                labels = catalogue.test_labels if name == "test" else catalogue.train_labels
+                labels = info.test_labels if name == "test" else info.train_labels
                 array = getattr(self, name)[task.index]
                 if array.size and array.max() >= len(labels):
                     raise ValueError(
@@ -377,32 +267,53 @@ class Stream:
                     sample = array[~fits][0]
                     raise ValueError(
                         f"Stream: task {task.index}: {name} has sample {sample} of class "
-                        f"{catalogue.class_names[labels[sample]]!r}, which does not belong there"
+                        f"{info.class_names[labels[sample]]!r}, which does not belong to this task"
                     )
 
     def to_dict(self) -> dict[str, Any]:
-        """The manifest: numbers, strings, lists and dicts only."""
-        from cl_lightning.stream.manifest import write
-
-        return write(self)
+        """The manifest of the stream: numbers, strings, lists and dicts only."""
+        tasks = [
+            {
+                "index": task.index,
+                "name": task.name,
+                "classes": list(task.classes),
+                "shift": task.domain and [task.domain.kind, task.domain.value],
+                "train": self.train[task.index].tolist(),
+                "val": self.val[task.index].tolist(),
+                "test": self.test[task.index].tolist(),
+                "unlabelled": self.unlabelled[task.index].tolist(),
+                "hash": digest,
+            }
+            for task, digest in zip(self.tasks, self.hashes, strict=True)
+        ]
+        return {
+            "format": manifest.FORMAT,
+            "version": manifest.VERSION,
+            "scenario": self.scenario,
+            "parts": [{"tasks": p.tasks, "seed": p.seed, "val_fraction": p.val_fraction} for p in self.parts],
+            "one_pass": self.one_pass,
+            "batch_size": self.batch_size,
+            "passes": self.passes,
+            "order": list(self.order),
+            "class_names": list(self.class_names),
+            "tasks": tasks,
+        }
 
     @staticmethod
     def from_dict(data: Any, source: str = "manifest") -> "Stream":
         """The stream of a manifest.
 
         Args:
-            data: What ``to_dict`` gave.
-            source: What to call it in errors.
+            data: Return value of ``to_dict``.
+            source: Name of the manifest in errors.
 
         Raises:
-            ValueError: Of another format or version, malformed, or changed since it was written.
+            ValueError: If it has another format or version, is malformed, or was changed since it was written.
         """
-        from cl_lightning.stream.manifest import read
-
-        return read(data, source)
+        return manifest.read(data, source, Stream)
 
     def save(self, path: str | Path) -> None:
-        """Write the manifest as JSON; a file that is there is replaced in one step."""
+        """Write the manifest as JSON; an existing file is replaced atomically."""
         path = Path(path)
         draft = path.with_name(path.name + ".draft")
         draft.write_text(dumps(self.to_dict(), allow_nan=False, separators=(",", ":")) + "\n", encoding="utf-8")
@@ -413,8 +324,6 @@ class Stream:
         """Read a manifest.
 
         Raises:
-            ValueError: No such file, or not a manifest, or changed since it was written.
+            ValueError: If there is no such file, it is not a manifest, or it was changed since it was written.
         """
-        from cl_lightning.stream.manifest import parse
-
-        return Stream.from_dict(parse(path), str(path))
+        return Stream.from_dict(manifest.parse(path), str(path))

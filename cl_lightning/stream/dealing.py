@@ -1,8 +1,8 @@
-"""How a scenario deals: the base classes, and what the scenarios share.
+"""Base classes of scenarios, and the functions that scenarios share.
 
-A scenario is a frozen dataclass of options, called with a catalogue and a seed. A new one subclasses ``Dealer`` and
-says in ``deal`` which training samples come in which task; columns, homes of test samples, validation and manifest
-follow.
+A scenario is a frozen dataclass of options, called with a ``DatasetInfo`` and a seed. A new scenario subclasses
+``Splitter`` and returns from ``split`` the training samples of each task. The base class derives columns, test samples,
+validation samples and the manifest.
 """
 
 from abc import ABC, abstractmethod
@@ -13,49 +13,51 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
+from cl_lightning.hashing import IntArray, hash64, seed_array
 from cl_lightning.stream import draws
-from cl_lightning.stream.core import Catalogue, Part, Shift, Stream, Task, number_tasks, repeats
-from cl_lightning.stream.draws import IntArray, mix, nearest, places, seed_array, split
+from cl_lightning.stream.core import DatasetInfo, Stream
+from cl_lightning.stream.draws import rank_in_group, round_half_up, split
+from cl_lightning.stream.tasks import Segment, Shift, Task, number_tasks, repeats
 
 Order = Literal["natural", "random"] | int | list[int] | list[str]
 
 
 class Scenario(ABC):
-    """Deals a data set out over tasks."""
+    """Base class of scenarios: splits a data set into the tasks of a stream."""
 
-    def __call__(self, catalogue: Catalogue, *, seed: int, val_fraction: float = 0.0) -> Stream:
+    def __call__(self, info: DatasetInfo, *, seed: int, val_fraction: float = 0.0) -> Stream:
         """Make the stream.
 
         Args:
-            catalogue: What the data set tells of its samples.
-            seed: Decides everything that is left to chance, and nothing else does.
-            val_fraction: Share of the training samples of each class in each task to hold out, in [0, 1); rounded to
-                whole samples, and at least one sample stays in training.
+            info: Labels and names of the data set.
+            seed: Determines all random choices.
+            val_fraction: Fraction of the training samples of each class in each task to hold out, in [0, 1). The number
+                is rounded to whole samples, and at least one sample stays in training.
 
         Raises:
-            ValueError: The options do not fit the data.
+            ValueError: If the options do not fit the data.
         """
-        return self.stream(catalogue, Part(1, seed, val_fraction), None)
+        return self.stream(info, Segment(1, seed, val_fraction), None)
 
-    def extend(self, stream: Stream, catalogue: Catalogue, *, seed: int, val_fraction: float = 0.0) -> Stream:
-        """Continue a stream of this scenario with what the data has gained.
+    def extend(self, stream: Stream, info: DatasetInfo, *, seed: int, val_fraction: float = 0.0) -> Stream:
+        """Extend a stream of this scenario by the new classes or domains of the data.
 
-        Earlier tasks keep their classes, domains, columns, and, for unchanged classes, their samples, also where labels
-        and indices have shifted; classes and domains are known by name.
+        Earlier tasks keep their classes, domains and columns. Unchanged classes keep their samples, also if raw labels
+        and indices have shifted: classes and domains are identified by name.
 
         Args:
             stream: The earlier stream.
-            catalogue: What the data set tells now.
-            seed: For the new tasks; the earlier ones keep theirs.
-            val_fraction: For the new tasks; the earlier ones keep theirs.
+            info: Labels and names of the current data set.
+            seed: Seed of the new tasks; earlier tasks keep their seed.
+            val_fraction: Validation fraction of the new tasks; earlier tasks keep their fraction.
 
         Raises:
-            ValueError: The data has gained nothing or lost a class of the stream, or the scenario is another one.
+            ValueError: If the data has nothing new or lacks a class of the stream, or the scenario is another one.
         """
         mine, its = (_class_paths(scenario) for scenario in (self.describe(), stream.scenario))
         if its and mine != its:
-            self.fail(f"the stream to extend was made by {' of '.join(its)}; extend it by the same")
-        longer = self.stream(catalogue, Part(1, seed, val_fraction), stream)
+            self.fail(f"the stream to extend was made by {' of '.join(its)}; extend it by the same scenario")
+        longer = self.stream(info, Segment(1, seed, val_fraction), stream)
         for old, new in zip(stream.tasks, longer.tasks, strict=False):
             before, after = stream.names_of(old), longer.names_of(new)
             if before != after:
@@ -64,21 +66,21 @@ class Scenario(ABC):
             if (old.name, old.domain) != (new.name, new.domain):
                 self.fail(f"task {old.index} ({old.name}) would become {new.name}; keep the options of the stream")
         if len(longer) <= len(stream):
-            self.fail(f"the data has gained nothing that would give a task after the {len(stream)} of the stream")
+            self.fail(f"the data has nothing new for a task after the {len(stream)} tasks of the stream")
         return longer
 
     @abstractmethod
-    def stream(self, catalogue: Catalogue, part: Part, earlier: Stream | None) -> Stream:
-        """The stream of the data, or the earlier stream and a part after it.
+    def stream(self, info: DatasetInfo, part: Segment, earlier: Stream | None) -> Stream:
+        """The stream of the data, or the earlier stream extended by one segment.
 
         Args:
-            catalogue: What the data tells.
-            part: Seed and validation share of the new tasks; how many they are is for the scenario to say.
-            earlier: The stream to continue, if any.
+            info: Labels and names of the data set.
+            part: Seed and validation fraction of the new tasks; the scenario chooses the number of tasks.
+            earlier: The stream to extend, if any.
         """
 
     def describe(self) -> dict[str, Any]:
-        """Class path and arguments, as in a config."""
+        """Class path and arguments, in the form of a config."""
         return {
             "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
             "init_args": {item.name: _plain(getattr(self, item.name)) for item in fields(self)},  # type: ignore[arg-type]
@@ -89,7 +91,7 @@ class Scenario(ABC):
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """A value in the form of JSON."""
     if isinstance(value, Scenario):
         return value.describe()
     if isinstance(value, list | tuple):
@@ -98,7 +100,7 @@ def _plain(value: Any) -> Any:
 
 
 def _class_paths(description: Any) -> list[str]:
-    """Class path of a scenario and of those that it wraps."""
+    """Class names of a scenario and of the scenarios that it wraps, from the outside in."""
     paths = []
     while isinstance(description, dict) and "class_path" in description:
         paths.append(str(description["class_path"]).rpartition(".")[2])
@@ -108,17 +110,17 @@ def _class_paths(description: Any) -> list[str]:
 
 
 @dataclass
-class Deal:
-    """Which samples come when.
+class Split:
+    """Training and test samples of each task, before validation samples are held out.
 
     Attributes:
-        train: Training samples of each task, before validation samples are held out.
-        order: All raw labels; classes that arrive together get their columns in this order.
+        train: Indices of the training samples of each task, including the later validation samples.
+        order: All raw labels; classes that arrive in the same task get their columns in this order.
         names: Name of each task.
         shifts: Shift of each task; none by default.
-        test: Test samples of each task; by default those of the classes that are new there.
-        holds_out: Whether a task gives validation samples; by default all do.
-        one_pass: Whether the stream is seen once.
+        test: Indices of the test samples of each task; by default the samples of its new classes.
+        holds_out: Whether a task has validation samples; by default every task has.
+        one_pass: Whether each sample is seen once.
     """
 
     train: Sequence[IntArray]
@@ -130,138 +132,138 @@ class Deal:
     one_pass: bool = False
 
 
-class Dealer(Scenario):
-    """A scenario that says which training samples come in which task, and leaves the rest to this class."""
+class Splitter(Scenario):
+    """Base class of scenarios that assign training samples to tasks; all else is derived from ``split``."""
 
     @abstractmethod
-    def deal(self, catalogue: Catalogue, seed: int, earlier: Stream | None) -> Deal:
-        """Deal the training samples.
+    def split(self, info: DatasetInfo, seed: int, earlier: Stream | None) -> Split:
+        """Assign training samples to tasks.
 
         Args:
-            catalogue: What the data tells.
-            seed: For the tasks, or for those after the earlier ones.
-            earlier: A stream to continue; its tasks are to be dealt as they were.
+            info: Labels and names of the data set.
+            seed: Seed of the tasks; with an earlier stream, of the tasks after it.
+            earlier: A stream to extend; its tasks have to be split as before.
         """
 
-    def stream(self, catalogue: Catalogue, part: Part, earlier: Stream | None) -> Stream:
-        missing = np.flatnonzero(np.bincount(catalogue.train_labels, minlength=catalogue.num_classes) == 0)
+    def stream(self, info: DatasetInfo, part: Segment, earlier: Stream | None) -> Stream:
+        missing = np.flatnonzero(np.bincount(info.train_labels, minlength=info.num_classes) == 0)
         if missing.size:
             self.fail(
-                f"class {catalogue.class_names[missing[0]]!r} has no training samples; add some, or leave the class out"
+                f"class {info.class_names[missing[0]]!r} has no training samples; add some, or leave the class out"
             )
-        deal = self.deal(catalogue, part.seed, earlier)
-        count = len(deal.train)
-        for index, (indices, name) in enumerate(zip(deal.train, deal.names, strict=True)):
+        chosen = self.split(info, part.seed, earlier)
+        count = len(chosen.train)
+        for index, (indices, name) in enumerate(zip(chosen.train, chosen.names, strict=True)):
             if not indices.size:
                 self.fail(f"task {index} ({name}) has no training samples; use fewer tasks or add data")
         parts = earlier.parts if earlier else ()
         rest = count - sum(old.tasks for old in parts)
         if rest:
-            parts = (*parts, Part(rest, part.seed, part.val_fraction))
-        train, val = _hold_out(catalogue, deal, parts)
-        tasks, order = arrivals(catalogue, train, deal.order, deal.names, deal.shifts or [None] * count)
+            parts = (*parts, Segment(rest, part.seed, part.val_fraction))
+        train, val = _hold_out(info, chosen, parts)
+        tasks, order = arrivals(info, train, chosen.order, chosen.names, chosen.shifts or [None] * count)
         return Stream(
             tasks=tasks,
             train=tuple(train),
             val=tuple(val),
-            test=homes(catalogue, tasks, deal.test),
+            test=assign_tests(info, tasks, chosen.test),
             order=order,
-            class_names=tuple(catalogue.class_names[label] for label in order),
+            class_names=tuple(info.class_names[label] for label in order),
             parts=parts,
-            one_pass=deal.one_pass,
+            one_pass=chosen.one_pass,
             scenario=self.describe(),
         )
 
 
-def _hold_out(catalogue: Catalogue, deal: Deal, parts: Sequence[Part]) -> tuple[list[IntArray], list[IntArray]]:
-    """Split training samples into training and validation, by class within each task."""
+def _hold_out(info: DatasetInfo, chosen: Split, parts: Sequence[Segment]) -> tuple[list[IntArray], list[IntArray]]:
+    """Split the training samples of each class in each task into training and validation samples."""
     fractions = np.array([part.val_fraction for part in parts for _ in range(part.tasks)])
-    if deal.holds_out is not None:
-        fractions = np.where(deal.holds_out, fractions, 0.0)
+    if chosen.holds_out is not None:
+        fractions = np.where(chosen.holds_out, fractions, 0.0)
     if not fractions.any():
-        return list(deal.train), [np.empty(0, np.int64) for _ in deal.train]
+        return list(chosen.train), [np.empty(0, np.int64) for _ in chosen.train]
     seeds = seed_array(part.seed for part in parts for _ in range(part.tasks))
-    task = np.repeat(np.arange(len(deal.train)), [len(indices) for indices in deal.train])
-    indices = np.concatenate(deal.train)
-    keys = catalogue.keys(indices, seeds[task], draws.VALIDATION)
-    place, size = places(task * catalogue.num_classes + catalogue.train_labels[indices], keys)
-    held = place < np.minimum(nearest(size * fractions[task]), size - 1)
-    train, val = (split(np.where(mask, task, -1), len(deal.train)) for mask in (~held, held))
+    task = np.repeat(np.arange(len(chosen.train)), [len(indices) for indices in chosen.train])
+    indices = np.concatenate(chosen.train)
+    keys = info.keys(indices, seeds[task], draws.VALIDATION)
+    place, size = rank_in_group(task * info.num_classes + info.train_labels[indices], keys)
+    held = place < np.minimum(round_half_up(size * fractions[task]), size - 1)
+    train, val = (split(np.where(mask, task, -1), len(chosen.train)) for mask in (~held, held))
     return [indices[rows] for rows in train], [indices[rows] for rows in val]
 
 
 def arrivals(
-    catalogue: Catalogue,
+    info: DatasetInfo,
     train: Sequence[IntArray],
     order: IntArray,
     names: Sequence[str],
     shifts: Sequence[Shift | None],
 ) -> tuple[tuple[Task, ...], tuple[int, ...]]:
-    """Tasks of the classes that have training samples, and the raw label of each column.
+    """Tasks with the classes of their training samples, and the raw label of each column.
 
     Args:
-        catalogue: What the data tells.
-        train: Training samples of each task.
-        order: Raw labels; classes that arrive together get their columns in this order.
+        info: Labels and names of the data set.
+        train: Indices of the training samples of each task.
+        order: Raw labels; classes that arrive in the same task get their columns in this order.
         names: Name of each task.
         shifts: Shift of each task.
     """
-    rank = np.zeros(catalogue.num_classes, np.int64)
+    rank = np.zeros(info.num_classes, np.int64)
     rank[order] = np.arange(len(order))
-    present = [order[np.unique(rank[catalogue.train_labels[indices]])].tolist() for indices in train]
+    present = [order[np.unique(rank[info.train_labels[indices]])].tolist() for indices in train]
     return number_tasks(present, names, shifts)
 
 
-def homes(catalogue: Catalogue, tasks: Sequence[Task], test: Sequence[IntArray] | None) -> tuple[IntArray, ...]:
-    """Test samples of each task: as given, or with their class, but not before their class has been seen."""
-    first = np.full(catalogue.num_classes, -1, np.int64)
+def assign_tests(info: DatasetInfo, tasks: Sequence[Task], test: Sequence[IntArray] | None) -> tuple[IntArray, ...]:
+    """Indices of the test samples of each task: as given, or by class, and never before their class is seen."""
+    first = np.full(info.num_classes, -1, np.int64)
     for task in tasks:
         first[list(task.new_classes)] = task.index
     if test is None:
-        return tuple(split(first[catalogue.test_labels], len(tasks)))
-    home = np.repeat(np.arange(len(tasks)), [len(indices) for indices in test])
+        return tuple(split(first[info.test_labels], len(tasks)))
+    test_task = np.repeat(np.arange(len(tasks)), [len(indices) for indices in test])
     indices = np.concatenate(test)
-    home = np.maximum(home, first[catalogue.test_labels[indices]])
-    return tuple(np.unique(indices[rows]) for rows in split(home, len(tasks)))
+    test_task = np.maximum(test_task, first[info.test_labels[indices]])
+    return tuple(np.unique(indices[rows]) for rows in split(test_task, len(tasks)))
 
 
-def home_by_class(catalogue: Catalogue, groups: Sequence[IntArray]) -> list[IntArray]:
-    """Training samples of the classes of each group."""
-    home = np.full(catalogue.num_classes, -1, np.int64)
+def samples_of_groups(info: DatasetInfo, groups: Sequence[IntArray]) -> list[IntArray]:
+    """Indices of the training samples of each group of classes."""
+    group_of_class = np.full(info.num_classes, -1, np.int64)
     for index, group in enumerate(groups):
-        home[group] = index
-    return split(home[catalogue.train_labels], len(groups))
+        group_of_class[group] = index
+    return split(group_of_class[info.train_labels], len(groups))
 
 
-def order_classes(scenario: Scenario, order: Order, catalogue: Catalogue, classes: IntArray, seed: int) -> IntArray:
-    """Put classes in order.
+def order_classes(scenario: Scenario, order: Order, info: DatasetInfo, classes: IntArray, seed: int) -> IntArray:
+    """Sort classes by order of arrival.
 
     Args:
-        scenario: Who asks, for errors.
+        scenario: The scenario, for errors.
         order: ``natural``: by raw label; ``random``: by the seed of the stream; a number n: by
-            ``RandomState(n).permutation``, whose order for n = 1993 published tables use; a list of all raw labels or
+            ``RandomState(n).permutation``, where n = 1993 is the order of published tables; a list of all raw labels or
             all names.
-        catalogue: What the data tells.
+        info: Labels and names of the data set.
         classes: Raw labels, ascending.
         seed: Seed of the stream.
     """
     if order == "natural":
         return classes
     if order == "random":
-        return classes[np.argsort(mix(seed, draws.ORDER, catalogue.name_keys[classes]), kind="stable")]
+        return classes[np.argsort(hash64(seed, draws.ORDER, info.name_keys[classes]), kind="stable")]
     if isinstance(order, int):
         return classes[np.random.RandomState(order).permutation(len(classes))]
-    number = {name: label for label, name in enumerate(catalogue.class_names)}
+    number = {name: label for label, name in enumerate(info.class_names)}
     for item in order:
-        if (item not in number) if isinstance(item, str) else not 0 <= item < catalogue.num_classes:
+        if (item not in number) if isinstance(item, str) else not 0 <= item < info.num_classes:
             scenario.fail(f"class_order has {item!r}, which is no class of the data")
     labels = [number[item] if isinstance(item, str) else item for item in order]
     if twice := repeats(labels):
-        scenario.fail(f"class_order has class {twice[0]} ({catalogue.class_names[twice[0]]}) more than once")
+        scenario.fail(f"class_order has class {twice[0]} ({info.class_names[twice[0]]}) more than once")
     missing = np.setdiff1d(classes, labels)
     if missing.size:
         scenario.fail(
-            f"class_order lacks class {missing[0]} ({catalogue.class_names[missing[0]]}); "
+            f"class_order lacks class {missing[0]} ({info.class_names[missing[0]]}); "
             f"it must have each of the {len(classes)} classes once"
         )
     listed = np.array(labels, np.int64)
@@ -275,24 +277,24 @@ def check_order(scenario: Scenario, order: Order) -> None:
         scenario.fail(f"class_order {order} is no seed; use a number in 0 .. 2**32 - 1")
 
 
-def known_classes(scenario: Scenario, catalogue: Catalogue, earlier: Stream | None) -> tuple[list[IntArray], IntArray]:
-    """Raw labels, today, of the classes that were new in each earlier task, and of those that no task had."""
-    number = {name: label for label, name in enumerate(catalogue.class_names)}
+def known_classes(scenario: Scenario, info: DatasetInfo, earlier: Stream | None) -> tuple[list[IntArray], IntArray]:
+    """Raw labels, in the current data, of the new classes of each earlier task, and of the classes of no task."""
+    number = {name: label for label, name in enumerate(info.class_names)}
     names = earlier.class_names if earlier else ()
     if gone := [name for name in names if name not in number]:
-        scenario.fail(f"the data has lost {len(gone)} classes of the stream, {gone[0]!r} first; add them again")
+        scenario.fail(f"the data lacks {len(gone)} classes of the stream, the first is {gone[0]!r}; add them again")
     labels = np.array([number[name] for name in names], np.int64)
     stops = [task.num_seen for task in earlier.tasks] if earlier else []
     groups = np.split(labels, stops)[:-1] if earlier else []
-    return groups, np.setdiff1d(np.arange(catalogue.num_classes), labels)
+    return groups, np.setdiff1d(np.arange(info.num_classes), labels)
 
 
 def chunks(classes: IntArray, size: int) -> list[IntArray]:
-    """Groups of ``size`` classes; the last one has the remainder."""
+    """Groups of ``size`` classes; the last group has the remainder."""
     return [classes[start : start + size] for start in range(0, len(classes), size)]
 
 
-def earlier_first(scenario: Scenario, catalogue: Catalogue, earlier: Stream | None) -> IntArray:
-    """All raw labels: those of earlier tasks by column, then the others by label."""
-    groups, fresh = known_classes(scenario, catalogue, earlier)
+def earlier_first(scenario: Scenario, info: DatasetInfo, earlier: Stream | None) -> IntArray:
+    """All raw labels: classes of earlier tasks by column, then the other classes by label."""
+    groups, fresh = known_classes(scenario, info, earlier)
     return np.concatenate([*groups, fresh])

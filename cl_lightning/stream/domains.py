@@ -1,4 +1,4 @@
-"""Scenarios in which the classes stay and the images change."""
+"""Domain-incremental scenarios: the classes are the same in all tasks, the images change."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -6,14 +6,16 @@ from typing import Literal
 
 import numpy as np
 
+from cl_lightning.hashing import hash64
 from cl_lightning.stream import draws
-from cl_lightning.stream.core import Catalogue, Part, Shift, Stream, repeats
-from cl_lightning.stream.dealing import Deal, Dealer, Scenario, earlier_first
-from cl_lightning.stream.draws import mix, places, split
+from cl_lightning.stream.core import DatasetInfo, Stream
+from cl_lightning.stream.dealing import Scenario, Split, Splitter, earlier_first
+from cl_lightning.stream.draws import rank_in_group, split
+from cl_lightning.stream.tasks import Segment, Shift, repeats
 
 
 @dataclass(frozen=True)
-class DomainIncremental(Dealer):
+class DomainIncremental(Splitter):
     """Each task is a domain of the data, with all its classes.
 
     Args:
@@ -22,14 +24,14 @@ class DomainIncremental(Dealer):
 
     domains: list[str] | None = None
 
-    def deal(self, catalogue: Catalogue, seed: int, earlier: Stream | None) -> Deal:
-        if catalogue.train_domains is None or catalogue.test_domains is None:
-            self.fail("the data tells no domains; use data with one folder per domain, or another scenario")
-        number = {name: index for index, name in enumerate(catalogue.domain_names)}
+    def split(self, info: DatasetInfo, seed: int, earlier: Stream | None) -> Split:
+        if info.train_domains is None or info.test_domains is None:
+            self.fail("the data has no domains; use data with one folder per domain, or another scenario")
+        number = {name: index for index, name in enumerate(info.domain_names)}
         before = [task.name for task in earlier.tasks] if earlier else []
         if gone := [name for name in before if name not in number]:
-            self.fail(f"the data has lost domain {gone[0]!r} of the stream; add it again")
-        wanted = list(catalogue.domain_names) if self.domains is None else self.domains
+            self.fail(f"the data lacks domain {gone[0]!r} of the stream; add it again")
+        wanted = list(info.domain_names) if self.domains is None else self.domains
         if twice := repeats(wanted):
             self.fail(f"domains has {twice[0]!r} more than once")
         if unknown := [name for name in wanted if name not in number]:
@@ -39,16 +41,16 @@ class DomainIncremental(Dealer):
             self.fail(f"domains lacks {missing[0]!r}; it must have each domain of the data once")
         task = np.empty(len(number), np.int64)
         task[[number[name] for name in names]] = np.arange(len(names))
-        return Deal(
-            train=split(task[catalogue.train_domains], len(names)),
-            order=earlier_first(self, catalogue, earlier),
+        return Split(
+            train=split(task[info.train_domains], len(names)),
+            order=earlier_first(self, info, earlier),
             names=names,
-            test=split(task[catalogue.test_domains], len(names)),
+            test=split(task[info.test_domains], len(names)),
         )
 
 
-class _ShiftedDomains(Dealer):
-    """All classes in every task, each time with another shift of the images."""
+class _ShiftedDomains(Splitter):
+    """All classes in every task, with another shift of the images in each task."""
 
     share: Literal["all", "split"]
 
@@ -56,28 +58,28 @@ class _ShiftedDomains(Dealer):
     def domains(self, seed: int) -> list[tuple[str, Shift | None]]:
         """Name and shift of each task."""
 
-    def stream(self, catalogue: Catalogue, part: Part, earlier: Stream | None) -> Stream:
+    def stream(self, info: DatasetInfo, part: Segment, earlier: Stream | None) -> Stream:
         if earlier and self.share == "split":
-            self.fail("share 'split' cannot be extended, since the samples are already dealt out; use share 'all'")
+            self.fail("share 'split' cannot be extended, since all samples already have a task; use share 'all'")
         if earlier and (part.seed, part.val_fraction) != (earlier.seed, earlier.parts[0].val_fraction):
-            # Else a sample would be held out in one task and trained on in another.
+            # Otherwise a sample would be held out in one task and trained on in another.
             self.fail(
                 "all tasks have the same samples, so an extension must keep "
                 f"seed {earlier.seed} and val_fraction {earlier.parts[0].val_fraction}"
             )
-        return super().stream(catalogue, part, earlier)
+        return super().stream(info, part, earlier)
 
-    def deal(self, catalogue: Catalogue, seed: int, earlier: Stream | None) -> Deal:
+    def split(self, info: DatasetInfo, seed: int, earlier: Stream | None) -> Split:
         names, shifts = zip(*self.domains(seed), strict=True)
-        count, samples = len(names), np.arange(len(catalogue.train_labels))
+        count, samples = len(names), np.arange(len(info.train_labels))
         if self.share == "split":
-            place, _ = places(catalogue.train_labels, catalogue.keys(samples, seed, draws.SHARES))
+            place, _ = rank_in_group(info.train_labels, info.keys(samples, seed, draws.SHARES))
             # The class label shifts the start, so that the remainders of many classes even out.
-            train = split((place + catalogue.train_labels) % count, count)
+            train = split((place + info.train_labels) % count, count)
         else:
             train = [samples] * count
-        test = [np.arange(len(catalogue.test_labels))] * count
-        return Deal(train, earlier_first(self, catalogue, earlier), names, shifts, test)
+        test = [np.arange(len(info.test_labels))] * count
+        return Split(train, earlier_first(self, info, earlier), names, shifts, test)
 
 
 def _check_share(scenario: Scenario, share: str) -> None:
@@ -87,13 +89,13 @@ def _check_share(scenario: Scenario, share: str) -> None:
 
 @dataclass(frozen=True)
 class PermutedDomains(_ShiftedDomains):
-    """Each task permutes the pixels of all images in its own way (permuted MNIST, Goodfellow et al. 2014).
+    """A permutation of the pixels of all images per task (permuted MNIST, Goodfellow et al. 2014).
 
     Args:
         tasks: Number of tasks; a larger number extends a stream.
         first_identity: Whether the first task leaves the images as they are.
-        share: ``all``: each task has all training samples, as is the custom; ``split``: each has its share of them.
-            Test samples are all in every task.
+        share: ``all``: each task has all training samples, as is usual; ``split``: the training samples are split over
+            the tasks. Every task has all test samples.
     """
 
     tasks: int = 10
@@ -106,7 +108,7 @@ class PermutedDomains(_ShiftedDomains):
             self.fail(f"tasks must be at least 1, got {self.tasks}")
 
     def domains(self, seed: int) -> list[tuple[str, Shift | None]]:
-        seeds = (mix(seed, draws.PERMUTATION, np.arange(self.tasks)) >> np.uint64(32)).tolist()
+        seeds = (hash64(seed, draws.PERMUTATION, np.arange(self.tasks)) >> np.uint64(32)).tolist()
         domains: list[tuple[str, Shift | None]] = [
             (f"permutation {index}", Shift("permute", value)) for index, value in enumerate(seeds)
         ]
@@ -115,13 +117,13 @@ class PermutedDomains(_ShiftedDomains):
 
 @dataclass(frozen=True)
 class RotatedDomains(_ShiftedDomains):
-    """Each task turns all images by its own angle (rotated MNIST, Lopez-Paz & Ranzato 2017, arXiv:1706.08840).
+    """A rotation of all images per task (rotated MNIST, Lopez-Paz & Ranzato 2017, arXiv:1706.08840).
 
     Args:
-        tasks: Number of tasks, turned by multiples of 180 / tasks degrees from 0 on.
-        degrees: The angles, instead of ``tasks``; a longer list extends a stream.
-        share: ``all``: each task has all training samples, as is the custom; ``split``: each has its share of them.
-            Test samples are all in every task.
+        tasks: Number of tasks, rotated by 0, 1, 2, ... times 180 / tasks degrees.
+        degrees: The angles, in place of ``tasks``; a longer list extends a stream.
+        share: ``all``: each task has all training samples, as is usual; ``split``: the training samples are split over
+            the tasks. Every task has all test samples.
     """
 
     tasks: int | None = None

@@ -1,51 +1,30 @@
-"""The manifest of a stream: JSON that any program can read, and that is checked when it comes back."""
+"""The manifest of a stream: JSON that any program can read, and that is checked when it is loaded."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 
-from cl_lightning.stream.core import Part, Shift, Stream, number_tasks
-from cl_lightning.stream.draws import IntArray
+from cl_lightning.hashing import IntArray
+from cl_lightning.stream.tasks import Segment, Shift, number_tasks
 
+
+class HasHashes(Protocol):
+    @property
+    def hashes(self) -> Sequence[str]: ...
+
+
+S = TypeVar("S", bound=HasHashes)
 FORMAT, VERSION = "cl_lightning.stream", 1
-
-
-def write(stream: Stream) -> dict[str, Any]:
-    tasks = [
-        {
-            "index": task.index,
-            "name": task.name,
-            "classes": list(task.classes),
-            "shift": task.domain and [task.domain.kind, task.domain.value],
-            "train": stream.train[task.index].tolist(),
-            "val": stream.val[task.index].tolist(),
-            "test": stream.test[task.index].tolist(),
-            "unlabelled": stream.unlabelled[task.index].tolist(),
-            "hash": digest,
-        }
-        for task, digest in zip(stream.tasks, stream.hashes, strict=True)
-    ]
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "scenario": stream.scenario,
-        "parts": [{"tasks": p.tasks, "seed": p.seed, "val_fraction": p.val_fraction} for p in stream.parts],
-        "one_pass": stream.one_pass,
-        "batch_size": stream.batch_size,
-        "passes": stream.passes,
-        "order": list(stream.order),
-        "class_names": list(stream.class_names),
-        "tasks": tasks,
-    }
 
 
 def parse(path: str | Path) -> Any:
     """JSON of a file.
 
     Raises:
-        ValueError: The file cannot be read or is not JSON.
+        ValueError: If the file cannot be read or is not JSON.
     """
 
     def refuse(constant: str) -> NoReturn:
@@ -62,7 +41,7 @@ def parse(path: str | Path) -> Any:
 
 
 class _Fields:
-    """A JSON object whose fields are taken out with their types checked."""
+    """A JSON object with type-checked access to its fields."""
 
     def __init__(self, data: Any, where: str) -> None:
         if not isinstance(data, dict):
@@ -76,7 +55,7 @@ class _Fields:
         if name not in self.data:
             self.fail(name, "the field is missing")
         value = self.data[name]
-        if type(value) not in types:  # not isinstance: True is no integer
+        if type(value) not in types:  # not isinstance: True is not an integer here
             expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
             self.fail(name, f"must be {expected}, got {type(value).__name__}")
         return value
@@ -88,7 +67,7 @@ class _Fields:
         return value
 
     def plain(self, name: str) -> dict[str, Any]:
-        """An object that can be written again: its numbers finite, and not nested too deeply."""
+        """An object that can be written as JSON again: finite numbers, and not nested too deeply."""
         value: dict[str, Any] = self.take(name, dict)
         try:
             json.dumps(value, allow_nan=False)
@@ -125,10 +104,10 @@ def _shift(task: _Fields) -> Shift | None:
         task.fail("shift", str(error))
 
 
-def _read(data: Any) -> Stream:
+def _read(data: Any, make: Callable[..., S]) -> S:
     top = _Fields(data, "")
     if top.take("format", str) != FORMAT:
-        top.fail("format", f"is {top.data['format']!r}, not {FORMAT!r}")
+        top.fail("format", f"is {top.data['format']!r}; a manifest has {FORMAT!r}")
     if top.take("version", int) != VERSION:
         top.fail("version", f"is {top.data['version']}; this release reads version {VERSION}")
     parts = []
@@ -137,7 +116,7 @@ def _read(data: Any) -> Stream:
         fraction = part.take("val_fraction", float, int)
         if not 0 <= fraction < 1:
             part.fail("val_fraction", f"must be at least 0 and below 1, got {fraction}")
-        parts.append(Part(part.natural("tasks", 1), part.take("seed", int), float(fraction)))
+        parts.append(Segment(part.natural("tasks", 1), part.take("seed", int), float(fraction)))
     if not parts:
         top.fail("parts", "must hold at least one part")
     items = [_Fields(item, f"task {index}: ") for index, item in enumerate(top.many("tasks", dict))]
@@ -157,7 +136,7 @@ def _read(data: Any) -> Stream:
     )
     if order != arrival:
         top.fail("order", "is not the order in which the classes of the tasks arrive")
-    stream = Stream(
+    stream = make(
         tasks=tasks,
         train=tuple(item.indices("train") for item in items),
         val=tuple(item.indices("val") for item in items),
@@ -173,12 +152,17 @@ def _read(data: Any) -> Stream:
     )
     for item, digest in zip(items, stream.hashes, strict=True):
         if item.take("hash", str) != digest:
-            item.fail("hash", "does not fit the classes and indices; the manifest was changed after it was written")
+            item.fail("hash", "does not match the classes and indices: the manifest was changed after it was written")
     return stream
 
 
-def read(data: Any, source: str) -> Stream:
+def read(data: Any, source: str, make: Callable[..., S]) -> S:
+    """The stream of a manifest, built by ``make`` from its fields.
+
+    Raises:
+        ValueError: If it has another format, is malformed, or was changed since it was written; names ``source``.
+    """
     try:
-        return _read(data)
+        return _read(data, make)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error

@@ -1,10 +1,10 @@
-"""Runs a strategy on a stream of seconds and notes all that it does."""
+"""Runs a strategy on a small stream, and records its steps, its states and the samples that it reads."""
 
 import copy
 import logging
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,15 +18,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from cl_lightning.backbones import ImageShape
-from cl_lightning.batch import Batch
+from cl_lightning.batch import Batch, ImageShape
+from cl_lightning.data import RandomCrop, SampleSource, TensorSource
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.loop import TaskLoop
-from cl_lightning.loop_setup import LoopOptions
-from cl_lightning.sources import Source, TensorSource
+from cl_lightning.loop import LoopOptions, TaskLoop
 from cl_lightning.strategy import ContinualStrategy
 from cl_lightning.stream import ClassIncremental, Stream
-from cl_lightning.transforms import RandomCrop
 
 Factory = Callable[[], ContinualStrategy]
 
@@ -40,13 +37,13 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 class TinyDigits(ContinualDataModule):
-    """121 training and 50 test images of digits, in tasks of 4, 3 and 3 classes, augmented, some held out.
+    """121 training and 50 test images of digits, in tasks of 4, 3 and 3 classes, with augmentation and validation.
 
-    Batches of 24 leave a last batch of 1, 13 and 11 samples in the three tasks: one that two processes cannot share,
-    and two that they share unevenly. Columns differ from labels.
+    Batches of 24 leave a last batch of 1, 13 and 11 samples in the three tasks: one batch that two processes cannot
+    split, and two that they split unevenly. Columns differ from labels.
 
     Args:
-        options: Of the base, in place of those above.
+        options: Options of the base class; they replace the options above.
     """
 
     mean = (0.305,)
@@ -65,7 +62,7 @@ class TinyDigits(ContinualDataModule):
         }
         super().__init__(**{**chosen, **options})
 
-    def source(self, *, train: bool) -> Source:
+    def source(self, *, train: bool) -> SampleSource:
         images, labels = _digits()
         chosen = []
         for label, size in zip(self._ORDER, self._TRAIN, strict=True):
@@ -77,16 +74,20 @@ class TinyDigits(ContinualDataModule):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is tested, and on what.
+    """A strategy to test, and the data and options of its runs.
 
     Attributes:
-        factory: Makes a new strategy with the same options at each call.
-        name: What messages call it.
-        callbacks: Makes the callbacks that run with it.
-        data: Makes the data module; its stream has at least two tasks and takes seconds.
-        epochs: Per task; at least 2, so that a run is also stopped between two epochs.
-        seed: Of everything that is drawn.
-        accelerator: Of the Trainer; on a GPU choose deterministic algorithms, or runs differ by themselves.
+        factory: Returns a new strategy with the same options at each call.
+        name: Name in messages.
+        callbacks: Returns the callbacks of a run.
+        data: Returns the data module; its stream has at least two tasks, and a run over it takes seconds.
+        epochs: Epochs per task; at least 2, so that a run is also stopped between two epochs.
+        seed: Seed of all random numbers.
+        accelerator: Accelerator of the Trainer; on a GPU choose deterministic algorithms, otherwise equal runs differ.
+        first_task_is_finetuning: Whether the first task equals fine-tuning, bit by bit.
+        matches_single_process: Whether two processes give the result of one process with the same global batch, within
+            rounding.
+        reason: Why one of these two facts does not hold.
     """
 
     factory: Factory
@@ -96,10 +97,13 @@ class Subject:
     epochs: int = 2
     seed: int = 0
     accelerator: str = "cpu"
+    first_task_is_finetuning: bool = True
+    matches_single_process: bool = True
+    reason: str = ""
 
 
 class SavePoint(NamedTuple):
-    """A place at which a checkpoint is written."""
+    """A position in a run at which a checkpoint is written."""
 
     task: int
     phase: int
@@ -120,9 +124,9 @@ class Step:
     """A training step.
 
     Attributes:
-        task, phase, epoch, batch: Where it was; the epoch counts from the first of the phase.
-        loss: On this process.
-        indices, labels, tasks: Of the batch as it came from the loader.
+        task, phase, epoch, batch: Position of the step; epochs are counted from the start of the phase.
+        loss: Loss on this process.
+        indices, labels, tasks: Fields of the batch as it came from the loader.
     """
 
     task: int
@@ -140,13 +144,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Touch:
-    """Samples that were asked for.
+    """Samples that were read from the data set.
 
     Attributes:
         task: The task at that time.
-        stage: ``train`` (all of a task but its evaluation), ``validate`` or ``evaluate``.
-        train: Whether they are training samples (else test samples).
-        indices: Places in the data set.
+        stage: ``train`` (all of a task except its evaluation), ``validate`` or ``evaluate``.
+        train: Whether they are training samples; otherwise they are test samples.
+        indices: Indices in the data set.
     """
 
     task: int
@@ -157,18 +161,18 @@ class Touch:
 
 @dataclass
 class Outcome:
-    """What a run has left.
+    """Outcome of a run.
 
     Attributes:
         state: ``state_dict`` of the strategy.
-        callbacks: That of each callback, by its key.
-        matrix: That of the accuracy matrix.
+        callbacks: ``state_dict`` of each callback, by its state key.
+        matrix: ``state_dict`` of the accuracy matrix.
         kept: Bytes kept from task to task, by kind.
-        global_step: Optimizer steps.
-        snapshots: The strategy's ``state_dict`` at each place where a checkpoint can be written.
+        global_step: Number of optimizer steps.
+        snapshots: ``state_dict`` of the strategy at each position where a checkpoint can be written.
         steps: The training steps.
-        touches: The samples that were asked for.
-        strategy: The strategy itself.
+        touches: The samples that were read.
+        strategy: The strategy.
         stream: The stream.
     """
 
@@ -184,17 +188,17 @@ class Outcome:
     stream: Stream | None = None
 
     def plain(self) -> dict[str, Any]:
-        """What two processes are compared by, as plain values and tensors."""
+        """The fields that are compared between processes, as plain values and tensors."""
         names = ("state", "callbacks", "matrix", "kept", "global_step")
         return {name: getattr(self, name) for name in names}
 
 
 class KilledError(Exception):
-    """Stands for a crash."""
+    """A simulated crash."""
 
 
 class _Loop(TaskLoop):
-    """A task loop that can be killed right after a checkpoint, and writes only those that are asked for."""
+    """A task loop that can be killed right after a checkpoint; it writes only this checkpoint and those of tasks."""
 
     def __init__(self, *args: Any, kill_at: SavePoint | None, probe: "_Probe", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -202,10 +206,12 @@ class _Loop(TaskLoop):
         self.snapshots: dict[SavePoint, dict[str, Tensor]] = {}
 
     def save(self, *, needed: bool = True) -> Path | None:
-        place, driver = self.place, self._driver
-        kind = "task" if place.done else "phase" if not place.running else "step" if driver._mid_epoch else "epoch"
-        phase = place.phase - (kind == "phase")
-        point = SavePoint(place.task, phase, kind, self.trainer.global_step)
+        position, driver = self.position, self._driver
+        kind = (
+            "task" if position.done else "phase" if not position.running else "step" if driver._mid_epoch else "epoch"
+        )
+        phase = position.phase - (kind == "phase")
+        point = SavePoint(position.task, phase, kind, self.trainer.global_step)
         self.snapshots[point] = detached(self.strategy.state_dict())
         written = point == self.kill_at or kind == "task"
         path = super().save() if written else None
@@ -215,9 +221,9 @@ class _Loop(TaskLoop):
 
 
 class _Watched:
-    """A source that notes which samples are asked for, and offers no other way to them."""
+    """A source that records which samples are read, and gives no other access to them."""
 
-    def __init__(self, source: Source, note: Callable[[Tensor], None]) -> None:
+    def __init__(self, source: SampleSource, note: Callable[[Tensor], None]) -> None:
         self._source, self._note = source, note
         self.labels, self.class_names, self.in_memory = source.labels, source.class_names, source.in_memory
         self.domains, self.domain_names = source.domains, source.domain_names
@@ -235,7 +241,7 @@ class _Watched:
 
 
 class _Probe(Callback):
-    """Notes training steps and the samples that are asked for."""
+    """Records training steps and the samples that are read."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
@@ -244,10 +250,10 @@ class _Probe(Callback):
         self._task = 0
 
     def watch(self, data: ContinualDataModule) -> None:
-        """Have ``data`` tell which samples it gives."""
+        """Record which samples are read from ``data``."""
         source = data.source
 
-        def watched(*, train: bool) -> Source:
+        def watched(*, train: bool) -> SampleSource:
             def note(indices: Tensor) -> None:
                 task = data.task.index if hasattr(data, "task") else 0
                 self.touches.append(Touch(task, self._stage, train, indices.clone()))
@@ -290,7 +296,7 @@ _runs = count(1)
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """One thread, no messages, and global random generators that are left as they were found."""
+    """Run with one thread and without messages; restore the states of the global random generators at the end."""
     threads = torch.get_num_threads()
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero")]
     levels = [logger.level for logger in loggers]
@@ -325,17 +331,17 @@ def run(
 ) -> Outcome:
     """Learn the stream, or a part of it: up to ``last_task``, or up to ``kill_at``, where the run crashes.
 
-    The global random generators start elsewhere at each call: a strategy that draws from them where the loop has not
-    seeded them, ends elsewhere too.
+    The global random generators have another state at each call. A strategy that draws from them where the loop has
+    not seeded them therefore gives another result at each call.
 
     Args:
-        subject: What runs.
+        subject: The strategy, its data and options.
         folder: Run folder; None to write nothing.
-        resume: Checkpoint to go on from, or ``last``.
-        kill_at: Crash right after the checkpoint at this place.
+        resume: Checkpoint to resume from, or ``last``.
+        kill_at: Crash right after the checkpoint at this position.
         last_task: Stop after this task.
-        processes: World size; the others are there already.
-        options: Of the Trainer.
+        processes: World size; the other processes are running already.
+        options: Options of the Trainer.
     """
     with _apart():
         _seed_globals(subject.seed)
@@ -389,3 +395,29 @@ def run(
             strategy=strategy,
             stream=loop.stream,
         )
+
+
+def places(snapshots: Iterable[SavePoint], *, every: bool = False) -> list[SavePoint]:
+    """Checkpoints at which to kill a run, in order.
+
+    Args:
+        snapshots: All checkpoints of the run.
+        every: Whether to return all of them; otherwise three in the middle of epochs and one of each other kind, spread
+            over the tasks.
+    """
+    points = list(snapshots)
+    if every:
+        return [point for point in points if point.kind != "task" or point.task < points[-1].task]
+    chosen: set[SavePoint] = set()
+    tasks = sorted({point.task for point in points})
+    for kind, task, which in (
+        ("step", tasks[0], 0),
+        ("task", tasks[0], 0),
+        ("step", tasks[min(1, len(tasks) - 1)], -1),
+        ("epoch", tasks[min(1, len(tasks) - 1)], 0),
+        ("phase", tasks[min(1, len(tasks) - 1)], -1),
+        ("step", tasks[-1], -1),
+    ):
+        found = [point for point in points if (point.kind, point.task) == (kind, task)]
+        chosen |= {found[which]} if found else set()
+    return [point for point in points if point in chosen]

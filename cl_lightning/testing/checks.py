@@ -1,4 +1,4 @@
-"""What must hold for every strategy."""
+"""Checks that every strategy must pass."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -6,52 +6,50 @@ from dataclasses import replace
 from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from cl_lightning.backbones import MLP
 from cl_lightning.memory import Memory
+from cl_lightning.models import MLP
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategy import ContinualStrategy
-from cl_lightning.testing.bench import Factory, Outcome, SavePoint, Subject, run
+from cl_lightning.testing.bench import Factory, Outcome, SavePoint, Subject, places, run
 from cl_lightning.testing.compare import difference, first_other_step
-from cl_lightning.testing.pair import Pair
+from cl_lightning.testing.pair import Pair, scratch_folder
 
 RTOL, ATOL = 1e-4, 1e-5
-"""How far two processes may be from one, in float32: each sums its half of a batch and the halves are averaged, which
-rounds in another order (about 1e-7 of a gradient), and some tens of steps with momentum carry that along."""
-
+"""Tolerances between two processes and one process, in float32. Each process sums its half of a batch and the halves
+are averaged, which rounds in another order (about 1e-7 of a gradient); some tens of steps with momentum amplify it."""
 _OVERHEAD = 64  # bytes of counters in a state that are nobody's memory
 
 
 class Case:
-    """A strategy under test; runs that several checks need are made once.
+    """A strategy under test, with the runs that several checks share.
 
     Args:
         subject: What is tested.
         every_place: Kill and resume the run at every checkpoint, not at some of each kind.
-        pair: Two processes that run this strategy among others, under the name of the subject; None to start them for
-            it alone.
+        pair: Two processes that run this strategy among others; None to start them for it alone.
     """
 
     def __init__(self, subject: Subject, *, every_place: bool = False, pair: Pair | None = None) -> None:
         self.subject, self.every_place, self.pair = subject, every_place, pair
-        self._folder = TemporaryDirectory(prefix="conformance_")
+        self._folder = scratch_folder(self)
 
     @cached_property
     def reference(self) -> Outcome:
-        """The run that nothing interrupts."""
+        """The uninterrupted run."""
         return run(self.subject)
 
     @cached_property
-    def again(self) -> Outcome:
-        """The same run once more, now with checkpoints in ``folder("again")``."""
-        return run(self.subject, folder=self.folder("again"))
+    def again(self) -> tuple[Outcome, Path]:
+        """The same run once more, with checkpoints, and its folder; the resumed run, where there is one that passed."""
+        folder = self.folder("again")
+        return run(self.subject, folder=folder), folder
 
     def folder(self, name: str) -> Path:
-        return Path(self._folder.name) / name
+        return self._folder / name
 
     def fail(self, check: str, message: str) -> None:
         raise AssertionError(f"{self.subject.name}: {check}: {message}")
@@ -65,7 +63,7 @@ class Case:
         """Run one check.
 
         Raises:
-            AssertionError: If it does not hold; the message names strategy, check and what differs.
+            AssertionError: If the check fails; the message names strategy, check and difference.
         """
         if name not in CHECKS:
             raise ValueError(f"check {name!r} is unknown; there are {', '.join(CHECKS)}")
@@ -77,11 +75,8 @@ class Case:
             raise AssertionError(f"{self.subject.name}: {name}: {type(error).__name__}: {error}") from error
 
 
-# ---------------------------------------------------------------------- the checks
-
-
 def check_trains(case: Case) -> None:
-    """A stream of three tasks is learnt: the head has a column per class, all that is left is finite."""
+    """After a stream of three tasks the head has a column per class, and all state is finite."""
     outcome, name = case.reference, "trains"
     strategy, stream = outcome.strategy, outcome.stream
     assert strategy is not None
@@ -94,38 +89,78 @@ def check_trains(case: Case) -> None:
     if strategy.network.head.num_columns != columns:
         case.fail(name, f"the head has {strategy.network.head.num_columns} columns after {columns} classes")
     expected = torch.ones(tasks, tasks, dtype=torch.bool).tril()
+    needs_tasks = strategy.traits.task_ids == "needed"
     for kind in ("R_ci", "R_ti"):
         filled = ~outcome.matrix[kind].isnan()
-        if filled.shape != expected.shape or not filled.equal(expected):
+        if kind == "R_ci" and needs_tasks:
+            if filled.any():
+                case.fail(name, "the class-incremental matrix is filled, although predictions need the task")
+        elif filled.shape != expected.shape or not filled.equal(expected):
             case.fail(name, f"the accuracy matrix {kind} is filled at {filled.int().tolist()}, not below the diagonal")
     strategy.eval()
-    images = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, *(strategy.image_shape or ())).to(strategy.device)
-    images = images * torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
+    images = _images(strategy)
     with torch.no_grad():
-        scores, alone = strategy.predict(images), strategy.predict(images[:1])
+        scores, alone = _predict(strategy, images), _predict(strategy, images[:1])
     if scores.shape != (5, columns) or scores.isnan().any():
         case.fail(name, f"predict gives {tuple(scores.shape)} scores, or nan, for 5 images and {columns} classes")
-    if not strategy.uses_test_batch:
+    if not strategy.traits.transductive:
         case.same(name, "predict of an image alone and among others", scores[:1], alone, rtol=RTOL, atol=ATOL)
+
+
+def check_task_ids(case: Case) -> None:
+    """Predictions depend on the task of an image as ``traits.task_ids`` states."""
+    name, strategy = "task_ids", case.reference.strategy
+    assert strategy is not None
+    stated, images = strategy.traits.task_ids, _images(strategy)
+    takes_tasks = "tasks" in signature(strategy.predict).parameters
+    if stated == "unused" and not takes_tasks:
+        return
+    if not takes_tasks:
+        case.fail(name, f"task_ids is {stated!r}, but predict takes no tasks; write predict(self, images, tasks=None)")
+    strategy.eval()
+    ends = (torch.full((len(images),), task, device=strategy.device) for task in (0, len(strategy.task_columns) - 1))
+    with torch.no_grad():
+        first, last = (strategy.predict(images, tasks) for tasks in ends)
+        try:
+            without: torch.Tensor | None = strategy.predict(images)
+        except ValueError:
+            without = None
+    if stated == "unused":
+        if without is None or not (torch.equal(first, without) and torch.equal(last, without)):
+            case.fail(name, "task_ids is 'unused', but scores depend on the task; state 'inferred' or 'needed'")
+        return
+    if torch.equal(first, last):
+        case.fail(name, f"task_ids is {stated!r}, but scores are the same for every task; state 'unused'")
+    if (without is None) != (stated == "needed"):
+        what = "raises a ValueError" if without is None else "gives scores"
+        other = "needed" if without is None else "inferred"
+        case.fail(name, f"task_ids is {stated!r}, but predict without tasks {what}; state {other!r}")
 
 
 def check_seed(case: Case) -> None:
     """The same seed gives the same weights bit by bit, wherever the global generators stood before."""
-    _same_steps(case, "seed", "the same seed again", case.again)
-    case.same("seed", "the same seed again", case.reference.plain(), case.again.plain())
+    outcome, _ = case.again
+    _same_steps(case, "seed", "the same seed again", outcome)
+    case.same("seed", "the same seed again", case.reference.plain(), outcome.plain())
 
 
 def check_resume(case: Case) -> None:
     """A run that is killed right after a checkpoint, and resumed in new objects, ends where an unbroken one ends."""
-    _kill_and_resume(case, "resume", case.reference, places(case.reference.snapshots, every=case.every_place))
+    try:
+        last = _kill_and_resume(
+            case, "resume", case.reference, places(case.reference.snapshots, every=case.every_place)
+        )
+    except AssertionError:
+        check_seed(case)  # is it the second run that differs, not the resumed one?
+        raise
+    vars(case).setdefault("again", last)  # each part of it was equal to the reference, from another global seed on
 
 
 def check_restores(case: Case) -> None:
     """A checkpoint holds tensors and plain values only, and a new strategy takes its shapes from it."""
-    name, outcome = "restores", case.again
+    name, (outcome, folder) = "restores", case.again
     assert outcome.strategy is not None
-    path = case.folder("again") / "checkpoints" / "last.ckpt"
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
     fresh = case.subject.factory()
     fresh.on_load_checkpoint(saved)
     fresh.load_state_dict(saved["state_dict"])
@@ -134,12 +169,12 @@ def check_restores(case: Case) -> None:
     assert fresh.image_shape is not None
     images = torch.rand(5, *fresh.image_shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        scores = [strategy.cpu().eval().predict(images) for strategy in (outcome.strategy, fresh)]
+        scores = [_predict(strategy.cpu().eval(), images) for strategy in (outcome.strategy, fresh)]
     case.same(name, "predictions of a new strategy with the checkpoint's state", *scores)
 
 
 def check_options(case: Case) -> None:
-    """``bf16-mixed`` with gradient accumulation and clipping stays finite, and can be killed and resumed too."""
+    """A run with ``bf16-mixed``, gradient accumulation and clipping stays finite, and can be killed and resumed."""
     name = "options"
     options: dict[str, Any] = {
         "precision": "bf16-mixed",
@@ -155,20 +190,23 @@ def check_options(case: Case) -> None:
 
 
 def check_limits(case: Case) -> None:
-    """A first task that is plain training (``plain_first_task``) ends, bit by bit, where fine-tuning ends."""
-    strategy = case.subject.factory()
-    if not strategy.plain_first_task or case.subject.callbacks():
+    """With ``first_task_is_finetuning`` the first task gives the network of fine-tuning, bit by bit."""
+    if not case.subject.first_task_is_finetuning or case.subject.callbacks():
         return
+    plain = run(replace(case.subject, factory=partial(_plain_twin, case.subject.factory)), last_task=0)
     try:
-        check_limit(
-            case.subject, replace(case.subject, factory=partial(_plain_twin, case.subject.factory)), last_task=0
+        _same_networks(
+            case, "against fine-tuning on the first task", _after_first_task(plain), _after_first_task(case.reference)
         )
     except AssertionError as error:
-        raise AssertionError(f"{error}; a method whose first task is another says plain_first_task = False") from None
+        raise AssertionError(
+            f"{error}; a method whose first task is another says first_task_is_finetuning=False, "
+            "as an argument of check_strategy or in its Subject"
+        ) from None
 
 
 def check_data(case: Case) -> None:
-    """Labels arrive in order, and no sample is touched before or after its time."""
+    """No step has labels of later tasks, and each sample is read only in tasks and stages in which it is allowed."""
     name, outcome = "data", case.reference
     strategy, stream = outcome.strategy, outcome.stream
     assert strategy is not None
@@ -190,7 +228,7 @@ def check_data(case: Case) -> None:
             allowed = stream.val[: task + 1]
         elif stage == "train":
             allowed = (
-                *(stream.train[: task + 1] if strategy.needs_all_data else stream.train[task : task + 1]),
+                *(stream.train[: task + 1] if strategy.traits.needs_all_data else stream.train[task : task + 1]),
                 stream.val[task],
             )
         else:
@@ -210,11 +248,11 @@ def check_data(case: Case) -> None:
 
 
 def check_bytes(case: Case) -> None:
-    """What is kept from task to task is told by ``bytes_kept``, and raw samples only by who keeps exemplars."""
+    """``bytes_kept`` counts the memory kept from task to task, and has exemplars if and only if a trait says so."""
     name, outcome = "bytes", case.reference
     assert outcome.strategy is not None
     kept = outcome.kept
-    exemplars, declared = kept.get("exemplars", 0), outcome.strategy.keeps_exemplars
+    exemplars, declared = kept.get("exemplars", 0), outcome.strategy.traits.keeps_exemplars
     if declared != (exemplars > 0):
         case.fail(name, f"keeps_exemplars is {declared}, but bytes_kept tells of {exemplars} bytes of exemplars")
     extra = {
@@ -232,16 +270,16 @@ def check_bytes(case: Case) -> None:
 
 
 def check_processes(case: Case) -> None:
-    """Two processes give what one gives with the same global batch, and resume as well as one does.
+    """Two processes give the result of one process with the same global batch, and can be killed and resumed too.
 
-    Three things differ by their nature, and are kept out of the options that are checked: batch normalisation takes its
-    statistics per process (unless synchronised), dropout draws per process, and optimizers that divide by the size of
-    the gradient (Adam) turn the rounding of a gradient that should be 0 into a step.
+    The options that are checked avoid three parts for which this cannot hold: batch normalisation computes statistics
+    per process (unless synchronised), dropout draws per process, and optimizers that divide by the magnitude of the
+    gradient (Adam) amplify the rounding error of a gradient that should be 0 to a full step.
     """
     name, subject = "processes", replace(case.subject, accelerator="cpu")
     first = case.reference if subject == case.subject else run(subject)
-    case.pair = case.pair or Pair([subject])
-    report = case.pair.report(subject.name)
+    case.pair = case.pair or Pair()
+    report = case.pair.report(subject)
     ranks, resumed = report["whole"], report["resumed"]
     case.same(name, "the second process and the first", ranks[0], ranks[1])
     # The statistics of batch normalisation, one per process, are averaged for each checkpoint, and so rounded.
@@ -249,10 +287,18 @@ def check_processes(case: Case) -> None:
     what = "two processes, killed and resumed, against two that were not"
     case.same(name, what, ranks[0], resumed[0], rtol=rounded, atol=rounded / 10)
     case.same(name, "of two killed and resumed processes, the second and the first", resumed[0], resumed[1])
-    assert first.strategy is not None
-    if not first.strategy.ranks_agree:
+    if not subject.matches_single_process:
         return
-    alone, both = first.plain(), ranks[0]
+    try:
+        _two_against_one(case, name, first.plain(), ranks[0])
+    except AssertionError as error:
+        raise AssertionError(
+            f"{error}; a method whose processes compute something else says matches_single_process=False, "
+            "as an argument of check_strategy or in its Subject"
+        ) from None
+
+
+def _two_against_one(case: Case, name: str, alone: dict[str, Any], both: dict[str, Any]) -> None:
     case.same(name, "two processes against one", alone["state"], both["state"], rtol=RTOL, atol=ATOL)
     case.same(
         name, "callbacks of two processes against one", alone["callbacks"], both["callbacks"], rtol=RTOL, atol=ATOL
@@ -267,8 +313,9 @@ def check_processes(case: Case) -> None:
 
 CHECKS: dict[str, Callable[[Case], None]] = {
     "trains": check_trains,
-    "seed": check_seed,
+    "task_ids": check_task_ids,
     "resume": check_resume,
+    "seed": check_seed,
     "restores": check_restores,
     "options": check_options,
     "limits": check_limits,
@@ -279,9 +326,6 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 """The checks by name."""
 
 
-# ---------------------------------------------------------------------- what users call
-
-
 def check_strategy(
     factory: Factory | Subject,
     *,
@@ -289,24 +333,36 @@ def check_strategy(
     limits: Mapping[str, tuple[Factory, Factory]] | None = None,
     every_place: bool = False,
     pair: Pair | None = None,
+    first_task_is_finetuning: bool = True,
+    matches_single_process: bool = True,
     **options: Any,
 ) -> None:
-    """Check a strategy; a test of a new method is this call.
+    """Run the checks on a strategy; this call is a complete test of a new method.
 
     Args:
-        factory: Makes a new strategy at each call. For the check of two processes it is pickled: a class, a function of
-            a module, or a ``functools.partial`` of one.
-        checks: Those to run, by their names in ``CHECKS``.
-        limits: Pairs of strategies that must end with the same network, bit by bit, by a name for the limit.
-        every_place: Kill and resume the run at every checkpoint, not at some of each kind.
-        pair: Two processes that run this strategy among others.
+        factory: Returns a new strategy at each call; or a ``Subject``. For the check of two processes it is pickled, so
+            it must be a class, a function of a module, or a ``functools.partial`` of one.
+        checks: Names in ``CHECKS`` of the checks to run.
+        limits: Pairs of strategies that must end with the same network, bit by bit, by a name for the limit case.
+        every_place: Whether to kill and resume the run at every checkpoint, instead of some of each kind.
+        pair: Two processes that run several strategies, this one among them.
+        first_task_is_finetuning: False for a method whose first task is not plain fine-tuning, bit by bit.
+        matches_single_process: False for a method that gives another result on two processes than on one with the same
+            global batch, beyond rounding.
         options: Further fields of :class:`Subject`: ``name``, ``callbacks``, ``data``, ``epochs``, ``seed``,
             ``accelerator``.
 
     Raises:
-        AssertionError: At the first check that does not hold, with the names of strategy and check and what differs.
+        AssertionError: At the first check that fails; the message names strategy, check and difference.
     """
-    subject = factory if isinstance(factory, Subject) else Subject(factory, **{"name": _name(factory), **options})
+    facts: dict[str, Any] = {
+        "first_task_is_finetuning": first_task_is_finetuning,
+        "matches_single_process": matches_single_process,
+    }
+    if isinstance(factory, Subject):
+        subject = replace(factory, **options, **{key: getattr(factory, key) and holds for key, holds in facts.items()})
+    else:
+        subject = Subject(factory, **{"name": _name(factory), **facts, **options})
     case = Case(subject, every_place=every_place, pair=pair)
     for check in checks:
         case.check(check)
@@ -319,65 +375,36 @@ def check_limit(first: Factory | Subject, second: Factory | Subject, *, last_tas
 
     Args:
         first: The limit case, such as a method whose weight is 0.
-        second: What it must be equal to.
+        second: The strategy that it must equal.
         last_task: Compare after this task; None for the whole stream.
     """
     sides = [side if isinstance(side, Subject) else Subject(side, name=_name(side)) for side in (first, second)]
-    case, outcomes = Case(sides[0]), [run(side, last_task=last_task) for side in sides]
-    networks = [{key: value for key, value in o.state.items() if key.startswith("network.")} for o in outcomes]
-    what = f"against {_name(sides[1].factory)}"
-    if (step := first_other_step(outcomes[1], outcomes[0])) is not None:
-        what += f" (steps differ from {step} on)"
-    case.same("limits", what, networks[1], networks[0])
-    case.same("limits", what, outcomes[1].matrix, outcomes[0].matrix)
+    mine, other = (run(side, last_task=last_task) for side in sides)
+    _same_networks(Case(sides[0]), f"against {_name(sides[1].factory)}", other, mine)
 
 
 def small(cls: type[ContinualStrategy], **options: Any) -> Factory:
-    """A strategy of the class with a net and options that take seconds; can be pickled.
+    """A factory of strategies with a small network and options for runs of seconds; it can be pickled.
 
     Args:
-        cls: The class; its ``conformance_options`` go over the small net, optimizer and memory that are chosen here.
-        options: Further arguments of the constructor.
+        cls: Class of the strategy.
+        options: Further arguments of the constructor; they override the network, optimizer and memory size set here.
     """
     chosen: dict[str, Any] = {
         "backbone": partial(MLP, hidden=(16,)),
         "optimizer": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
     }
-    if "memory_size" in signature(cls.__init__).parameters:
-        chosen["memory_size"] = 30  # less than a task has, so that samples leave it
-    return partial(cls, **{**chosen, **cls.conformance_options(), **options})
-
-
-def places(snapshots: Iterable[SavePoint], *, every: bool = False) -> list[SavePoint]:
-    """Checkpoints at which to kill a run, in order.
-
-    Args:
-        snapshots: All of them.
-        every: Take all; else two in the middle of epochs and one of each further kind, spread over the tasks.
-    """
-    points = list(snapshots)
-    if every:
-        return [point for point in points if point.kind != "task" or point.task < points[-1].task]
-    chosen: set[SavePoint] = set()
-    tasks = sorted({point.task for point in points})
-    for kind, task, which in (
-        ("step", tasks[0], 0),
-        ("task", tasks[0], 0),
-        ("step", tasks[min(1, len(tasks) - 1)], -1),
-        ("epoch", tasks[min(1, len(tasks) - 1)], 0),
-        ("phase", tasks[min(1, len(tasks) - 1)], -1),
-        ("step", tasks[-1], -1),
+    if any(
+        "memory_size" in signature(vars(base)["__init__"]).parameters
+        for base in cls.__mro__
+        if "__init__" in vars(base)
     ):
-        found = [point for point in points if (point.kind, point.task) == (kind, task)]
-        chosen |= {found[which]} if found else set()
-    return [point for point in points if point in chosen]
-
-
-# ---------------------------------------------------------------------- inside
+        chosen["memory_size"] = 30  # less than a task has, so that samples leave it
+    return partial(cls, **{**chosen, **options})
 
 
 def _not_finite(outcome: Outcome) -> str | None:
-    """The first tensor of the state with an infinite value or nan, but for the nan that pad the fields of a memory."""
+    """Name of the first tensor with an infinite value or NaN; NaN is allowed as padding in the fields of a memory."""
     assert outcome.strategy is not None
     memories = tuple(f"{name}." for name, module in outcome.strategy.named_modules() if isinstance(module, Memory))
     for key, value in outcome.state.items():
@@ -388,8 +415,43 @@ def _not_finite(outcome: Outcome) -> str | None:
     return None
 
 
-def _kill_and_resume(case: Case, name: str, reference: Outcome, chosen: list[SavePoint], **options: Any) -> None:
-    """Kill a run at one place, resume it, kill it at the next one, ...: each time all objects are new."""
+def _predict(strategy: ContinualStrategy, images: torch.Tensor) -> torch.Tensor:
+    """Scores of images, as images of the first task where the strategy needs the task."""
+    if strategy.traits.task_ids != "needed":
+        return strategy.predict(images)
+    return strategy.predict(images, torch.zeros(len(images), dtype=torch.int64, device=images.device))
+
+
+def _images(strategy: ContinualStrategy) -> torch.Tensor:
+    """Five images of different brightness, ``(5, C, H, W)``, on the device."""
+    images = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, *(strategy.image_shape or ()))
+    return (images * torch.rand(images.shape, generator=torch.Generator().manual_seed(0))).to(strategy.device)
+
+
+def _after_first_task(outcome: Outcome) -> Outcome:
+    """What a run had left when it had evaluated its first task."""
+    state = next(state for place, state in outcome.snapshots.items() if (place.task, place.kind) == (0, "task"))
+    matrix = {key: outcome.matrix[key][:1, :1] for key in ("R_ci", "R_ti", "R_prefix")}
+    return replace(outcome, state=state, matrix=matrix, steps=[step for step in outcome.steps if step.task == 0])
+
+
+def _same_networks(case: Case, what: str, expected: Outcome, actual: Outcome) -> None:
+    """The same network and the same accuracies, bit by bit."""
+    networks = [{k: v for k, v in side.state.items() if k.startswith("network.")} for side in (expected, actual)]
+    if (step := first_other_step(expected, actual)) is not None:
+        what += f" (steps differ from {step} on)"
+    case.same("limits", what, *networks)
+    case.same("limits", what, expected.matrix, actual.matrix)
+
+
+def _kill_and_resume(
+    case: Case, name: str, reference: Outcome, chosen: list[SavePoint], **options: Any
+) -> tuple[Outcome, Path]:
+    """Kill a run at one place, resume it, kill it at the next one, ...: each time all objects are new.
+
+    Returns:
+        What the last run left, and the folder of all of them.
+    """
     folder = case.folder(f"{name}_killed")
     before = "the start"
     for number, point in enumerate([*chosen, None]):
@@ -403,6 +465,7 @@ def _kill_and_resume(case: Case, name: str, reference: Outcome, chosen: list[Sav
         before = str(point)
     expected, actual = reference.plain(), outcome.plain()
     case.same(name, f"killed and resumed at {len(chosen)} places, at the end", expected, actual)
+    return outcome, folder
 
 
 def _same_steps(case: Case, name: str, what: str, outcome: Outcome, reference: Outcome | None = None) -> None:
@@ -411,11 +474,20 @@ def _same_steps(case: Case, name: str, what: str, outcome: Outcome, reference: O
 
 
 def _plain_twin(factory: Factory) -> Finetune:
-    """Fine-tuning with the network, optimizer and visible logits of a strategy."""
+    """Fine-tuning with the network, optimizer and ``loss_classes`` of a strategy."""
     strategy = factory()
-    names = ("optimizer", "scheduler", "first_optimizer", "first_scheduler", "visible", "freeze_backbone", "lr_factors")
-    options = {name: getattr(strategy, name) for name in names}
-    return Finetune(backbone=strategy.build_backbone, head=strategy.build_head, **options)
+    usual, first = strategy._options, strategy._first_options
+    return Finetune(
+        backbone=strategy.build_backbone,
+        head=strategy.build_head,
+        optimizer=usual.optimizer,
+        scheduler=usual.scheduler,
+        first_optimizer=first.optimizer,
+        first_scheduler=first.scheduler,
+        loss_classes=strategy.loss_classes,
+        freeze_backbone=strategy.freeze_backbone,
+        lr_factors=strategy._lr_factors,
+    )
 
 
 def _name(factory: Any) -> str:

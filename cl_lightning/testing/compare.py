@@ -1,4 +1,4 @@
-"""Comparison of what two runs have left."""
+"""Comparison of the outcomes of two runs."""
 
 import math
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ from cl_lightning.testing.bench import Outcome
 
 
 def difference(expected: Any, actual: Any, *, rtol: float = 0.0, atol: float = 0.0, name: str = "") -> str | None:
-    """The first difference of two nested structures of tensors and plain values, in words; None where there is none.
+    """Message about the first difference of two nested structures of tensors and plain values; None if they are equal.
 
-    Without tolerances, tensors must be equal bit by bit. Integers and booleans must be so in any case.
+    Without tolerances, tensors must be equal bit by bit. Tolerances do not apply to integers and booleans.
     """
     if isinstance(expected, Mapping) and isinstance(actual, Mapping):
         if expected.keys() != actual.keys():
@@ -48,7 +48,7 @@ def _tensor_difference(expected: Tensor, actual: Tensor, rtol: float, atol: floa
 
 
 def first_other_step(expected: Outcome, actual: Outcome) -> str | None:
-    """The first step of ``actual`` that is not the same in ``expected``, and how it differs."""
+    """Message about the first step of ``actual`` that differs from the same step of ``expected``; None if none does."""
     known = {str(step): step for step in expected.steps}
     for step in actual.steps:
         twin = known.get(str(step))

@@ -1,16 +1,19 @@
-"""Two processes on this machine that learn what one process learns."""
+"""Runs of strategies on two processes of this machine, for the comparison with a run on one process."""
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+import weakref
 from dataclasses import replace
 from datetime import timedelta
+from io import BytesIO
+from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -21,38 +24,40 @@ from cl_lightning.testing.bench import Subject, run
 _TIMEOUT = 30.0  # seconds that one process waits for the other
 
 
-class Pair:
-    """Two processes that run strategies one after another, each once; started when first asked, or by ``start``.
+def scratch_folder(owner: object) -> Path:
+    """A folder that is removed with its owner."""
+    folder = Path(mkdtemp(prefix="conformance_"))
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
-    Starting them takes longer than running a strategy: one pair serves many. If a strategy brings them down, they are
-    started again for those after it.
+
+class Pair:
+    """Two processes that run strategies one after another, each when it is first asked for.
+
+    Starting them takes longer than running a strategy: one pair serves many, and lasts until it is closed. If a
+    strategy brings them down, they are started again for the next one.
 
     Args:
-        subjects: What is run, by their names, which differ.
-        timeout: Seconds to wait for one strategy, beside the start.
+        timeout: Seconds to wait for one strategy, apart from the start.
+
+    Attributes:
+        seconds: Processor time of both processes so far, apart from their start.
     """
 
-    def __init__(self, subjects: Sequence[Subject], *, timeout: float = 180.0) -> None:
-        names = [subject.name for subject in subjects]
-        if len(set(names)) < len(names):
-            raise ValueError(f"Pair: names {names}; they must differ")
-        self.waiting, self.timeout = list(subjects), timeout
-        self.reports: dict[str, dict[str, Any] | str] = {}
+    def __init__(self, *, timeout: float = 180.0) -> None:
+        self.timeout = timeout
+        self.seconds = 0.0
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._folder: TemporaryDirectory[str] | None = None
+        self._folder = scratch_folder(self)
         self._starts = self._number = 0
 
     def start(self) -> None:
-        """Start the processes, and do not wait."""
+        """Start the processes without waiting for them."""
         if self._processes:
             return
-        self._folder = self._folder or TemporaryDirectory(prefix="conformance_pair_")
-        folder = Path(self._folder.name) / str(self._starts)
-        folder.mkdir()
         self._starts += 1
-        for number, subject in enumerate(self.waiting):
-            # Made by this process for its own children: what pickle could do wrong, these could do anyway.
-            _path(folder, number).write_bytes(pickle.dumps(subject))
+        folder = self._inside()
+        folder.mkdir()
         self._number = 0
         environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("PL_", "SLURM_"))},
@@ -69,58 +74,47 @@ class Pair:
             with (folder / f"log_{rank}.txt").open("wb") as log:
                 self._processes.append(subprocess.Popen(command, env=mine, stdout=log, stderr=subprocess.STDOUT))
 
-    def report(self, name: str) -> dict[str, Any]:
-        """What the processes found for a strategy: ``whole`` run and ``resumed`` one, for each rank.
+    def report(self, subject: Subject) -> dict[str, Any]:
+        """What the processes find for a strategy: ``whole`` run and ``resumed`` one, for each rank.
 
         Raises:
-            AssertionError: If one of them ended with an error.
+            AssertionError: If one of the processes ended with an error.
         """
-        while name not in self.reports:
-            if all(subject.name != name for subject in self.waiting):
-                raise ValueError(f"Pair: no strategy of the name {name!r}")
-            self._collect_next()
-        found = self.reports[name]
-        if isinstance(found, str):
-            raise AssertionError(f"{name}: processes: {found}")
-        return found
+        self.start()
+        folder = self._inside()
+        paths = [_path(folder, self._number, rank) for rank in range(2)]
+        # Made by this process for its own children: what pickle could do wrong, these could do anyway.
+        _write(_path(folder, self._number), pickle.dumps(subject))
+        self._number += 1
+        until = time.monotonic() + self.timeout
+        while not all(path.exists() for path in paths):
+            if any(process.poll() is not None for process in self._processes) or time.monotonic() > until:
+                time.sleep(1.0)  # for the other one's last words
+                self.close()
+                words = _last_words(folder) or f"took more than {self.timeout:.0f} s"
+                raise AssertionError(f"{subject.name}: processes: {words}")
+            time.sleep(0.01)
+        parts = [torch.load(path, weights_only=True) for path in paths]
+        self.seconds += sum(part.pop("seconds") for part in parts)
+        return {key: [part[key] for part in parts] for key in parts[0]}
 
     def close(self) -> None:
-        """End the processes."""
+        """Kill the processes."""
         for process in self._processes:
             process.kill()
             process.wait()
         self._processes = []
 
-    def _collect_next(self) -> None:
-        self.start()
-        assert self._folder is not None
-        folder, subject = Path(self._folder.name) / str(self._starts - 1), self.waiting.pop(0)
-        until = time.monotonic() + self.timeout
-        paths = [_path(folder, self._number, rank) for rank in range(2)]
-        self._number += 1
-        while not all(path.exists() for path in paths):
-            ended = [process.poll() not in (None, 0) for process in self._processes]
-            if any(ended) or time.monotonic() > until:
-                time.sleep(1.0)  # for the other one's last words
-                if all(path.exists() for path in paths):  # it was the next strategy that failed
-                    break
-                self.close()
-                self.reports[subject.name] = _last_words(folder) or f"took more than {self.timeout:.0f} s"
-                return
-            time.sleep(0.02)
-        parts = [torch.load(path, weights_only=True) for path in paths]
-        self.reports[subject.name] = {key: [part[key] for part in parts] for key in parts[0]}
-        if not self.waiting:
-            for process in self._processes:
-                process.wait()
-            self._processes = []
+    def _inside(self) -> Path:
+        """What the present processes and this one exchange lies here."""
+        return self._folder / str(self._starts)
 
     def __del__(self) -> None:
         self.close()
 
 
 def _last_words(folder: Path) -> str:
-    """Errors of the processes, that of the first to fail at length."""
+    """Errors of the processes: the last line of each, and the traceback of the process that failed first."""
     errors = sorted(folder.glob("error_*.txt"), key=lambda path: path.stat().st_mtime_ns)
     if not errors:
         logs = [path.read_text(errors="replace").strip() for path in sorted(folder.glob("log_*.txt"))]
@@ -131,13 +125,30 @@ def _last_words(folder: Path) -> str:
 
 
 def _path(folder: Path, number: int, rank: int | None = None) -> Path:
-    """Where a subject is told, and where a process reports on it."""
+    """File of a subject, and of a process's report on it."""
     return folder / (f"subject_{number}.pkl" if rank is None else f"report_{number}_{rank}.pt")
 
 
+def _write(path: Path, content: bytes) -> None:
+    """Write a file that is whole as soon as it is there."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def _arrived(path: Path) -> bytes:
+    """Content of a file, once it is there; the process ends with the one that would write it."""
+    parent = os.getppid()
+    while not path.exists():
+        if os.getppid() != parent:
+            os._exit(0)
+        time.sleep(0.01)
+    return path.read_bytes()
+
+
 def main() -> None:
-    """Run the strategies that the folder on the command line tells, as one of the processes, and report on each."""
-    from cl_lightning.testing.checks import places
+    """Run each strategy that arrives in the folder on the command line, as one of the processes, and report on it."""
+    from cl_lightning.testing.bench import places
 
     folder = Path(sys.argv[-1])
     rank = int(os.environ["RANK"])
@@ -145,9 +156,10 @@ def main() -> None:
     # A file takes no port that another test may have taken.
     init = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2, timeout=timedelta(seconds=_TIMEOUT))
-    for number in range(len(list(folder.glob("subject_*.pkl")))):
+    for number in count():
+        content, before = _arrived(_path(folder, number)), time.process_time()
         try:
-            subject: Subject = replace(pickle.loads(_path(folder, number).read_bytes()), accelerator="cpu")
+            subject: Subject = replace(pickle.loads(content), accelerator="cpu")
             whole = run(subject, processes=2)
             middle = [point for point in places(whole.snapshots) if point.kind in ("step", "phase")][-2:]
             resumed = whole
@@ -158,7 +170,7 @@ def main() -> None:
             error = folder / f"error_{rank}.txt"
             error.write_text(traceback.format_exc())
             os._exit(1)  # without waiting for the other
-        target = _path(folder, number, rank)
-        torch.save({"whole": whole.plain(), "resumed": resumed.plain()}, f"{target}.part")
-        os.replace(f"{target}.part", target)
-    dist.destroy_process_group()
+        report = {"whole": whole.plain(), "resumed": resumed.plain(), "seconds": time.process_time() - before}
+        buffer = BytesIO()
+        torch.save(report, buffer)
+        _write(_path(folder, number, rank), buffer.getvalue())

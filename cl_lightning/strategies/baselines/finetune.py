@@ -1,29 +1,27 @@
 """Sequential fine-tuning: the lower bound of continual learning.
 
-Each task is learnt by cross-entropy on its own data, from the weights of the task before:
+The network f is trained by cross-entropy on the data of each task in turn, starting from its weights after the
+previous task:
 
     L(x, y) = CE(f(x), y)
 
-over all classes seen so far (``visible="all"``: old classes are pushed down and forgotten at once), over those of the
-current task (``"current"``: old rows of the head receive no gradient and are left out of the optimizer, so that neither
-weight decay nor momentum moves them), or with the task known for each sample (``"task"``).
+The softmax is over all classes seen so far (``loss_classes="all"``: the loss lowers the logits of old classes, and they
+are forgotten at once), over the classes of the current task (``"current"``: old rows of the head get no gradient and
+are not in the optimizer, so that neither weight decay nor momentum changes them), or over the classes of the task of
+each sample (``"task"``).
 """
-
-from typing import ClassVar
 
 from torch import Tensor
 
 from cl_lightning.batch import Batch
-from cl_lightning.network import Output
-from cl_lightning.strategy import ContinualStrategy
+from cl_lightning.models import Output
+from cl_lightning.strategy import ContinualStrategy, Traits
 
 
 class Finetune(ContinualStrategy):
-    """Cross-entropy on the current task, nothing else."""
+    """Cross-entropy on the current task, without any measure against forgetting."""
 
-    family: ClassVar[str] = "baseline"
-    paper: ClassVar[str] = "lower bound"
-    losses_of_output: ClassVar[bool] = True
+    traits = Traits(family="baseline", paper="lower bound", losses_use_images=False)
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
         return {"ce": self.classification_loss(output, batch)}

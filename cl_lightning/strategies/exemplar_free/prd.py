@@ -1,50 +1,49 @@
 """Prototype-Sample Relation Distillation (Asadi et al., ICML 2023, arXiv:2303.14771).
 
-Each image is seen in two augmented views. With f the backbone, g a projection, P_c a learnt prototype of class c, f'
-and P' those before the task, and sg a stop of the gradient:
+Each image is used in two augmented views. With f the backbone, g a projection, P_c a learnt prototype of class c, f'
+and P' the backbone and the prototypes before the task, and sg the stop-gradient:
 
     L = L_SC + alpha L_P + beta L_D
     L_SC = supervised contrastive loss of g(f(x)), over all views                        trains f and g
-    L_P = mean_i 1 - cos(sg f(x_i), P_y_i)                                               trains P of the classes at hand
+    L_P = mean_i 1 - cos(sg f(x_i), P_y_i)                                               trains P of the batch's classes
     L_D = sum_t mean_c KL( softmax_i(S'_ic / T) || softmax_i(S_ic / T) ), c of task t    trains f and the old P
     S_ic = f(x_i) . P_c / ||P_c||,   S'_ic = f'(x_i) . P'_c / ||P'_c||
 
-so that new images keep their places relative to each old prototype, and old prototypes follow the features. A
-prediction is the class of the nearest prototype, argmax_c cos(f(x), P_c), of all classes or of those of a known task.
+L_D preserves the relation of the new images to each old prototype, and old prototypes are updated with the features.
+The prediction is the class of the nearest prototype, argmax_c cos(f(x), P_c), over all classes or over the classes of a
+known task.
 alpha -> prototype_weight, beta -> distill_weight, T -> distill_temperature.
 
-The softmax of L_D runs over the views of the batch (``relation_axis`` "samples"), as the paper says; in the released
-code it runs over the prototypes of a task for each view ("prototypes"), and which of them made the published numbers
-could not be found out. The mean over the prototypes of a task is our choice, since the code has a mean over views
-there. The prototypes are rows of a ``CosineHead``, one block per task, trained without momentum and weight decay. In
-the released code the copy of the network normalises by the statistics of the batch: add the callback
-``TeacherAdaptation``. The weights are those of its CIFAR-100 runs with known tasks; for class-incremental runs it looks
-through alpha 4 and 8 and beta 4 to 12.
-With several processes L_SC, and L_D over samples, are those of all views, but in a batch of less images than processes,
-where each takes its own.
+The softmax of L_D is over the views of the batch (``relation_axis="samples"``), as in the paper. In the released code
+it is over the prototypes of a task for each view (``"prototypes"``). It is not known which of the two the published
+results are from. The mean over the prototypes of a task is our choice, since the code has a mean over views there. The
+prototypes are rows of a ``CosineHead``, one block per task, trained without momentum and weight decay. In the released
+code the copy of the network normalises by the statistics of the batch: add the callback ``TeacherAdaptation``. The
+default weights are from its CIFAR-100 runs with known tasks; its class-incremental runs search alpha in {4, 8} and beta
+from 4 to 12.
+With several processes, L_SC and L_D over samples are over the views of all processes. If a batch has fewer images than
+there are processes, each process takes its own views only.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_lightning.backbones import ImageShape
-from cl_lightning.batch import Batch, cat
+from cl_lightning.batch import ImageShape, cat
+from cl_lightning.checks import above, at_least, one_of
 from cl_lightning.distributed import gather_rows, world_size
-from cl_lightning.heads import CosineHead
 from cl_lightning.losses import (
     cosine_feature_distillation,
     full_precision,
     softmax_distillation,
     supervised_contrastive,
 )
-from cl_lightning.network import Output
-from cl_lightning.strategy import ContinualStrategy, HeadFactory
-from cl_lightning.stream import Task
-from cl_lightning.teacher import Teacher
+from cl_lightning.memory import Teacher
+from cl_lightning.models import CosineHead
+from cl_lightning.strategy import Batch, ContinualStrategy, HeadFactory, Output, Task, Traits
 
 Axis = Literal["samples", "prototypes"]
 
@@ -52,7 +51,7 @@ _VIEW = 0x92D  # salt of the second view
 
 
 def relation_scores(features: Tensor, prototypes: Tensor) -> Tensor:
-    """``f_i . P_c / ||P_c||`` of features ``(B, d)`` and prototypes ``(C, d)``: ``(B, C)``, float32 at least."""
+    """S_ic: ``f_i . P_c / ||P_c||`` of features ``(B, d)`` and prototypes ``(C, d)``; ``(B, C)``, at least float32."""
     with torch.autocast(features.device.type, enabled=False):
         features = full_precision(features)
         return features @ F.normalize(prototypes.to(features.dtype), dim=1).T
@@ -61,15 +60,16 @@ def relation_scores(features: Tensor, prototypes: Tensor) -> Tensor:
 def relation_distillation(
     student: Tensor, teacher: Tensor, sizes: list[int], temperature: float = 1.0, axis: Axis = "samples"
 ) -> Tensor:
-    """Keep how samples relate to prototypes: KL of softmaxes of scores, summed over tasks, in nats.
+    """L_D: KL divergence between softmaxes of scores of samples and prototypes, summed over tasks, in nats.
 
     Args:
-        student: Scores of samples and old prototypes, ``(B, C_old)``.
-        teacher: Those before the task, ``(B, C_old)``.
+        student: S, scores of samples and old prototypes, ``(B, C_old)``.
+        teacher: S', scores before the task, ``(B, C_old)``.
         sizes: Number of prototypes of each old task; their sum is C_old.
-        temperature: T, positive.
-        axis: ``samples``: a distribution over the B samples for each prototype, the mean over those of a task;
-            ``prototypes``: one over the prototypes of a task for each sample, the mean over the samples.
+        temperature: T, above 0.
+        axis: With ``samples``, a distribution over the B samples for each prototype, and the mean over the prototypes
+            of a task. With ``prototypes``, a distribution over the prototypes of a task for each sample, and the mean
+            over the samples.
     """
     if axis == "prototypes":
         columns = [group.tolist() for group in torch.split(torch.arange(sum(sizes)), sizes)]
@@ -79,25 +79,22 @@ def relation_distillation(
 
 
 class PRD(ContinualStrategy):
-    """Contrastive features, learnt prototypes, and the relations between both kept.
+    """Supervised contrastive learning, learnt prototypes, and distillation of relations between samples and prototypes.
 
     Args:
         prototype_weight: alpha, at least 0.
         distill_weight: beta, at least 0.
-        contrast_temperature: Of L_SC, above 0.
+        contrast_temperature: Temperature of L_SC, above 0.
         distill_temperature: T of L_D, above 0.
-        relation_axis: What the softmax of L_D runs over.
-        prototype_lr: Learning rate of the prototypes; None for that of the optimizer.
-        projection_hidden: Units of the two hidden layers of g.
-        projection_size: Outputs of g.
-        head: Builds a ``CosineHead`` of fixed scale; None for that.
-        kwargs: Of the base.
+        relation_axis: Axis of the softmax of L_D: ``samples`` or ``prototypes``.
+        prototype_lr: Learning rate of the prototypes, at least 0; None for the learning rate of the optimizer.
+        projection_hidden: Number of units of each of the two hidden layers of g, at least 1.
+        projection_size: Number of outputs of g, at least 1.
+        head: Builds a ``CosineHead`` of fixed scale; None for ``CosineHead``.
+        kwargs: Options of the base class.
     """
 
-    family: ClassVar[str] = "exemplar-free"
-    paper: ClassVar[str] = "Asadi et al., ICML 2023, arXiv:2303.14771"
-    plain_first_task = False
-    uses_old_logits = True
+    traits = Traits(family="exemplar-free", paper="Asadi et al., ICML 2023, arXiv:2303.14771", uses_old_logits=True)
 
     def __init__(
         self,
@@ -114,19 +111,11 @@ class PRD(ContinualStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(head=head or CosineHead, **kwargs)
-        if min(prototype_weight, distill_weight) < 0 or min(contrast_temperature, distill_temperature) <= 0:
-            raise ValueError(
-                f"PRD: prototype_weight={prototype_weight}, distill_weight={distill_weight}, contrast_temperature="
-                f"{contrast_temperature}, distill_temperature={distill_temperature}; weights are at least 0, "
-                "temperatures above 0"
-            )
-        if relation_axis not in ("samples", "prototypes"):
-            raise ValueError(f"PRD: relation_axis is {relation_axis!r}; use 'samples' or 'prototypes'")
-        if min(projection_hidden, projection_size) < 1 or (prototype_lr is not None and prototype_lr < 0):
-            raise ValueError(
-                f"PRD: projection_hidden={projection_hidden}, projection_size={projection_size}, prototype_lr="
-                f"{prototype_lr}; at least 1, at least 1, at least 0 or null"
-            )
+        at_least(self, 0, prototype_weight=prototype_weight, distill_weight=distill_weight)
+        above(self, 0, contrast_temperature=contrast_temperature, distill_temperature=distill_temperature)
+        one_of(self, get_args(Axis), relation_axis=relation_axis)
+        at_least(self, 0, prototype_lr=prototype_lr, optional=True)
+        at_least(self, 1, projection_hidden=projection_hidden, projection_size=projection_size)
         self.prototype_weight, self.distill_weight = prototype_weight, distill_weight
         self.contrast_temperature, self.distill_temperature = contrast_temperature, distill_temperature
         self.relation_axis, self.prototype_lr = relation_axis, prototype_lr
@@ -134,16 +123,12 @@ class PRD(ContinualStrategy):
         self.teacher = Teacher()
         self.projection: nn.Module  # g
 
-    @classmethod
-    def conformance_options(cls) -> dict[str, Any]:
-        return {"projection_hidden": 16, "projection_size": 8}
-
     def build(self, image_shape: ImageShape) -> None:
         super().build(image_shape)
         head, (hidden, size) = self.network.head, self.projection_sizes
         if not isinstance(head, CosineHead) or isinstance(head.scale, nn.Parameter):
             raise ValueError(
-                f"PRD: head is {type(head).__name__}; its rows are prototypes: use a CosineHead of fixed scale"
+                f"PRD: head is {type(head).__name__}; use a CosineHead of fixed scale, whose rows are the prototypes"
             )
         layers = [nn.Linear(head.num_features, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
         self.projection = nn.Sequential(*layers, nn.Linear(hidden, size))
@@ -159,30 +144,29 @@ class PRD(ContinualStrategy):
         others = [parameter for parameter in parameters if id(parameter) not in rows]
         return [{"params": others}, {"params": [p for p in parameters if id(p) in rows], **options}]
 
-    def prepare(self, batch: Batch) -> Batch:
-        assert self.augment is not None
-        second = self.augment(batch.replace(draw=batch.draw.fork(_VIEW)))
+    def prepare_batch(self, batch: Batch) -> Batch:
+        second = self.data.augment(batch.replace(draw=batch.draw.fork(_VIEW)))
         return cat([batch, second], self.trainer.world_size)
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
-        together = batch.draw.total >= world_size()  # else a process without rows would not take part
+        together = batch.draw.total >= world_size()  # a process without rows takes no part in an exchange
         rows: Callable[[Tensor], Tensor] = gather_rows if together else lambda tensor: tensor
-        share = batch.weight if together else 1.0  # the base multiplies by the weight
+        share = batch.weight if together else 1.0  # the base class multiplies by the weight
         prototypes = self.network.head.weight()
         embeddings = self.projection(output.features).float()
         contrast = supervised_contrastive(rows(embeddings), rows(batch.labels), self.contrast_temperature)
-        pulled = cosine_feature_distillation(prototypes[batch.labels], output.features)
-        terms = {"contrast": contrast / share, "prototypes": self.prototype_weight * pulled}
+        attraction = cosine_feature_distillation(prototypes[batch.labels], output.features)
+        terms = {"contrast": contrast / share, "prototypes": self.prototype_weight * attraction}
         if self.distill_weight and (before := self.teacher.network) is not None:
             old = before.head.weight()
             scores = relation_scores(output.features, prototypes[: len(old)])
-            taught = relation_scores(self.teacher(batch.images).features, old)
+            target = relation_scores(self.teacher(batch.images).features, old)
             if self.relation_axis == "samples":
-                scores, taught = rows(scores), rows(taught)
+                scores, target = rows(scores), rows(target)
             else:
                 share = 1.0
             distill = relation_distillation(
-                scores, taught, before.head.block_sizes(), self.distill_temperature, self.relation_axis
+                scores, target, before.head.block_sizes(), self.distill_temperature, self.relation_axis
             )
             terms["distill"] = self.distill_weight * distill / share
         return terms

@@ -1,37 +1,38 @@
 """TEEN, training-free prototype calibration (Wang et al., NeurIPS 2023, arXiv:2312.05229).
 
-Trained and classified as ``ProtoCosine``. Few images give class means that lie near those of similar base classes, and
-tests are taken for these. So the mean of a new class n is moved towards the base classes b that it is similar to, once,
-when its session ends:
+Training and classification are as in ``ProtoCosine``. The mean of a few images is a biased estimate, close to the means
+of similar base classes, and samples of new classes are classified as base classes. When a session ends, the mean of
+each new class n is therefore calibrated by the means of the base classes b, weighted by similarity:
 
     w_nb = softmax_b(tau <c^_n, c^_b>),   Delta_n = normalise(sum_b w_nb c^_b),   c~_n = (1 - beta) c^_n + beta Delta_n
 
-with c^ = c / ||c||. tau -> temperature, beta -> shift_weight. The paper's alpha is 1 - beta. Base prototypes and those
-of earlier sessions stay, to the bit; with beta = 0 it is ``ProtoCosine``.
+with c^ = c / ||c||. tau -> temperature, beta -> shift_weight. The paper's alpha is 1 - beta. Prototypes of base classes
+and of earlier sessions are unchanged to the bit. With beta = 0 the method is ``ProtoCosine``.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
-from cl_lightning.prototypes import calibrate_new
+from cl_lightning.checks import at_least, within
+from cl_lightning.memory import calibrate_new
 from cl_lightning.strategies.few_shot.proto_cosine import ProtoCosine
-from cl_lightning.stream import Task
+from cl_lightning.strategy import Task
 
 
 class TEEN(ProtoCosine):
-    """Class means, those of few-shot classes moved towards similar base classes.
+    """Class means of few-shot classes are calibrated by the means of similar base classes, without training.
 
     Args:
         shift_weight: beta, in [0, 1]; 0.1 in the authors' code for CIFAR-100, 0.5 for CUB-200 and miniImageNet.
-        temperature: tau, at least 0; at 0 all base classes count alike.
-        kwargs: Of ``ProtoCosine``.
+        temperature: tau, at least 0; with 0 all base classes have the same weight.
+        kwargs: Options of ``ProtoCosine``.
     """
 
-    paper: ClassVar[str] = "Wang et al., NeurIPS 2023, arXiv:2312.05229"
+    traits = ProtoCosine.traits.but(paper="Wang et al., NeurIPS 2023, arXiv:2312.05229")
 
     def __init__(self, *, shift_weight: float = 0.5, temperature: float = 16.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not 0 <= shift_weight <= 1 or not temperature >= 0:
-            raise ValueError(f"TEEN: shift_weight={shift_weight}, temperature={temperature}; in [0, 1], at least 0")
+        within(self, "[0, 1]", shift_weight=shift_weight)
+        at_least(self, 0, temperature=temperature)
         self.shift_weight, self.temperature = shift_weight, temperature
 
     def end_task(self, task: Task) -> None:

@@ -1,38 +1,37 @@
 """First Session Adaptation (Panos et al., ICCV 2023, arXiv:2303.13199).
 
-A pretrained backbone learns the first task under a linear classifier with dropout, by FiLM layers (FSA-FiLM: scale and
-shift per channel after normalisation, all else frozen and in eval mode) or as a whole (FSA, ``peft=WholeModel``). From
-then on the classifier is linear discriminant analysis on sums over the features h of all classes so far:
+A pretrained backbone is trained on the first task under a linear classifier with dropout. Trained are FiLM layers
+(FSA-FiLM: scale and shift per channel after normalisation; everything else is frozen and in eval mode) or the whole
+backbone (FSA, ``peft=WholeModel``). After that the classifier is linear discriminant analysis on sums over the features
+h of all classes so far:
 
     Sigma = (sum h h^T - n mu mu^T) / (n - 1) + ridge I,   score_c = mu_c^T Sigma^-1 h - 1/2 mu_c^T Sigma^-1 mu_c
 
-The covariance is that of all features, not that within classes, and ridge is 1, as in the released code; where features
-have another scale than a variance of 1, choose another one. Departs from the code, which keeps the images of all tasks:
-sums give the same. The paper has EfficientNet-B0, where FiLM layers follow the stem, the depthwise convolutions and the
-last convolution only: ``targets``.
+Sigma is the covariance of all features, not the covariance within classes, and ridge is 1, as in the released code;
+choose another ridge for features whose variance is not about 1. Departs from the code, which keeps the images of all
+tasks: sums give the same result. In the EfficientNet-B0 of the paper FiLM layers follow only the stem, the depthwise
+convolutions and the last convolution: option ``targets`` of ``FiLM``.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
-from cl_lightning.closed_form import LDAHead
-from cl_lightning.heads import LinearHead
-from cl_lightning.peft import SSF, FiLM, PeftFactory
+from cl_lightning.models import FiLM, LDAHead, LinearHead, PeftFactory
 from cl_lightning.strategies.pretrained.first_session import FirstSessionAdaptation
 from cl_lightning.strategy import HeadFactory
 
 
 class FSA(FirstSessionAdaptation):
-    """FiLM layers trained on the first task, then linear discriminant analysis.
+    """FiLM layers trained on the first task, and linear discriminant analysis on the features of all tasks.
 
     Args:
-        peft: What is put into the backbone; None for ``FiLM``.
-        head: Builds the head that lasts; None for ``LDAHead``.
-        session_head: Builds the head of the first task; None for ``LinearHead``.
-        session_dropout: Dropout before it.
-        kwargs: Of ``FirstSessionAdaptation``.
+        peft: Builds the module for the backbone; None for ``FiLM``.
+        head: Builds the final head; None for ``LDAHead``.
+        session_head: Builds the temporary head of the first task; None for ``LinearHead``.
+        session_dropout: Dropout probability of the input of the temporary head, in [0, 1).
+        kwargs: Options of ``FirstSessionAdaptation``.
     """
 
-    paper: ClassVar[str] = "Panos et al., ICCV 2023, arXiv:2303.13199"
+    traits = FirstSessionAdaptation.traits.but(paper="Panos et al., ICCV 2023, arXiv:2303.13199")
 
     def __init__(
         self,
@@ -50,7 +49,3 @@ class FSA(FirstSessionAdaptation):
             session_dropout=session_dropout,
             **kwargs,
         )
-
-    @classmethod
-    def conformance_options(cls) -> dict[str, Any]:
-        return {"peft": SSF, "session_dropout": 0.0}  # a net without norms; dropout draws per process

@@ -1,40 +1,37 @@
 """G-ACIL, Generalized Analytic Continual Learning (Zhuang et al., NeurIPS 2024, arXiv:2403.15706).
 
-Ridge regression on a fixed random expansion of the features of a frozen backbone f, brought up to date with each task:
+Ridge regression on a fixed random expansion of the features of a frozen backbone f, updated with each task:
 
     phi = ReLU(P^T f(x)),   R = (sum phi phi^T + r I)^-1,   W = R sum phi y^T
     per batch (X rows of phi, Y one-hot):  K = (I + X R X^T)^-1,  R <- R - R X^T K X R,  W <- W + R X^T (Y - X W)
 
-whatever the classes in the batch: it is at any time the joint solution over all samples so far, for classes that come
-again too. r -> ridge, P ~ N(0, 1) with ``projection`` columns. For classes that never come again it is ACIL (Zhuang et
-al., NeurIPS 2022). Each image is seen once, without augmentation, when its task ends: predictions within a task, which
-the paper also scores (A_AUC), are those of the tasks before.
-Departs from the paper: R begins as I / r (as defined there and in the code; the algorithm box has r I).
-A backbone that is trained on the first task and then frozen: ``FirstSessionAdaptation`` with ``RidgeHead``.
+for any classes in the batch. At any time W is the joint solution over all samples so far, also if classes recur in
+later tasks. r -> ridge, P ~ N(0, 1) with ``projection`` columns. If no class recurs, G-ACIL is ACIL (Zhuang et al.,
+NeurIPS 2022). Each image is used once, without augmentation, when its task ends: predictions within a task, which the
+paper also scores (A_AUC), are therefore the predictions after the task before.
+Departs from the algorithm box of the paper, which initialises R = r I: here R = I / r, as in its text and its code.
+For a backbone that is trained on the first task and then frozen, use ``FirstSessionAdaptation`` with ``RidgeHead``.
 """
 
 import functools
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from cl_lightning.closed_form import RidgeHead
-from cl_lightning.strategy import ContinualStrategy, Phase
-from cl_lightning.stream import Task
+from cl_lightning.models import RidgeHead
+from cl_lightning.strategy import ContinualStrategy, Phase, Task, Traits
 
 
 class GACIL(ContinualStrategy):
-    """Recursive ridge regression on a frozen backbone, equal to the regression on all data at once.
+    """Recursive ridge regression on a frozen backbone, equal to joint ridge regression on the data of all tasks.
 
     Args:
-        ridge: r, above 0. The default is the paper's for a ViT; it takes 0.1 for a CNN.
-        projection: Number of random features, 5,000 in the paper for a ViT, 8,192 or 16,384 for a CNN; None for none.
-        backend: ``recursive``, or ``accumulate``: sums, solved once a task; the same result.
-        kwargs: Of the base.
+        ridge: r, above 0. The default is the value of the paper for a ViT; it has 0.1 for a CNN.
+        projection: Number of random features: 5,000 in the paper for a ViT, 8,192 or 16,384 for a CNN; None to use the
+            features of the backbone.
+        backend: ``recursive``, or ``accumulate`` for sums that are solved once per task, with the same result.
+        kwargs: Options of the base class.
     """
 
-    family: ClassVar[str] = "pretrained"
-    paper: ClassVar[str] = "Zhuang et al., NeurIPS 2024, arXiv:2403.15706"
-    needs_pretrained: ClassVar[bool] = True
-    plain_first_task = False
+    traits = Traits(family="pretrained", paper="Zhuang et al., NeurIPS 2024, arXiv:2403.15706", needs_pretrained=True)
 
     def __init__(
         self,
@@ -45,12 +42,8 @@ class GACIL(ContinualStrategy):
         **kwargs: Any,
     ) -> None:
         head = functools.partial(RidgeHead, ridge=ridge, projection=projection, backend=backend)
-        head(1)  # so that a mistake is told now
-        super().__init__(head=head, visible="all", freeze_backbone=True, **kwargs)
-
-    @classmethod
-    def conformance_options(cls) -> dict[str, Any]:
-        return {"projection": 40}
+        head(1)  # so that an option out of range raises here, not when the network is built
+        super().__init__(head=head, loss_classes="all", freeze_backbone=True, **kwargs)
 
     def phases(self, task: Task) -> list[Phase]:
         return []

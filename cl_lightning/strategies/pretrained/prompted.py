@@ -1,35 +1,33 @@
-"""What methods have in common that put prompts into a frozen transformer which sees each image twice."""
+"""Base class of methods with prompts in a frozen transformer: one forward pass for the query, one with the prompts."""
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from torch import nn
 
-from cl_lightning.backbones import Timm
-from cl_lightning.prompts import PromptedBackbone, Prompts
-from cl_lightning.strategy import ContinualStrategy
+from cl_lightning.models import PromptedBackbone, Prompts, Timm
+from cl_lightning.strategy import ContinualStrategy, Traits
 
 
 def tiny_transformer() -> Callable[..., Timm]:
-    """Builds a transformer of timm, for tests in seconds."""
+    """Builds a small transformer of timm, for tests."""
     size = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
     return functools.partial(Timm, name="vit_tiny_patch16_224", kwargs=size)
 
 
 class PromptedStrategy(ContinualStrategy):
-    """Trains prompts and the rows of the head of the task, by cross-entropy over the classes of the task.
+    """Trains prompts and the head's rows of the task by cross-entropy over the classes of the task.
 
     Args:
-        prompts: Builds what is put into the backbone.
-        kwargs: Of ``ContinualStrategy``. The backbone must be a transformer of timm.
+        prompts: Builds the prompts for the backbone.
+        kwargs: Options of ``ContinualStrategy``. The backbone must be a transformer of timm.
     """
 
-    needs_pretrained: ClassVar[bool] = True
-    plain_first_task = False
+    traits = Traits(needs_pretrained=True)
 
     def __init__(self, *, prompts: Callable[[nn.Module], Prompts], **kwargs: Any) -> None:
-        super().__init__(visible="current", freeze_backbone=False, **kwargs)
+        super().__init__(loss_classes="current", freeze_backbone=False, **kwargs)
         self.build_backbone = functools.partial(PromptedBackbone, backbone=self.build_backbone, prompts=prompts)
 
     def frozen(self) -> Iterable[nn.Module]:

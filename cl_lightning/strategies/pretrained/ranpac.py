@@ -1,35 +1,35 @@
 """RanPAC (McDonnell et al., NeurIPS 2023, arXiv:2307.02251): random projection and ridge regression.
 
 A pretrained backbone is adapted to the first task as in ``APER`` (phase 1; ``adapt=False`` leaves it out) and frozen.
-Its features h are projected by a fixed random matrix P ~ N(0, 1) with M columns, and regressed on:
+Its features h are projected by a fixed random matrix P ~ N(0, 1) with M columns; ridge regression predicts one-hot y:
 
     phi = ReLU(P^T h),   G = sum phi phi^T,   Q = sum phi y^T,   W = (G + lambda I)^-1 Q,   scores W^T phi
 
-over all samples so far. M -> projection. lambda -> ridge: of a list, after each task the one of the least square error
-on a fifth of its samples (``RidgeHead``), so noisy where tasks are small. Only adapted features are used.
-Departs from the code: the held-out samples are drawn, and one eigendecomposition serves all candidates.
+with sums over all samples so far. M -> projection. lambda -> ridge: after each task the value of a list with the
+smallest squared error on a held-out fifth of the samples of the task (``RidgeHead``); the choice is noisy for small
+tasks. Only adapted features are used.
+Departs from the code: the held-out samples are drawn at random, and one eigendecomposition serves all candidates.
 """
 
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
-from cl_lightning.closed_form import RidgeHead
-from cl_lightning.peft import SSF, Adapter, PeftFactory
+from cl_lightning.models import Adapter, PeftFactory, RidgeHead
 from cl_lightning.strategies.pretrained.first_session import FirstSessionAdaptation
 
 
 class RanPAC(FirstSessionAdaptation):
-    """Adaptation to the first task, then ridge regression on random features.
+    """Adaptation to the first task, and ridge regression on random projections of the features.
 
     Args:
-        peft: What is put into the backbone; None for ``Adapter``.
-        projection: M, 10,000 in the paper, which takes 800 MB for G; None to take the features as they are.
-        ridge: lambda, above 0, or a list of candidates; None for 10^-8 to 10^8.
+        peft: Builds the module for the backbone; None for ``Adapter``.
+        projection: M: 10,000 in the paper, with 800 MB for G; None to use the features without a projection.
+        ridge: lambda, above 0, or a list of candidates; None for the powers of 10 from 10^-8 to 10^8.
         adapt: Whether the backbone is adapted to the first task.
-        kwargs: Of ``FirstSessionAdaptation``.
+        kwargs: Options of ``FirstSessionAdaptation``.
     """
 
-    paper: ClassVar[str] = "McDonnell et al., NeurIPS 2023, arXiv:2307.02251"
+    traits = FirstSessionAdaptation.traits.but(paper="McDonnell et al., NeurIPS 2023, arXiv:2307.02251")
 
     def __init__(
         self,
@@ -42,9 +42,5 @@ class RanPAC(FirstSessionAdaptation):
     ) -> None:
         ridge = [10.0**power for power in range(-8, 9)] if ridge is None else ridge
         head = functools.partial(RidgeHead, ridge=ridge, projection=projection)
-        head(1)  # so that a mistake is told now
+        head(1)  # so that an option out of range raises here, not when the network is built
         super().__init__(peft=peft or Adapter, head=head, concatenate=False, adapt=adapt, **kwargs)
-
-    @classmethod
-    def conformance_options(cls) -> dict[str, Any]:
-        return {"peft": SSF, "projection": 40, "ridge": [0.1, 10.0, 1000.0]}

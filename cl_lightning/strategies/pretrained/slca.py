@@ -1,46 +1,43 @@
 """SLCA: Slow Learner with Classifier Alignment (Zhang et al., ICCV 2023, arXiv:2303.05118).
 
-Phase ``train``, the slow learner: a pretrained backbone f and the head of the task learn the task, the backbone with a
-learning rate that is a hundredth of the head's, by cross-entropy over the classes of the task. Older heads stay. Then
-mean and covariance of the features of each new class are kept:
+Phase ``train``, the slow learner: cross-entropy over the classes of the task trains a pretrained backbone f and the
+head of the task; the learning rate of the backbone is 0.01 times the learning rate of the head. Heads of earlier
+tasks do not change. Then mean and covariance of the features of each new class are stored:
 
     mu_c = mean f(x),   Sigma_c = cov f(x) + jitter I      over its images, un-augmented, in eval mode
 
-Phase ``align``, from the second task on: all heads learn from ``align_samples`` draws of each class seen so far in each
-epoch, with logits divided by the mean n(z) of their norms over the tasks:
+Phase ``align``, from the second task on: all heads are trained on features drawn for all classes seen so far,
+``align_samples`` per class and epoch, with logits divided by the mean n(z) of their norms over the tasks:
 
     f~ ~ N(m_c, Sigma_c),   m_c = mu_c (1 - shrink (1 - (t_c + 1) / (t + 1)))     t_c: task of class c, t: the newest
     L = CE(z / (n(z) tau), y),   n(z) = 1/(t + 1) sum_j || z of the classes of task j ||
 
 shrink -> mean_shrink (0.1: means of the first task are multiplied by 0.9 + 0.1 / (t + 1)), tau -> align_temperature.
-The aligned heads predict, by plain logits. The heads as they were before are put back when the next task begins.
-Statistics of old classes are not corrected for the drift of the features. Where a class comes again, they are taken
-anew, and its t_c is the task it came with last.
+The aligned heads predict, by z without normalisation. When the next task begins, the heads are reset to their state
+before the alignment. Statistics of old classes are not corrected for the drift of the features. If a class recurs, its
+statistics are computed again, and t_c is the last task that contains it.
 Departs from the code, whose float32 covariances can be singular: Sigma is factorised in float64, once per class.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
-from cl_lightning.backbones import ImageShape
-from cl_lightning.batch import Batch
-from cl_lightning.features import GaussianFeatures
-from cl_lightning.heads import Head, LinearHead
+from cl_lightning.batch import ImageShape
+from cl_lightning.checks import above, at_least, within
+from cl_lightning.data import GaussianFeatures
 from cl_lightning.losses import cross_entropy, full_precision
-from cl_lightning.network import Output
-from cl_lightning.prototypes import GaussianPrototypes
-from cl_lightning.schedules import CosineOverPhase
-from cl_lightning.strategy import ContinualStrategy, HeadFactory, Phase
-from cl_lightning.stream import Task
+from cl_lightning.memory import GaussianPrototypes
+from cl_lightning.models import Head, LinearHead
+from cl_lightning.strategies.base.schedules import CosineOverPhase
+from cl_lightning.strategy import Batch, ContinualStrategy, HeadFactory, Output, Phase, PhaseOptions, Task, Traits
 
 
 def normalised_logits(logits: Tensor, sizes: Sequence[int], temperature: float = 0.1) -> Tensor:
-    """``z / (n(z) tau)`` with n(z) the mean over tasks of the norm of a task's logits; the scale of z does not matter.
+    """``z / (n(z) tau)`` with n(z) the mean over tasks of the norm of a task's logits; independent of the scale of z.
 
     Args:
         logits: z, ``(B, C)``.
@@ -48,7 +45,7 @@ def normalised_logits(logits: Tensor, sizes: Sequence[int], temperature: float =
         temperature: tau, above 0.
 
     Returns:
-        ``(B, C)``, float32 at least.
+        ``(B, C)``, in float32 or float64.
     """
     logits = full_precision(logits)
     norms = torch.stack([part.norm(dim=1) + 1e-7 for part in torch.split(logits, list(sizes), dim=1)])  # (tasks, B)
@@ -56,10 +53,10 @@ def normalised_logits(logits: Tensor, sizes: Sequence[int], temperature: float =
 
 
 def mean_scales(tasks: Tensor, shrink: float = 0.1) -> Tensor:
-    """Factor of each class mean, ``1 - shrink (1 - (t_c + 1) / (t + 1))``: less for older classes, 1 for the newest.
+    """Factor of each class mean, ``1 - shrink (1 - (t_c + 1) / (t + 1))``: smaller for older classes, 1 for the newest.
 
     Args:
-        tasks: Which columns belong to which task, bool ``(tasks, C)``; of several the last one counts.
+        tasks: Whether a task contains the class of a column, bool ``(tasks, C)``; t_c is the last such task.
         shrink: In [0, 1].
 
     Returns:
@@ -71,36 +68,29 @@ def mean_scales(tasks: Tensor, shrink: float = 0.1) -> Tensor:
 
 
 class SLCA(ContinualStrategy):
-    """A backbone that learns slowly, and heads aligned on features drawn from normal distributions.
+    """A small learning rate for the backbone, and classifier alignment on features drawn from class-wise Gaussians.
 
     Args:
-        lr_factors: Of the learning rate; None for 0.01 for the backbone.
-        align_epochs: Epochs of the phase ``align``; 0 to leave it out.
-        align_samples: Draws of each class in an epoch, at least 1.
-        align_batch_size: Of that phase, over all processes.
+        lr_factors: Factors of the learning rate by patterns of names; None for 0.01 for the backbone.
+        align_options: Options of the phase ``align``; 0 epochs to leave it out. The default optimizer is SGD with
+            learning rate 0.01, momentum 0.9 and weight decay 5e-4, with a cosine schedule.
+        align_samples: Number of features drawn per class and epoch, at least 1.
         align_temperature: tau, above 0.
-        align_optimizer: Of that phase; None for SGD with learning rate 0.01, momentum 0.9 and weight decay 5e-4.
-        align_scheduler: Of that phase; None for a cosine, where ``align_optimizer`` is None too.
-        mean_shrink: How far the means of old classes are pulled to 0, in [0, 1].
+        mean_shrink: shrink, in [0, 1]; 0 leaves the means unchanged.
         jitter: Variance that is added in each direction, above 0.
-        head: Builds the head; None for ``LinearHead`` with rows that begin at a standard deviation of 0.02.
-        kwargs: Of the base.
+        head: Builds the head; None for ``LinearHead`` with initial rows of standard deviation 0.02.
+        kwargs: Options of the base class.
     """
 
-    family: ClassVar[str] = "pretrained"
-    paper: ClassVar[str] = "Zhang et al., ICCV 2023, arXiv:2303.05118"
-    needs_pretrained: ClassVar[bool] = True
+    traits = Traits(family="pretrained", paper="Zhang et al., ICCV 2023, arXiv:2303.05118", needs_pretrained=True)
 
     def __init__(
         self,
         *,
         lr_factors: dict[str, float] | None = None,
-        align_epochs: int = 5,
+        align_options: PhaseOptions = PhaseOptions(epochs=5, batch_size=256),
         align_samples: int = 256,
-        align_batch_size: int = 256,
         align_temperature: float = 0.1,
-        align_optimizer: OptimizerCallable | None = None,
-        align_scheduler: LRSchedulerCallable | None = None,
         mean_shrink: float = 0.1,
         jitter: float = 1e-4,
         head: HeadFactory | None = None,
@@ -109,35 +99,19 @@ class SLCA(ContinualStrategy):
         super().__init__(
             head=head or functools.partial(LinearHead, init_std=0.02),
             lr_factors={"backbone.*": 0.01} if lr_factors is None else lr_factors,
-            visible="current",
+            loss_classes="current",
             **kwargs,
         )
-        if align_epochs < 0 or min(align_samples, align_batch_size) < 1:
-            raise ValueError(
-                f"SLCA: align_epochs={align_epochs}, align_samples={align_samples}, align_batch_size="
-                f"{align_batch_size}; at least 0, at least 1, at least 1"
-            )
-        if align_temperature <= 0 or not 0 <= mean_shrink <= 1:
-            raise ValueError(
-                f"SLCA: align_temperature={align_temperature}, mean_shrink={mean_shrink}; above 0, in [0, 1]"
-            )
-        GaussianPrototypes(1, jitter=jitter)  # so that a mistake is told now
+        at_least(self, 1, align_samples=align_samples)
+        above(self, 0, align_temperature=align_temperature)
+        within(self, "[0, 1]", mean_shrink=mean_shrink)
+        GaussianPrototypes(1, jitter=jitter)  # so that a jitter out of range raises here
         self.align_samples, self.align_temperature = align_samples, align_temperature
         self.mean_shrink, self.jitter = mean_shrink, jitter
-        self.align_phase = Phase(
-            "align",
-            align_epochs,
-            align_optimizer or functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4),
-            align_scheduler or (None if align_optimizer is not None else CosineOverPhase),
-            on_features=True,
-            batch_size=align_batch_size,
-        )
+        sgd = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4)
+        self.align_options = align_options.filled(sgd, CosineOverPhase)
         self.gaussians: GaussianPrototypes
-        self.unaligned_head: Head  # as the slow learner left it; empty before the first task ends
-
-    @classmethod
-    def conformance_options(cls) -> dict[str, Any]:
-        return {"align_epochs": 2, "align_samples": 8, "align_batch_size": 24}
+        self.unaligned_head: Head  # head before the alignment; without columns until the first task ends
 
     def build(self, image_shape: ImageShape) -> None:
         super().build(image_shape)
@@ -151,26 +125,26 @@ class SLCA(ContinualStrategy):
         super().begin_task(task)
 
     def phases(self, task: Task) -> list[Phase]:
-        return [Phase()] if task.is_first or not self.align_phase.epochs else [Phase(), self.align_phase]
-
-    def trainable(self) -> Iterable[nn.Parameter]:
-        return self.network.head.parameters() if self.phase.on_features else super().trainable()
+        if task.is_first or self.align_options.epochs == 0:
+            return [Phase()]
+        head = self.network.head
+        return [Phase(), Phase("align", self.align_options, trains=head.parameters, features=self.drawn_features)]
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
-        if self.phase.on_features:
+        if self.phase.features is not None:
             sizes = self.network.head.block_sizes()
             logits = normalised_logits(output.logits, sizes, self.align_temperature)
             return {"ce": cross_entropy(logits, batch.labels)}  # over all classes
-        return {"ce": self.classification_loss(output, batch)}  # over those of the task
+        return {"ce": self.classification_loss(output, batch)}  # over the classes of the task
 
-    def feature_pool(self) -> GaussianFeatures:
+    def drawn_features(self) -> GaussianFeatures:
         return GaussianFeatures(self.gaussians, self.align_samples, mean_scales(self.task_columns, self.mean_shrink))
 
     def end_phase(self, phase: Phase) -> None:
-        if phase.on_features or not self.align_phase.epochs:
+        if phase.features is not None or self.align_options.epochs == 0:
             return
         self.eval()
-        features, labels = self.features()
+        features, labels = self.passes.features()
         self.train()
         self.gaussians.update(features, labels, num_classes=self.task.num_seen, replace=True)
         self.unaligned_head.load_state_dict(self.network.head.state_dict())

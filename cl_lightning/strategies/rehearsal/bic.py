@@ -1,78 +1,80 @@
 """Bias Correction: "Large Scale Incremental Learning" (Wu et al., CVPR 2019, arXiv:1905.13260).
 
-A small share of new data and exemplars, equally many of each class, is held out from each task but the first. Then
+From the second task on, a small share of the new data and exemplars, with the same number of samples of each class, is
+held out. Training has two stages:
 
     stage 1, phase ``train``   L(x, y) = (1 - lambda) CE(q(x), y) + lambda CE(softmax(g(x) / T), softmax(q_old(x) / T))
     stage 2, phase ``bias``    CE(q(x), y) on the held-out share, over two numbers alpha, beta; the network is frozen
 
-where q are the corrected logits of the network f and g those of its copy before the task:
+where q are the corrected logits of the network f, and g the corrected logits of its copy before the task:
 
     q_c(x) = alpha_k f_c(x) + beta_k    for the classes c of task k;  alpha, beta = 1, 0 for the newest until stage 2
 
-lambda = C_old / C -> distill_share, T -> temperature. Pairs of earlier tasks stay applied and fixed. Exemplars are
-chosen by herding among all data of the task, the held-out share included. Predictions are the largest q_c.
-Departs from re-implementations in which stage 2 takes a softmax of a softmax, or decays alpha towards 0. How many are
-held out is ``int(held_out * K / C_old)`` of each class (PyCIL), at least 1 and never all; the held-out samples are
-augmented as others are. The paper does not give stage 2's optimizer: Adam with learning rate 0.01 for 100 epochs here,
-since with 0.001 (mammoth, 250 epochs) a share of one batch would not get alpha anywhere. Where a class has a single
-exemplar none can be held out, and stage 2 is left out with a warning: then take ``WA``.
+lambda = C_old / C -> distill_weight, T -> temperature. The parameters alpha, beta of earlier tasks are fixed and still
+applied. Exemplars are chosen by herding among all data of the task, including the held-out share. The prediction is the
+class of the largest q_c.
+Departs from re-implementations in which stage 2 computes the softmax of a softmax, or applies weight decay to alpha.
+Of each class ``int(held_out * K / C_old)`` samples are held out (as in PyCIL), at least 1 and never all. Held-out
+samples are augmented like other samples. The paper does not give the optimizer of stage 2: the default here is Adam
+with learning rate 0.01 for 100 epochs, since 0.001 (mammoth, 250 epochs) hardly changes alpha where the share is a
+single batch. If a class has a single exemplar, no sample can be held out, and stage 2 is skipped with a warning; use
+``WA`` in this case.
 """
 
 import functools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from cl_lightning.batch import Batch, Draw, mix
-from cl_lightning.exemplars import check_distill_share, exemplar_memory, update_exemplars
+from cl_lightning.batch import Draw, mix
+from cl_lightning.checks import above, at_least, within
 from cl_lightning.losses import balanced_distillation
-from cl_lightning.memory import Memory, standing
-from cl_lightning.network import Output
-from cl_lightning.strategy import ContinualStrategy, Phase
-from cl_lightning.stream import Task
-from cl_lightning.teacher import Teacher
+from cl_lightning.memory import Teacher, rank_in_group
+from cl_lightning.strategy import Batch, ExemplarReplay, Output, Phase, PhaseOptions, Task, Traits
 
 
 def correct(logits: Tensor, pairs: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """``alpha_k z_c + beta_k`` for the classes c of task k.
+    """Corrected logits ``alpha_k z_c + beta_k`` for the classes c of task k.
 
     Args:
-        logits: z, ``(B, C)`` with C the sum of the first sizes; pairs of classes that come later are not used.
+        logits: z, ``(B, C)``, where C is the sum of the first sizes; further pairs and sizes are not used.
         pairs: (alpha, beta) of each task, ``(2,)`` each.
         sizes: Number of classes of each task.
+
+    Returns:
+        q, ``(B, C)``.
     """
     columns = torch.cat([pair.expand(size, 2) for pair, size in zip(pairs, sizes, strict=True)])[: logits.shape[1]]
     return logits * columns[:, 0] + columns[:, 1]
 
 
 def held_out(labels: Tensor, count: int, key: int) -> Tensor:
-    """Mark ``count`` random samples of each class, but never all of a class.
+    """Choose ``count`` random samples of each class to be held out, but never all samples of a class.
 
     Args:
-        labels: Of the samples, int64 ``(n,)``, at least 0.
-        count: Wanted of each class.
-        key: Decides, with the labels, which ones.
+        labels: Columns of the samples, int64 ``(n,)``, at least 0.
+        count: Number of samples to hold out of each class.
+        key: Key of the random numbers.
 
     Returns:
-        bool ``(n,)``.
+        Mask of the held-out samples, bool ``(n,)``.
     """
-    level, _ = standing(Draw.of(len(labels), key).randint((1 << 63) - 1), labels)
+    level, _ = rank_in_group(Draw.of(len(labels), key).randint((1 << 63) - 1), labels)
     return level < (labels.bincount()[labels] - 1).clamp(max=count)
 
 
 class Pairs(nn.Module):
-    """(alpha, beta) of each task; as many as the state that is loaded has."""
+    """(alpha, beta) of each task; the number of pairs follows the state dict that is loaded."""
 
     def __init__(self) -> None:
         super().__init__()
         self.values = nn.ParameterList()
 
     def grow(self) -> None:
-        """Append the pair of a new task, which changes nothing yet."""
+        """Append the pair (1, 0) of a new task, which leaves logits unchanged."""
         like = next(self.parameters(), torch.empty(0))
         self.values.append(nn.Parameter(torch.tensor([1.0, 0.0], device=like.device)))
 
@@ -84,111 +86,105 @@ class Pairs(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
 
 
-class BiC(ContinualStrategy):
-    """Distillation on the task and on herded exemplars, then two numbers that undo the bias to the new classes.
+class BiC(ExemplarReplay):
+    """Distillation on the task and on herded exemplars, then a linear correction of the bias towards new classes.
+
+    The correction has two parameters per task, trained on a held-out share of both.
 
     Args:
         memory_size: K, in samples, over all classes and processes.
         temperature: T, above 0.
-        distill_share: lambda in [0, 1]; None for the share of old classes, which asks for new classes in every task.
-        held_out: Share of the exemplars of each class held out for stage 2, in (0, 1).
-        bias_epochs: Epochs of stage 2; None for those of stage 1.
-        bias_optimizer: Of stage 2; None for Adam with learning rate 0.01. It should not decay weights.
-        kwargs: Of the base.
+        distill_weight: lambda, in [0, 1]; None for C_old / C, which requires new classes in each task.
+        held_out: Share of the exemplars of each class that is held out for stage 2, in (0, 1).
+        bias_options: Options of stage 2, at least 1 epoch. Its optimizer should have no weight decay; the default is
+            Adam with learning rate 0.01.
+        kwargs: Options of the base class.
     """
 
-    family: ClassVar[str] = "rehearsal"
-    paper: ClassVar[str] = "Wu et al., CVPR 2019, arXiv:1905.13260"
-    keeps_exemplars: ClassVar[bool] = True
+    traits = Traits(family="rehearsal", paper="Wu et al., CVPR 2019, arXiv:1905.13260", keeps_exemplars=True)
 
     def __init__(
         self,
         *,
         memory_size: int = 2000,
         temperature: float = 2.0,
-        distill_share: float | None = None,
+        distill_weight: float | None = None,
         held_out: float = 0.1,
-        bias_epochs: int | None = 100,
-        bias_optimizer: OptimizerCallable | None = None,
+        bias_options: PhaseOptions = PhaseOptions(epochs=100),
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        if temperature <= 0 or not 0 <= (distill_share or 0.0) <= 1:
-            raise ValueError(
-                f"BiC: temperature={temperature}, distill_share={distill_share}; above 0, and in [0, 1] or null"
+        super().__init__(memory_size=memory_size, **kwargs)
+        above(self, 0, temperature=temperature)
+        within(self, "[0, 1]", distill_weight=distill_weight, optional=True)
+        if distill_weight is None:  # C_old / C is 1 without new classes: no classification loss
+            self.traits = self.traits.but(
+                scenarios=("class-incremental", "online"), remedy="give distill_weight, such as 0.5"
             )
-        if not 0 < held_out < 1 or (bias_epochs is not None and bias_epochs < 1):
-            raise ValueError(f"BiC: held_out={held_out}, bias_epochs={bias_epochs}; in (0, 1), and at least 1 or null")
-        self.temperature, self.distill_share = temperature, distill_share
-        self.held_out, self.bias_epochs = held_out, bias_epochs
-        self.bias_optimizer: OptimizerCallable = bias_optimizer or functools.partial(torch.optim.Adam, lr=0.01)
-        self.memory = exemplar_memory(memory_size, owner="BiC", visible=self.visible)
+        within(self, "(0, 1)", held_out=held_out)
+        at_least(self, 1, **{"bias_options.epochs": bias_options.epochs}, optional=True)
+        self.temperature, self.distill_weight = temperature, distill_weight
+        self.held_out = held_out
+        self.bias_options = bias_options.filled(functools.partial(torch.optim.Adam, lr=0.01))
         self.teacher = Teacher()
         self.pairs = Pairs()
 
-    @classmethod
-    def conformance_options(cls) -> dict[str, Any]:
-        return {"bias_epochs": 2}
-
     def correct(self, logits: Tensor) -> Tensor:
-        """Corrected logits; also those of the teacher, whose pairs have not changed since."""
+        """Corrected logits of the network or of the teacher, whose pairs are unchanged since it was copied."""
         return correct(logits, list(self.pairs.values), self.network.head.block_sizes())
 
     def begin_task(self, task: Task) -> None:
-        check_distill_share(self.distill_share, task, owner="BiC")
         super().begin_task(task)
         if task.num_new:
             self.pairs.grow()
 
     def phases(self, task: Task) -> list[Phase]:
-        if self._count(task) > 0:
-            return [Phase(), Phase("bias", self.bias_epochs, self.bias_optimizer)]
-        if not task.is_first and task.num_new:
-            warnings.warn(
-                f"BiC: a class has less than two exemplars at task {task.index}, so that none can be held out, and the "
-                "bias stays; give a larger memory_size",
-                stacklevel=2,
-            )
-        return [Phase()]
+        if task.is_first or not task.num_new:
+            return [Phase()]
+        bias = Phase(
+            "bias",
+            self.bias_options,
+            trains=lambda: [self.pairs.values[-1]],
+            freezes=lambda: [self.network],
+            samples=functools.partial(self._share, held=True),
+            needed=self._holds_out,
+        )
+        return [Phase(samples=functools.partial(self._share, held=False)), bias]
 
-    def phase_names(self, task: Task) -> list[str]:
-        return ["train", "bias"] if task.num_new and not task.is_first else ["train"]
+    def _holds_out(self) -> bool:
+        if self._count(self.task) > 0:
+            return True
+        warnings.warn(
+            f"BiC: give a larger memory_size; at task {self.task.index} a class has fewer than two exemplars, so none "
+            "can be held out, and stage 2 (bias correction) is skipped",
+            stacklevel=2,
+        )
+        return False
 
-    def frozen(self) -> Iterable[nn.Module]:
-        return [self.network] if self.phase.name == "bias" else super().frozen()
-
-    def select(self, labels: Tensor, replayed: Tensor) -> Tensor | None:
+    def _share(self, labels: Tensor, replayed: Tensor, *, held: bool) -> Tensor | None:
+        """Mask of the samples that are held out for stage 2, or of the others; None for all if none are held out."""
         count = self._count(self.task)
         if count == 0:
             return None
-        held = held_out(labels, count, mix(self.seed, 0xB1C, self.task.index))
-        return held if self.phase.name == "bias" else ~held
-
-    def trainable(self) -> Iterable[nn.Parameter]:
-        return [self.pairs.values[-1]] if self.phase.name == "bias" else super().trainable()
+        chosen = held_out(labels, count, mix(self.seed, 0xB1C, self.task.index))
+        return chosen if held else ~chosen
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
         output = output._replace(logits=self.correct(output.logits))
         ce = self.classification_loss(output, batch)
         if self.phase.name == "bias" or not self.teacher:
             return {"ce": ce}
-        taught = self.correct(self.teacher(batch.images).logits)  # (batch, classes before this task)
-        return balanced_distillation(ce, output.logits, taught, self.temperature, self.distill_share)
+        target = self.correct(self.teacher(batch.images).logits)  # (batch, classes before this task)
+        return balanced_distillation(ce, output.logits, target, self.temperature, self.distill_weight)
 
     def end_task(self, task: Task) -> None:
         super().end_task(task)
-        update_exemplars(self, self.memory)
         self.teacher.learn_from(self.network)
 
-    def rehearsal(self) -> Memory | None:
-        return self.memory
-
-    def predict(self, images: Tensor) -> Tensor:
-        output: Output = self.network(images)
-        return self.correct(output.logits)
+    def predict(self, images: Tensor, tasks: Tensor | None = None) -> Tensor:
+        return self.correct(self.network.classify(images))
 
     def _count(self, task: Task) -> int:
-        """Samples of each class to hold out; 0 where there is no stage 2."""
+        """Number of samples of each class to hold out; 0 if there is no stage 2."""
         if task.is_first or not task.num_new:
             return 0
         counts = self.memory.counts(task.num_seen - task.num_new)

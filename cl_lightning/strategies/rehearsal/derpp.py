@@ -1,154 +1,106 @@
 """Dark Experience Replay, DER and DER++ (Buzzega et al., NeurIPS 2020, arXiv:2004.07211).
 
-A memory keeps raw samples x' together with the logits z' that the network f gave for them at the time. With (x, y) from
-the stream, (x', z') and (x'', y'') two independent samples of the memory, newly augmented,
+A memory stores raw samples x' together with the logits z' of the network f at the time of storage. With (x, y) from the
+stream, and (x', z') and (x'', y'') two independent draws from the memory, augmented,
 
     L = CE(f(x), y) + alpha * mean_c (f_c(x') - z'_c)^2 + beta * CE(f(x''), y'')
 
-each the mean over its samples. alpha -> logit_weight, beta -> label_weight; DER is beta = 0. After each step its batch
-is offered to a reservoir, un-augmented, with the logits that the step computed on the augmented view.
-Departs from the paper: the head grows, so z' lacks the classes that came later. In the authors' code the head has all
-outputs from the start; cross-entropy has pushed those of classes to come down, and they are stored and held there. Here
-the lowest logit of z' stands for them (``later``): left free, nothing keeps old samples from the new classes, and DER,
-without labels, loses most of what it has. One forward pass takes all three parts, so that batch normalisation sees them
-together. The mean over the classes makes the best alpha grow with their number.
-In training over several epochs, or steps on each batch, a reservoir fed in ``every`` one (the authors' way) takes each
-copy of a sample for a sample of its own, and holds logits from along the trajectory. Fed in the ``last`` one it holds
-each sample of the stream with equal probability, with the logits of a trained network; fed in the ``first`` one it is
-the memory of ``ER``, whose logits are of a network that has not learnt the task. (Nothing but the name is shared with
-Dynamically Expandable Representation, also called DER.)
+where each term is the mean over its samples. alpha -> logit_weight, beta -> label_weight; DER is beta = 0. After each
+step its batch is offered to a reservoir, without augmentation, with the logits of the augmented view in this step.
+
+Departs from the paper: the head grows, so z' has no logits of classes that arrive later. In the authors' code the head
+has all outputs from the start: cross-entropy lowers the outputs of later classes, and these low logits are stored as
+targets. Here the target for a later class is the lowest logit of z' (``new_class_targets``). Without a target, no term
+prevents the prediction of new classes for old samples, and DER, which uses no labels of the memory, forgets most of
+them. All three parts are in one forward pass, so that batch normalisation computes joint statistics. The squared error
+is a mean over the classes, so that the best alpha grows with their number. ``update_memory="every"`` is as in the
+authors' code: with several epochs, or several steps per batch, each copy of a sample counts as a separate sample, with
+logits from different times of training. ``last`` stores logits of a network that is trained on the task, ``first`` of a
+network that is not yet trained on it. (Dynamically Expandable Representation, also called DER, is another method.)
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cl_lightning.batch import Batch, cat
-from cl_lightning.losses import LaterLogits, logit_matching
-from cl_lightning.memory import Memory, Policy, check_replay
-from cl_lightning.network import Output
-from cl_lightning.strategy import ContinualStrategy
-
-Feed = Literal["every", "first", "last"]
+from cl_lightning.batch import join
+from cl_lightning.checks import at_least, one_of
+from cl_lightning.losses import NewClassTargets, logit_matching
+from cl_lightning.strategies.base import check_loss_classes
+from cl_lightning.strategies.base.replay import UpdateMemory
+from cl_lightning.strategy import Batch, Output, Replay, Traits
 
 _DARK = 0xDE2  # salt of the second draw from the memory
 
 
-class DERpp(ContinualStrategy):
-    """Cross-entropy on the batch and on a memory, and the memory's logits held where they were.
+class DERpp(Replay):
+    """Cross-entropy on the batch and on a memory, and the stored logits of the memory as regression targets.
 
     Args:
-        memory_size: In samples, over all processes; 0 is fine-tuning.
         logit_weight: alpha, at least 0.
         label_weight: beta, at least 0.
-        policy: Which samples a full memory keeps; None for a reservoir.
-        replay_size: Samples of each draw from the memory, over all processes; None for as many as the batch has.
-        feed: Epochs of a phase in which the memory is fed.
-        later: Where logits of classes that came after a sample was stored are held, see ``logit_matching``.
-        kwargs: Of the base.
+        update_memory: Pass over the data of a phase in which batches are offered to the memory: ``first``, ``last`` or
+            ``every``.
+        new_class_targets: Targets for the logits of classes that arrived after a sample was stored: ``lowest``,
+            ``zero`` or ``free``, see ``logit_matching``.
+        kwargs: Options of ``Replay``; with ``memory_size`` 0 the method is fine-tuning.
     """
 
-    family: ClassVar[str] = "rehearsal"
-    paper: ClassVar[str] = "Buzzega et al., NeurIPS 2020, arXiv:2004.07211"
-    keeps_exemplars: ClassVar[bool] = True
+    traits = Traits(family="rehearsal", paper="Buzzega et al., NeurIPS 2020, arXiv:2004.07211", keeps_exemplars=True)
 
     def __init__(
         self,
         *,
-        memory_size: int = 500,
         logit_weight: float = 0.1,
         label_weight: float = 0.5,
-        policy: Policy | None = None,
-        replay_size: int | None = None,
-        feed: Feed = "every",
-        later: LaterLogits = "lowest",
+        update_memory: UpdateMemory = "every",
+        new_class_targets: NewClassTargets = "lowest",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        name = type(self).__name__
-        if logit_weight < 0 or label_weight < 0:
-            raise ValueError(f"{name}: logit_weight={logit_weight}, label_weight={label_weight}; at least 0 is allowed")
-        check_replay(name, self.visible if label_weight > 0 else "all", replay_size)  # without labels, any will do
-        if feed not in ("every", "first", "last"):
-            raise ValueError(f"{name}: feed is {feed!r}; use 'every', 'first' or 'last'")
-        if later not in ("lowest", "zero", "free"):
-            raise ValueError(f"{name}: later is {later!r}; use 'lowest', 'zero' or 'free'")
-        self.memory = Memory(memory_size, policy)
+        super().__init__(update_memory=update_memory, **kwargs)
+        at_least(self, 0, logit_weight=logit_weight, label_weight=label_weight)
+        if label_weight > 0:
+            check_loss_classes(self)
+        one_of(self, ("lowest", "zero", "free"), new_class_targets=new_class_targets)
         self.logit_weight, self.label_weight = logit_weight, label_weight
-        self.replay_size, self.feed, self.later = replay_size, feed, later
-        self.uses_old_logits = logit_weight > 0
-        self.plain_first_task = False  # the memory is replayed as soon as it is fed
-        self._parts: dict[str, Batch] = {}
-        self._weight = 1.0
+        self.new_class_targets: NewClassTargets = new_class_targets
+        self.traits = self.traits.but(uses_old_logits=logit_weight > 0)
         self._logits: Tensor | None = None
 
-    def prepare(self, batch: Batch) -> Batch:
-        self._parts, self._weight, self._logits = {"ce": batch}, batch.weight, None
-        if len(self.memory) == 0:
-            return batch
-        assert self.augment is not None
-        count = self.replay_size or batch.draw.total
-        draws = {"replay": (self.label_weight, batch.draw), "dark": (self.logit_weight, batch.draw.fork(_DARK))}
-        for name, (weight, draw) in draws.items():
-            if weight > 0:
-                self._parts[name] = self.augment(self.memory.sample(count, draw))
-        joint = cat(list(self._parts.values()), self.trainer.world_size)
-        self._weight = joint.weight
-        return joint
+    def prepare_batch(self, batch: Batch) -> Batch:
+        self._logits = None
+        replay = self.replay(batch) if self.label_weight > 0 else None
+        dark = self.replay(batch, _DARK) if self.logit_weight > 0 else None
+        return join({"stream": batch, "replay": replay, "dark": dark})
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
-        factors = {"ce": 1.0, "replay": self.label_weight, "dark": self.logit_weight}
-        pieces = torch.split(output.logits, [len(part) for part in self._parts.values()])
-        self._logits, terms = pieces[0].detach().float(), {}
-        for (name, part), logits in zip(self._parts.items(), pieces, strict=True):
-            if name == "dark":
-                loss = logit_matching(logits, part.extra["logits"], later=self.later)
-            else:
-                loss = self.classification_loss(output._replace(logits=logits), part)
-            # The base weighs by this process's share of all rows; each part has a share of its own.
-            terms[name] = factors[name] * part.weight / self._weight * loss
+        samples, of_part, share = batch.part("stream", output)
+        terms = {"ce": share * self.classification_loss(of_part, samples)}
+        self._logits = of_part.logits.detach().float()
+        if "replay" in batch.parts:
+            samples, of_part, share = batch.part("replay", output)
+            terms["replay"] = self.label_weight * share * self.classification_loss(of_part, samples)
+        if "dark" in batch.parts:
+            samples, of_part, share = batch.part("dark", output)
+            matching = logit_matching(of_part.logits, samples.extra["logits"], new_class_targets=self.new_class_targets)
+            terms["dark"] = self.logit_weight * share * matching
         return terms
 
-    def observe(self, batch: Batch) -> None:
-        if {"every": True, "first": self.first_sight, "last": self.last_sight}[self.feed]:
-            logits = self._logits
-            if logits is None:  # this process has no rows in this step, but takes part in the exchange
-                logits = torch.zeros(0, self.network.head.num_columns, device=self.device)
-            self.memory.add(batch.raw, batch.labels, batch.tasks, batch.draw, logits=logits)
+    def offer(self, batch: Batch, **extra: Tensor) -> None:
+        logits = self._logits
+        if logits is None:  # this process has no rows in this step, but takes part in the exchange of rows
+            logits = torch.zeros(0, self.network.head.num_columns, device=self.device)
+        super().offer(batch, logits=logits, **extra)
 
 
 class DER(DERpp):
-    """Dark Experience Replay: the logits of a memory held where they were, without its labels.
+    """Cross-entropy on the batch, and the stored logits of a memory as regression targets; its labels are not used.
 
     Args:
-        memory_size: In samples, over all processes; 0 is fine-tuning.
         logit_weight: alpha, at least 0.
-        policy: Which samples a full memory keeps; None for a reservoir.
-        replay_size: Samples drawn from the memory per step, over all processes; None for as many as the batch has.
-        feed: Epochs of a phase in which the memory is fed.
-        later: Where logits of classes that came after a sample was stored are held, see ``logit_matching``.
-        kwargs: Of the base.
+        kwargs: Options of ``DERpp``; with ``memory_size`` 0 the method is fine-tuning.
     """
 
-    def __init__(
-        self,
-        *,
-        memory_size: int = 500,
-        logit_weight: float = 0.3,
-        policy: Policy | None = None,
-        replay_size: int | None = None,
-        feed: Feed = "every",
-        later: LaterLogits = "lowest",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            memory_size=memory_size,
-            logit_weight=logit_weight,
-            label_weight=0.0,
-            policy=policy,
-            replay_size=replay_size,
-            feed=feed,
-            later=later,
-            **kwargs,
-        )
+    def __init__(self, *, logit_weight: float = 0.3, **kwargs: Any) -> None:
+        super().__init__(logit_weight=logit_weight, label_weight=0.0, **kwargs)

@@ -1,86 +1,87 @@
 """FOSTER: Feature Boosting and Compression for Class-Incremental Learning (Wang et al., ECCV 2022, arXiv:2204.04662).
 
-The first task is plain training. A later one begins with a network of backbone f_o and head W_o, and has two phases.
+The first task is ordinary training. A later task starts from a network of backbone f_o and head W_o, in two phases.
 
-``boost``: f_o is frozen, in eval mode, and a second backbone f_n, which starts as its copy, learns what it lacks. With
-a head W on the features of both, which starts from W_o, and a further head W_n on those of f_n,
+``boost``: f_o is frozen, in eval mode, and a second backbone f_n, initialised as a copy of f_o, is trained on the
+residuals of f_o. With a head W on the features of both, initialised from W_o, and an auxiliary head W_n on the features
+of f_n,
 
     L = CE(z / w, y) + CE(z_n, y) + lambda * CE(softmax(z_o / T), softmax(z_old / T))
     z = W [f_o(x), f_n(x)],   z_n = W_n f_n(x),   z_o = W_o f_o(x),   z_old = z for the classes of z_o
-    w_c = (1 - beta) / (1 - beta^n_c), scaled to sum to C,   n_c samples of class c at hand
+    w_c = (1 - beta) / (1 - beta^n_c), scaled to sum to C,   n_c samples of class c (task and exemplars)
 
-The logits are divided by the weights w, which are larger for the classes of few samples: these have to grow.
+The weights w are larger for classes with fewer samples. Dividing by them makes the loss demand larger logits of these
+classes.
 
-``compress``: the boosted network teaches f_o and W_o, with fresh rows for the new classes, all that it knows:
+``compress``: the boosted network is distilled into f_o and W_o, with new rows for the new classes:
 
     L = CE(p, softmax(z_s / T)),   p_c = w_c softmax(z / T)_c, scaled to sum to 1
 
-with z_s the logits of this student and w made with a beta of its own. The student is the network from then on; nothing
-else is kept but the herded exemplars. lambda -> distill_weight, T -> temperature, beta -> boost_beta, compress_beta.
+with z_s the logits of this student, and w computed with a separate beta. The student is the network from then on;
+apart from it only the herded exemplars are kept. lambda -> distill_weight, T -> temperature,
+beta -> boost_beta, compress_beta.
 
-While it is boosted, ``network`` is the large one. Exemplars are chosen by the features of the compressed network, where
-the authors' code takes those of the boosted one, and n_c are counted, where it has 500 for each new class of CIFAR-100.
-The authors' configs give beta 0.96 or 0.94 in the boosting phase, by the length of the stream, for 20 exemplars of a
-class: beta^n is 0 for hundreds of them, and then all classes weigh the same. They train the second phase without weight
-decay: give ``compress_optimizer``. New rows start from torch's default instead of Kaiming's bound. With
-weight alignment, which their configs leave off, new rows are scaled by gamma alone.
+During the phase ``boost``, ``network`` is the boosted network.
+Departs from the authors' code: exemplars are chosen by the features of the compressed network, not of the boosted
+network; n_c are counted, not set to 500 for each new class of CIFAR-100; new rows have torch's default initialisation,
+not Kaiming's bound; with weight alignment, which is off in their configurations, new rows are scaled by gamma alone.
+Their configurations have beta 0.96 or 0.94 in the boosting phase, by the length of the stream, for 20 exemplars per
+class; with hundreds of samples per class beta^n_c is about 0, and all classes have the same weight. They train the
+second phase without weight decay: set ``compress_options.optimizer``.
 """
 
 import copy
 import functools
 from collections.abc import Iterable
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from cl_lightning.backbones import ImageShape
-from cl_lightning.batch import Batch
-from cl_lightning.exemplars import exemplar_memory, update_exemplars
-from cl_lightning.expansion import ExpandableBackbone
-from cl_lightning.heads import Head, LinearHead, align_head
+from cl_lightning.batch import ImageShape
+from cl_lightning.checks import above, at_least, within
 from cl_lightning.losses import softmax_distillation
-from cl_lightning.memory import Memory
-from cl_lightning.network import Output
-from cl_lightning.strategy import ContinualStrategy, Phase
-from cl_lightning.stream import Task
-from cl_lightning.teacher import Teacher
+from cl_lightning.memory import Teacher
+from cl_lightning.models import ExpandableBackbone, Head, LinearHead, align_head
+from cl_lightning.strategy import Batch, ExemplarReplay, Output, Phase, PhaseOptions, Task, Traits
 
 
 def class_weights(counts: Tensor, beta: float) -> Tensor:
-    """``w_c = (1 - beta) / (1 - beta^n_c)``, scaled to sum to C: weights by effective number of samples (Cui et al.,
-    CVPR 2019, arXiv:1901.05555).
+    """Class weights by the effective number of samples (Cui et al., CVPR 2019, arXiv:1901.05555).
 
-    With beta 0 all are 1, with beta towards 1 they are as 1 / n_c.
+        w_c = (1 - beta) / (1 - beta^n_c), scaled to sum to C
+
+    With beta 0 all weights are 1; in the limit of beta = 1 they are proportional to 1 / n_c.
 
     Args:
-        counts: n_c, ``(C,)``; 0 counts as 1.
-        beta: In [0, 1).
+        counts: n_c, number of samples of each class, ``(C,)``; 0 is replaced by 1.
+        beta: beta, in [0, 1).
 
     Returns:
-        ``(C,)``, float64.
+        w, ``(C,)``, float64.
     """
     effective = (1 - beta ** counts.clamp(min=1).double()) / (1 - beta)
     return len(counts) / effective / (1 / effective).sum()
 
 
 def rebalanced_distillation(student: Tensor, teacher: Tensor, weights: Tensor, temperature: float = 2.0) -> Tensor:
-    """``CE(p, softmax(z / T))``, ``p_c = w_c q_c / sum w q``, ``q = softmax(z_teacher / T)``, mean over the batch.
+    """Balanced distillation: cross-entropy to the weighted softmax of the teacher, the mean over the batch, in nats.
 
-    It is distillation from logits ``z_teacher + T log w``.
+        CE(p, softmax(z_s / T)),   p_c = w_c q_c / sum_c w_c q_c,   q = softmax(z / T)
+
+    It is equal to distillation from the logits ``z + T log w``.
 
     Args:
-        student: z, ``(B, C)``.
-        teacher: The teacher's, ``(B, C)``.
-        weights: w, ``(C,)``, positive.
-        temperature: T, positive.
+        student: z_s, logits of the student, ``(B, C)``.
+        teacher: z, logits of the teacher, ``(B, C)``.
+        weights: w, ``(C,)``, above 0.
+        temperature: T, above 0.
     """
     return softmax_distillation(student, teacher + temperature * weights.log(), temperature)
 
 
-class FOSTER(ContinualStrategy):
-    """A second backbone learns what the first one lacks, then both are distilled into one.
+class FOSTER(ExemplarReplay):
+    """A second backbone is trained on the residuals of the first; then both are distilled into one.
 
     Args:
         memory_size: K, in samples, over all classes and processes.
@@ -88,18 +89,14 @@ class FOSTER(ContinualStrategy):
         temperature: T of both phases, above 0.
         boost_beta: beta of the weights that divide the logits, in [0, 1).
         compress_beta: beta of the weights of the distillation, in [0, 1).
-        compress_epochs: Epochs of the second phase; None for those of the Trainer, which the first phase takes.
-        compress_optimizer: Of the second phase; None for ``optimizer``.
-        compress_scheduler: Its schedule; None for ``scheduler``, unless ``compress_optimizer`` is given.
-        sees_old_features: Whether rows of new classes of W see f_o; False holds these weights at 0.
-        align_boosted: Align new rows of W before it teaches (``align_head``).
-        align_compressed: Align new rows of the student when it has learnt.
-        kwargs: Of the base; the head must be a ``LinearHead``.
+        compress_options: Options of the second phase, at least 1 epoch; what is None is as in the first phase.
+        sees_old_features: Whether rows of W of new classes use the features of f_o; False sets these weights to 0.
+        align_boosted: Whether new rows of W are aligned before the second phase (``align_head``).
+        align_compressed: Whether new rows of the student are aligned after the second phase.
+        kwargs: Options of the base class, apart from ``freeze_backbone``; the head must be a ``LinearHead``.
     """
 
-    family: ClassVar[str] = "rehearsal"
-    paper: ClassVar[str] = "Wang et al., ECCV 2022, arXiv:2204.04662"
-    keeps_exemplars: ClassVar[bool] = True
+    traits = Traits(family="rehearsal", paper="Wang et al., ECCV 2022, arXiv:2204.04662", keeps_exemplars=True)
 
     def __init__(
         self,
@@ -109,40 +106,35 @@ class FOSTER(ContinualStrategy):
         temperature: float = 2.0,
         boost_beta: float = 0.96,
         compress_beta: float = 0.97,
-        compress_epochs: int | None = None,
-        compress_optimizer: OptimizerCallable | None = None,
-        compress_scheduler: LRSchedulerCallable | None = None,
+        compress_options: PhaseOptions = PhaseOptions(),
         sees_old_features: bool = True,
         align_boosted: bool = False,
         align_compressed: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        if distill_weight < 0 or temperature <= 0:
-            raise ValueError(f"FOSTER: distill_weight={distill_weight}, temperature={temperature}; at least 0, above 0")
-        if not (0 <= boost_beta < 1 and 0 <= compress_beta < 1):
-            raise ValueError(f"FOSTER: boost_beta={boost_beta}, compress_beta={compress_beta}; allowed is [0, 1)")
-        if compress_epochs is not None and compress_epochs < 1:
-            raise ValueError(f"FOSTER: compress_epochs is {compress_epochs}; it must be at least 1, or null")
+        super().__init__(memory_size=memory_size, **kwargs)
+        at_least(self, 0, distill_weight=distill_weight)
+        above(self, 0, temperature=temperature)
+        within(self, "[0, 1)", boost_beta=boost_beta, compress_beta=compress_beta)
+        at_least(self, 1, **{"compress_options.epochs": compress_options.epochs}, optional=True)
         if self.freeze_backbone:
-            raise ValueError("FOSTER: freeze_backbone is True, but each task learns a backbone; leave it out")
+            raise ValueError("FOSTER: freeze_backbone is True, but each task trains a backbone; use False")
         self.distill_weight, self.temperature = distill_weight, temperature
-        self.betas = {"boost": boost_beta, "compress": compress_beta}
-        self.compression = Phase("compress", compress_epochs, compress_optimizer, compress_scheduler)
+        self.boost_beta, self.compress_beta = boost_beta, compress_beta
+        self.compress_options = compress_options
         self.sees_old_features = sees_old_features
         self.align_boosted, self.align_compressed = align_boosted, align_compressed
         self.build_backbone = functools.partial(ExpandableBackbone, extractor=self.build_backbone)
-        self.memory = exemplar_memory(memory_size, owner="FOSTER", visible=self.visible)
         self.teacher = Teacher()  # the boosted network, in the second phase
-        self.old_head: Head  # W_o and W_n, in the first phase
-        self.new_head: Head
+        self.old_head: Head  # W_o, in the first phase
+        self.new_head: Head  # W_n, in the first phase
         self._weights = torch.zeros(0)
 
     def build(self, image_shape: ImageShape) -> None:
         super().build(image_shape)
         head = self.network.head
         if not isinstance(head, LinearHead) or head.needs_statistics:
-            raise ValueError(f"FOSTER: head is {type(head).__name__}; only a LinearHead can take more features")
+            raise ValueError(f"FOSTER: head is {type(head).__name__}; use a LinearHead, which can take more features")
         self.old_head, self.new_head = self._empty_head(), self._empty_head()
 
     @property
@@ -166,26 +158,26 @@ class FOSTER(ContinualStrategy):
         self._hide_old_features()
 
     def phases(self, task: Task) -> list[Phase]:
-        return [Phase()] if task.is_first else [Phase("boost"), self.compression]
-
-    def frozen(self) -> Iterable[nn.Module]:
-        yield from super().frozen()
-        if self.phase.name == "boost":
-            yield self._backbone.extractors[0]
+        if task.is_first:
+            return [Phase()]
+        boost = Phase(
+            "boost",
+            freezes=lambda: [*self.frozen(), self._backbone.extractors[0]],
+            samples=functools.partial(self._weigh, beta=self.boost_beta),
+        )
+        return [
+            boost,
+            Phase("compress", self.compress_options, samples=functools.partial(self._weigh, beta=self.compress_beta)),
+        ]
 
     def trainable(self) -> Iterable[nn.Parameter]:
         yield from super().trainable()
         yield from self.new_head.parameters()
 
-    def rehearsal(self) -> Memory | None:
-        return self.memory
-
-    def select(self, labels: Tensor, replayed: Tensor) -> Tensor | None:
-        # Nothing is chosen: this is where a phase, also one that is gone on with, is told how many samples there are.
-        if (beta := self.betas.get(self.phase.name)) is not None:
-            counts = labels[labels >= 0].bincount(minlength=self.task.num_seen)
-            self._weights = class_weights(counts, beta).float()
-        return None
+    def _weigh(self, labels: Tensor, replayed: Tensor, *, beta: float) -> None:
+        """Compute the class weights of a phase when it begins or is resumed. Returns None: all samples are used."""
+        counts = labels[labels >= 0].bincount(minlength=self.task.num_seen)
+        self._weights = class_weights(counts, beta).float()
 
     def on_train_start(self) -> None:
         self._weights = self._weights.to(self.device)
@@ -194,21 +186,21 @@ class FOSTER(ContinualStrategy):
         if self.phase.name == "boost":
             return self._boosting_losses(batch, output)
         if self.phase.name == "compress":
-            taught = self.teacher(batch.images).logits
-            return {"distill": rebalanced_distillation(output.logits, taught, self._weights, self.temperature)}
+            target = self.teacher(batch.images).logits
+            return {"distill": rebalanced_distillation(output.logits, target, self._weights, self.temperature)}
         return {"ce": self.classification_loss(output, batch)}
 
     def _boosting_losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
         old, new = self._backbone.split(output.features)
-        taught = self.old_head(old)  # (batch, classes before this task); what leads to it is frozen
-        own = output.logits[:, : taught.shape[1]]
+        target = self.old_head(old)  # z_o, (batch, classes before this task), without gradient: f_o and W_o are frozen
+        old_logits = output.logits[:, : target.shape[1]]
         return {
             "ce": self.classification_loss(output._replace(logits=output.logits / self._weights), batch),
             "new_ce": self.classification_loss(Output(new, self.new_head(new)), batch),
-            "distill": self.distill_weight * softmax_distillation(own, taught, self.temperature),
+            "distill": self.distill_weight * softmax_distillation(old_logits, target, self.temperature),
         }
 
-    def observe(self, batch: Batch) -> None:
+    def after_step(self, batch: Batch) -> None:
         if self.phase.name == "boost":
             self._hide_old_features()
 
@@ -228,7 +220,6 @@ class FOSTER(ContinualStrategy):
             align_head(self.network.head)
         self.teacher.network = None
         super().end_task(task)
-        update_exemplars(self, self.memory)
 
     @torch.no_grad()
     def _hide_old_features(self) -> None:

@@ -1,62 +1,63 @@
 """Gradient Episodic Memory, GEM (Lopez-Paz & Ranzato, NeurIPS 2017, arXiv:1706.08840), and Averaged GEM, A-GEM
 (Chaudhry et al., ICLR 2019, arXiv:1812.00420).
 
-A memory holds samples of each past task. Before each step the gradient g of the batch is changed as little as is needed
-so that the step raises no loss on the memory, to first order. GEM asks it of each past task k < t, with the gradients
-g_k of the mean loss on its samples as the rows of G:
+A memory stores samples of each past task. In each step the gradient g of the batch is projected onto the nearest
+gradient g~ along which no loss on the memory increases, to first order. GEM has one constraint for each past task
+k < t. With the gradients g_k of the mean loss on the samples of task k as the rows of G,
 
-    min 1/2 ||g~ - g||^2   such that   <g~, g_k> >= 0 for all k            wherever some <g, g_k> < 0; else g~ = g
+    min 1/2 ||g~ - g||^2   such that   <g~, g_k> >= 0 for all k            if some <g, g_k> < 0; else g~ = g
 
-by the dual problem in t - 1 variables,
+is solved by its dual problem in t - 1 variables,
 
     g~ = G^T v + g,   v = argmin 1/2 v^T (G G^T + eps I) v + (G g)^T v   such that   v >= gamma
 
-gamma -> memory_strength (the larger, the more a step that hurts the past is turned towards it), eps -> ridge. A-GEM has
-one constraint, by the gradient g_ref of a sample of all past tasks together:
+gamma -> memory_strength (a larger gamma adds more of the past tasks' gradients to g), eps -> ridge. A-GEM has a single
+constraint, with the gradient g_ref of the mean loss on samples of all past tasks:
 
-    g~ = g - <g, g_ref> / <g_ref, g_ref> g_ref                             where <g, g_ref> < 0; else g~ = g
+    g~ = g - <g, g_ref> / <g_ref, g_ref> g_ref                             if <g, g_ref> < 0; else g~ = g
 
-The gradient is edited as the mean over all processes and accumulated batches, before it is clipped. Use SGD without
-momentum and weight decay: what they add afterwards knows no constraint.
-Both are made for streams with task ids (``visible="task"``) or domains. In class-incremental streams they are hardly
-above fine-tuning in published tables; what GEM gains there comes with ``memory_strength``, which makes it replay.
-Departs from the papers: the tasks seen so far share a memory of M samples equally, where GEM fixes the share of each
-ahead; it is fed by the first epoch of a task, and its samples are newly augmented at each step. As in the
-authors' code, passes over it move the running statistics of batch normalisation: else these would be of the current
-task alone, and predictions of earlier ones would suffer. With ``16-mixed`` the passes run in single precision, since
-half precision would need a loss scale of their own.
+The projection is applied to the mean gradient over all processes and accumulated batches, before gradient clipping. Use
+SGD without momentum and weight decay: they are added after the projection and can violate the constraints.
+Both methods are designed for streams with task ids (``loss_classes="task"``) or domains. In class-incremental streams
+their published accuracies are hardly above fine-tuning. GEM gains there by ``memory_strength``, which acts like replay.
+Departs from the papers: a memory of M samples is shared equally among the tasks seen so far, while GEM fixes the share
+of each task in advance. Batches are offered to the memory in the first epoch of a task. Samples of the memory are
+augmented at each step. As in the authors' code, forward passes over the memory update the running statistics of batch
+normalisation: otherwise the statistics would be of the current task alone, which lowers the accuracy on earlier tasks.
+With ``16-mixed`` these passes run in single precision, since half precision would need a separate loss scale.
 """
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cl_lightning.batch import Batch, Draw
+from cl_lightning.batch import Draw
+from cl_lightning.checks import at_least
 from cl_lightning.distributed import all_sum
-from cl_lightning.memory import Memory, Policy, Ring, check_replay
-from cl_lightning.network import Output
-from cl_lightning.strategy import ContinualStrategy
+from cl_lightning.memory import Policy, Ring
+from cl_lightning.strategies.base import check_loss_classes
+from cl_lightning.strategy import Batch, Replay, Traits
 
 _PAST = 0x6E3  # salt of the draws from the memory
-_COLUMNS = 2**20  # of G that are multiplied at a time
+_COLUMNS = 2**20  # columns of G per product
 
 
 def nonnegative_minimum(matrix: Tensor, slope: Tensor) -> Tensor:
-    """The point ``u >= 0`` at which ``1/2 u^T A u + c^T u`` is least, by an active set (Lawson & Hanson 1974, ch. 23).
+    """Minimiser of ``1/2 u^T A u + c^T u`` over ``u >= 0``, by an active-set method (Lawson & Hanson 1974, ch. 23).
 
     Args:
-        matrix: A, symmetric positive semi-definite, float64 ``(n, n)``, on the CPU; meant for n up to some tens.
-        slope: c, in the span of A where that is singular, float64 ``(n,)``.
+        matrix: A, symmetric positive semi-definite, float64 ``(n, n)``, on the CPU; for n up to some tens.
+        slope: c, float64 ``(n,)``; in the span of A if A is singular.
 
     Returns:
-        u ``(n,)``, with ``A u + c >= 0`` and ``u_i (A u + c)_i = 0``, but for rounding.
+        u, ``(n,)``, with ``A u + c >= 0`` and ``u_i (A u + c)_i = 0``, up to rounding.
     """
     u, free = torch.zeros_like(slope), torch.zeros_like(slope, dtype=torch.bool)
     least = -1e-12 * float(slope.abs().max()) if len(slope) else 0.0
-    for _ in range(10 * len(slope)):  # far more than it takes; rounding must not keep it here for ever
+    for _ in range(10 * len(slope)):  # more iterations than needed; the bound stops cycles due to rounding
         fall = (matrix @ u + slope).masked_fill(free, 0.0)
         if not fall.min() < least:
             break
@@ -68,7 +69,7 @@ def nonnegative_minimum(matrix: Tensor, slope: Tensor) -> Tensor:
             if not below.any():
                 u = best
                 break
-            share = (u / (u - best)).where(below, torch.inf).min().nan_to_num(0.0)  # as far as it stays nonnegative
+            share = (u / (u - best)).where(below, torch.inf).min().nan_to_num(0.0)  # largest step with u >= 0
             u = u + share * (best - u)
             free &= ~(below & (u <= 1e-15 * u.max()))
             u = u.where(free, 0.0)
@@ -76,18 +77,18 @@ def nonnegative_minimum(matrix: Tensor, slope: Tensor) -> Tensor:
 
 
 def gem_projection(gradient: Tensor, past: Tensor, *, memory_strength: float = 0.5, ridge: float = 1e-3) -> Tensor:
-    """The nearest gradient that no past task's loss rises along, where the given one is none: g~ of GEM.
+    """g~ of GEM: projection onto the nearest gradient along which no past task's loss increases, to first order.
 
-    Waits for the device: products are taken in float64, and the dual problem is solved on the CPU.
+    Products are computed in float64, and the dual problem is solved on the CPU, after a synchronisation.
 
     Args:
         gradient: g, ``(P,)``.
-        past: G, a gradient of each past task, ``(t, P)``.
+        past: G, the gradients of the past tasks, ``(t, P)``.
         memory_strength: gamma, at least 0.
-        ridge: eps, at least 0; with 0, <g~, g_k> is at least 0 but for rounding, else at least -eps v_k.
+        ridge: eps, at least 0. With 0, <g~, g_k> is at least 0 up to rounding; otherwise it is at least -eps v_k.
 
     Returns:
-        ``(P,)``; ``gradient`` itself where no <g, g_k> is negative.
+        g~, ``(P,)``; ``gradient`` itself if no <g, g_k> is negative.
     """
     products = torch.zeros(len(past), len(past) + 1, dtype=torch.float64, device=past.device)
     for rows, column in zip(torch.split(past, _COLUMNS, 1), torch.split(gradient, _COLUMNS), strict=True):
@@ -102,43 +103,40 @@ def gem_projection(gradient: Tensor, past: Tensor, *, memory_strength: float = 0
 
 
 def agem_projection(gradient: Tensor, reference: Tensor) -> Tensor:
-    """The gradient without its part against the reference: g~ of A-GEM. Does not wait for the device.
+    """g~ of A-GEM: the component of the gradient opposite to the reference is removed. Without a synchronisation.
 
     Args:
         gradient: g, ``(P,)``.
         reference: g_ref, ``(P,)``.
+
+    Returns:
+        g~, ``(P,)``.
     """
     product, square = torch.dot(gradient, reference), torch.dot(reference, reference)
     share = torch.where(product < 0, product / square, 0.0)
     return torch.addcmul(gradient, reference, share, value=-1)
 
 
-class _EpisodicMemory(ContinualStrategy):
-    """What the two have in common; a subclass says what the gradient becomes.
+class _EpisodicMemory(Replay):
+    """Cross-entropy on the batch, with its gradient projected by gradients on a memory; the base of GEM and A-GEM.
 
     Args:
-        memory_size: M, in samples, over all tasks and processes; 0 is fine-tuning.
-        replay_size: Samples per draw from the memory, over all processes.
-        policy: Which samples a full memory keeps; None for the latest of each task, as in GEM.
-        kwargs: Of the base.
+        policy: Policy that decides which samples a full memory keeps; None for the latest samples of each task, as in
+            GEM.
+        kwargs: Options of ``Replay``.
     """
 
-    family: ClassVar[str] = "rehearsal"
-    keeps_exemplars: ClassVar[bool] = True
+    traits = Traits(family="rehearsal", keeps_exemplars=True)
 
-    def __init__(
-        self, *, memory_size: int = 500, replay_size: int | None = None, policy: Policy | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        check_replay(type(self).__name__, self.visible, replay_size)
-        self.memory = Memory(memory_size, policy or Ring(by="task"))
-        self.replay_size = replay_size
+    def __init__(self, *, policy: Policy | None = None, **kwargs: Any) -> None:
+        super().__init__(policy=policy or Ring(by="task"), **kwargs)
+        check_loss_classes(self)
 
-    def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
-        return {"ce": self.classification_loss(output, batch)}
+    def prepare_batch(self, batch: Batch) -> Batch:
+        return batch  # the memory is used for gradients only
 
     def projected(self, gradient: Tensor, draw: Draw) -> Tensor:
-        """The gradient that the step takes instead of ``gradient``, ``(P,)`` each."""
+        """Projection of ``gradient``, ``(P,)`` each; ``gradient`` itself if there is nothing to change."""
         raise NotImplementedError
 
     def edit_gradients(self, batch: Batch) -> None:
@@ -153,31 +151,26 @@ class _EpisodicMemory(ContinualStrategy):
         for parameter, part, values in zip(
             trained, parts, torch.split(edited, [p.numel() for p in trained]), strict=True
         ):
-            parameter.grad = part.copy_(values.view_as(part))  # in place: with DDP it may be a part of a bucket
+            parameter.grad = part.copy_(values.view_as(part))  # in place: with DDP it may be a view of a bucket
 
     def reference_gradient(self, replay: Batch) -> Tensor:
-        """This process's part ``(P,)`` of the gradient of the mean loss on samples of the memory.
+        """This process's summand ``(P,)`` of the gradient of the mean loss on samples of the memory.
 
-        ``autograd.grad`` leaves alone what the step has gathered, and the hooks by which DDP exchanges it.
+        ``autograd.grad`` neither changes the gradients of the step nor calls the hooks by which DDP exchanges them.
         """
         trained = list(self._trained())
         if not len(replay):
             gradient = torch.zeros(sum(p.numel() for p in trained), dtype=trained[0].dtype, device=self.device)
         else:
-            assert self.augment is not None
-            images = self.augment(replay).images
+            images = self.data.augment(replay).images
             with torch.enable_grad(), self._precision():
                 loss = self.classification_loss(self.network(images), replay)
             found = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
             gradient = torch.cat([part.flatten() for part in found])
             if len(replay) != replay.draw.total:
                 gradient *= len(replay) / replay.draw.total
-            self.samples_in_step = (self.samples_in_step or 0) + len(replay)
+            self.terms.samples = (self.terms.samples or 0) + len(replay)
         return gradient
-
-    def observe(self, batch: Batch) -> None:
-        if self.first_sight:
-            self.memory.add(batch.raw, batch.labels, batch.tasks, batch.draw)
 
     def _trained(self) -> Iterator[nn.Parameter]:
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
@@ -188,34 +181,23 @@ class _EpisodicMemory(ContinualStrategy):
 
 
 class GEM(_EpisodicMemory):
-    """Each step is turned as little as is needed to raise the loss of no past task on a memory.
+    """Cross-entropy, with its gradient projected so that the loss on no past task's memory increases, to first order.
 
-    A step costs a backward pass for each past task, and holds a gradient of each.
+    A step costs one backward pass per past task, and the gradients of all past tasks are in memory at a time.
 
     Args:
-        memory_size: M, in samples, over all tasks and processes; 0 is fine-tuning.
         memory_strength: gamma, at least 0.
         ridge: eps, at least 0.
-        replay_size: Samples of each past task per step, over all processes; None for all that the memory holds.
-        policy: Which samples a full memory keeps; None for the latest of each task.
-        kwargs: Of the base.
+        kwargs: Options of ``Replay``. With ``memory_size`` 0 the method is fine-tuning. ``replay_size`` is the number
+            of samples of each past task per step; None for all samples. ``policy`` None keeps the latest samples of
+            each task.
     """
 
-    paper: ClassVar[str] = "Lopez-Paz & Ranzato, NeurIPS 2017, arXiv:1706.08840"
+    traits = _EpisodicMemory.traits.but(paper="Lopez-Paz & Ranzato, NeurIPS 2017, arXiv:1706.08840")
 
-    def __init__(
-        self,
-        *,
-        memory_size: int = 500,
-        memory_strength: float = 0.5,
-        ridge: float = 1e-3,
-        replay_size: int | None = None,
-        policy: Policy | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(memory_size=memory_size, replay_size=replay_size, policy=policy, **kwargs)
-        if memory_strength < 0 or ridge < 0:
-            raise ValueError(f"GEM: memory_strength={memory_strength}, ridge={ridge}; at least 0 is allowed")
+    def __init__(self, *, memory_strength: float = 0.5, ridge: float = 1e-3, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        at_least(self, 0, memory_strength=memory_strength, ridge=ridge)
         self.memory_strength, self.ridge = memory_strength, ridge
 
     def projected(self, gradient: Tensor, draw: Draw) -> Tensor:
@@ -230,21 +212,14 @@ class GEM(_EpisodicMemory):
 
 
 class AGEM(_EpisodicMemory):
-    """Each step loses the part that raises the loss on a sample of all past tasks, drawn anew.
+    """Cross-entropy, with its gradient projected so that the mean loss on samples of all past tasks does not increase.
 
     Args:
-        memory_size: M, in samples, over all tasks and processes; 0 is fine-tuning.
-        replay_size: Samples of past tasks per step, over all processes; None for as many as the batch has.
-        policy: Which samples a full memory keeps; None for the latest of each task.
-        kwargs: Of the base.
+        kwargs: Options of ``Replay``. With ``memory_size`` 0 the method is fine-tuning. ``policy`` None keeps the
+            latest samples of each task.
     """
 
-    paper: ClassVar[str] = "Chaudhry et al., ICLR 2019, arXiv:1812.00420"
-
-    def __init__(
-        self, *, memory_size: int = 500, replay_size: int | None = None, policy: Policy | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(memory_size=memory_size, replay_size=replay_size, policy=policy, **kwargs)
+    traits = _EpisodicMemory.traits.but(paper="Chaudhry et al., ICLR 2019, arXiv:1812.00420")
 
     def projected(self, gradient: Tensor, draw: Draw) -> Tensor:
         replay = self.memory.sample(self.replay_size or draw.total, draw, tasks=range(self.task.index))

@@ -1,21 +1,20 @@
-"""Test-time adaptation: a source network meets a stream of unlabelled images, and adapts while it predicts them.
+"""Test-time adaptation: a source network predicts a stream of unlabelled images, and adapts to it at the same time.
 
-    task 0           the source domain: the network is trained on it, or comes from files; what a method keeps of it
-                     (a copy of the network, statistics of its images) is taken when the task ends
-    tasks 1, 2, ...  a domain each (a corruption): per batch, predict, score, learn; each image comes once
+    task 0           the source domain: the network is trained on it, or loaded from files; copies of the network and
+                     statistics of the source images are stored when the task ends
+    tasks 1, 2, ...  one domain each (a corruption): for each batch predict, score, adapt; each image is seen once
 
-Labels of the stream are used for the score alone, the online error (``cl_lightning.measures.online_error``); ``adapt``
-never sees them. A domain is a phase of one epoch in Lightning's automatic optimisation, so that precision, clipping,
-logging and resuming are as everywhere; the network is in eval mode meanwhile, its normalisation as ``statistics`` says.
-Columns of classes that the source did not have are never predicted.
+Labels of the stream are used only for the score, the online error (``cl_lightning.measures.online_error``); ``adapt``
+does not get them. A domain is a phase of one epoch in Lightning's automatic optimisation, so precision, clipping,
+logging and resuming work as for all strategies. During the stream the network is in eval mode, and its normalisation
+layers use the statistics that ``statistics`` names. Classes that are not in the source domain are never predicted.
 
-A method writes ``adapt``: the scores of a batch and the terms to be minimised; what else it changes after a step (a
-mean teacher, weights that are restored) goes into ``observe``, what it keeps of the source into ``end_task``, what has
-to begin anew with the network into ``reset``. What is made of the scores of a batch afterwards is an
-``OutputHead``, which goes with every method.
+A method overrides ``adapt``, which returns the scores of a batch and the terms to minimise. Other changes after a step
+(a mean teacher, restored weights) go into ``after_step``, source statistics into ``end_task``, and what is reset
+together with the network into ``reset``. An ``OutputHead`` corrects the scores of a batch; it works with every method.
 
-Several processes share each batch, and sums over it are taken over all of them. After each task the network as it is
-then is evaluated on the test samples of the stream, and learns nothing from them.
+Several processes split each batch, and sums over a batch are taken over all processes. After each task the current
+network is evaluated on the test samples of the stream, without adaptation.
 """
 
 import fnmatch
@@ -28,34 +27,34 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from cl_lightning.backbones import Backbone, CifarResNet, ImageShape, read_classifier
-from cl_lightning.batch import Batch
+from cl_lightning.batch import ImageShape
+from cl_lightning.checks import at_least, one_of, within
 from cl_lightning.distributed import all_sum
-from cl_lightning.heads import LinearHead
-from cl_lightning.importance import TensorsByName
-from cl_lightning.measures import online_error
-from cl_lightning.network import Output
-from cl_lightning.normalization import Statistics, adapt_norms, norm_parameters, set_statistics
-from cl_lightning.strategy import ContinualStrategy, Phase, default_optimizer
-from cl_lightning.stream import Task
-from cl_lightning.teacher import Teacher
+from cl_lightning.measures import EvaluationResult, online_error
+from cl_lightning.memory import NamedBuffers, Teacher, restore_shapes
+from cl_lightning.models import Backbone, CifarResNet, LinearHead, adapt_norms, norm_parameters, set_statistics
+from cl_lightning.models.backbones import read_classifier
+from cl_lightning.models.normalization import Statistics
+from cl_lightning.strategies.base import default_optimizer
+from cl_lightning.strategies.base.evaluation import Evaluation
+from cl_lightning.strategy import Batch, ContinualStrategy, Output, Phase, PhaseOptions, Task, Traits
 
 SOURCE, ADAPT = "source", "adapt"
 Trained = Literal["norm", "all"] | list[str] | None
 
 
 def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Of the papers, for CIFAR-10-C in batches of 200."""
+    """Adam with learning rate 0.001: the optimizer of the papers for CIFAR-10-C in batches of 200."""
     return torch.optim.Adam(parameters, lr=1e-3)
 
 
 def tiny_resnet(image_shape: ImageShape) -> Backbone:
-    """A network with batch normalisation, for tests in seconds."""
+    """A small network with batch normalisation, for tests."""
     return CifarResNet(image_shape, depth=8, width=4)
 
 
-class Kept(TensorsByName):
-    """Tensors that are kept from one fit to the next."""
+class PersistentTensors(NamedBuffers):
+    """Named tensors that are kept from one fit to the next, and in checkpoints."""
 
     known: Tensor
 
@@ -71,10 +70,11 @@ class Kept(TensorsByName):
         self.known = torch.zeros_like(self.known)
 
 
-class SourceState(Kept):
-    """What the stream can change of a network, as it was after the source domain."""
+class SourceState(PersistentTensors):
+    """Values, after the source domain, of the tensors of a network that the stream can change."""
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Store copies of tensors, by name in the network."""
         self.clear()
         self.known = torch.ones_like(self.known)
         for name, value in tensors.items():
@@ -82,15 +82,15 @@ class SourceState(Kept):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """By name in the network."""
+        """The stored tensors, by name in the network."""
         return self._get("state")
 
 
-class OptimizerState(Kept):
-    """State of an optimizer, to go on with in the next fit; parameters are known by their place."""
+class OptimizerState(PersistentTensors):
+    """State of an optimizer, carried over to the next fit; a parameter is identified by its index in the optimizer."""
 
     def take(self, optimizer: torch.optim.Optimizer) -> None:
-        """Keep what an optimizer has gathered."""
+        """Store the state of an optimizer."""
         self.clear()
         self.known = torch.ones_like(self.known)
         for place, entries in optimizer.state_dict()["state"].items():
@@ -99,52 +99,64 @@ class OptimizerState(Kept):
                     self._set("state", f"{place}.{name}", value)
 
     def give(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let a new optimizer over the same parameters go on from there."""
+        """Load the stored state into a new optimizer over the same parameters."""
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in self._get("state").items():
             place, _, name = key.partition(".")
-            # Counters of steps are looked at by the host, which would wait for a GPU.
+            # Step counters are read by the host: on a GPU that would synchronise with the device.
             state.setdefault(int(place), {})[name] = value.cpu() if name == "step" else value.clone()
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
+class OnlineEvaluation(Evaluation):
+    """Evaluation whose result also has the online error of the last domain."""
+
+    def finish(self) -> EvaluationResult:
+        result = super().finish()
+        strategy = self._strategy
+        if isinstance(strategy, TestTimeAdaptation) and strategy.adapting:
+            result.online_error = float(online_error(strategy.online[-1]))
+        return result
+
+
 class OutputHead(ABC):
-    """Makes scores of a batch from the features and scores that a method has for it; trains nothing."""
+    """Computes corrected scores of a batch from its features and scores; it has no parameters."""
 
     @abstractmethod
     def __call__(self, output: Output) -> Tensor:
-        """Scores ``(B, classes)`` of this process's rows, of features ``(B, d)`` and scores ``(B, classes)``."""
+        """Scores ``(B, classes)`` of the rows of this process, from features ``(B, d)`` and scores ``(B, classes)``."""
 
 
 class TestTimeAdaptation(ContinualStrategy):
-    """Predicts each batch of a test stream, then learns from it; the base of such methods.
+    """Base class of test-time adaptation methods: predicts each batch of a test stream, and adapts the network to it.
 
     Args:
-        source_head: File with the classifier of the source network (a state dict, in which it is called ``linear``,
-            ``fc``, ``classifier`` or ``head``), its rows in the order of the raw labels; the backbone's own option
-            gives its weights. Nothing is trained on the source domain then. None to train the network on it, with
-            ``first_optimizer`` and ``first_scheduler``.
-        statistics: What batch normalisation goes by in the stream: ``source``; ``batch``, the test batch; ``mix``,
-            both (``alpha``, ``prior``); or ``moving``, source statistics that move with each batch (``momentum``),
-            before it is predicted.
-        alpha: Share of the test batch with ``mix``, in [0, 1].
-        prior: Instead, N in n / (n + N), the share of a batch of n images.
-        momentum: Share of a batch with ``moving``, in (0, 1].
-        trained: Parameters that are trained in the stream: ``norm``, scales and shifts of all normalisation layers;
+        source_head: File with the classifier of the source network: a state dict in which the classifier is called
+            ``linear``, ``fc``, ``classifier`` or ``head``, with rows in the order of the raw labels. The weights of the
+            backbone are an option of the backbone. Nothing is trained on the source domain then. None to train the
+            network on the source domain, with ``first_optimizer`` and ``first_scheduler``.
+        statistics: Statistics of batch normalisation in the stream: ``source``; ``batch``, the statistics of the test
+            batch; ``mix``, a weighted mean of both (``alpha``, ``prior``); or ``moving``, running statistics that start
+            from the source and are updated with each batch before it is predicted (``momentum``).
+        alpha: Weight of the test batch with ``mix``, in [0, 1].
+        prior: N, at least 0: with ``mix`` the weight of a batch of n images is n / (n + N). None to use ``alpha``.
+        momentum: Weight of a batch with ``moving``, in (0, 1].
+        params: Parameters that are trained in the stream: ``norm``, scales and shifts of all normalisation layers;
             ``all``; a list of patterns of names (``backbone.layer1.*``); None for none.
-        reset: When the network, and the optimizer, begin anew as after the source domain: ``never`` (continual), with
-            each ``domain``, or before each ``batch`` (episodic).
-        scored: The prediction that counts, ``before`` the network learns from a batch, or one made ``after`` it.
-        output: Makes the scores that count of those of the method, such as ``LaplacianAdjustment``; None to leave them.
-        optimizer: Of the stream; None for Adam with learning rate 0.001. Its state goes from one domain to the next.
-        first_optimizer: Of the training on the source domain; None for SGD with learning rate 0.05 and momentum 0.9.
-        kwargs: Of ``ContinualStrategy``.
+        reset: When the network and the optimizer are reset to their state after the source domain: ``never``
+            (continual), before each ``domain``, or before each ``batch`` (episodic).
+        predict_when: Prediction that is scored: ``before`` or ``after`` the step on the batch.
+        output: Corrects the scores of the method, such as ``LaplacianAdjustment``; None to use them unchanged.
+        optimizer: Optimizer in the stream; None for Adam with learning rate 0.001. With ``reset="never"`` its state is
+            carried from one domain to the next.
+        first_optimizer: Optimizer on the source domain; None for SGD with learning rate 0.05 and momentum 0.9.
+        kwargs: Options of ``ContinualStrategy``.
     """
 
-    __test__ = False  # no test of pytest
-    asks_all_processes = True
+    __test__ = False  # pytest would collect a class of this name
+    traits = Traits(needs_empty_batches=True)
     needs_source: ClassVar[bool] = False
-    """Whether a copy of the source network is kept."""
+    """Whether the method needs a copy of the source network."""
 
     def __init__(
         self,
@@ -154,9 +166,9 @@ class TestTimeAdaptation(ContinualStrategy):
         alpha: float = 0.1,
         prior: float | None = None,
         momentum: float = 0.1,
-        trained: Trained = "norm",
+        params: Trained = "norm",
         reset: Literal["never", "domain", "batch"] = "never",
-        scored: Literal["before", "after"] = "before",
+        predict_when: Literal["before", "after"] = "before",
         output: OutputHead | None = None,
         optimizer: OptimizerCallable | None = None,
         first_optimizer: OptimizerCallable | None = None,
@@ -165,64 +177,61 @@ class TestTimeAdaptation(ContinualStrategy):
         super().__init__(
             optimizer=optimizer or adam,
             first_optimizer=first_optimizer or default_optimizer,
-            visible="all",
+            loss_classes="all",
             freeze_backbone=False,
             **kwargs,
         )
-        name = type(self).__name__
-        for option, value, allowed in (
-            ("statistics", statistics, ("source", "batch", "mix", "moving")),
-            ("reset", reset, ("never", "domain", "batch")),
-            ("scored", scored, ("before", "after")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}: {option} is {value!r}; use one of {', '.join(allowed)}")
-        if not 0 <= alpha <= 1 or not (prior is None or prior >= 0) or not 0 < momentum <= 1:
+        one_of(self, ("source", "batch", "mix", "moving"), statistics=statistics)
+        one_of(self, ("never", "domain", "batch"), reset=reset)
+        one_of(self, ("before", "after"), predict_when=predict_when)
+        within(self, "[0, 1]", alpha=alpha)
+        at_least(self, 0, prior=prior, optional=True)
+        within(self, "(0, 1]", momentum=momentum)
+        if not (params in ("norm", "all", None) or isinstance(params, list)):
             raise ValueError(
-                f"{name}: alpha={alpha}, prior={prior}, momentum={momentum}; in [0, 1], at least 0 or null, in (0, 1]"
+                f"{type(self).__name__}: params is {params!r}; use 'norm', 'all', a list of patterns of names, or null"
             )
-        if not (trained in ("norm", "all", None) or isinstance(trained, list)):
-            raise ValueError(f"{name}: trained is {trained!r}; use norm, all, a list of patterns of names, or null")
-        self.source_head, self.trained, self.reset_at, self.scored = source_head, trained, reset, scored
+        self.source_head, self.params, self.reset_at, self.predict_when = source_head, params, reset, predict_when
         self.statistics: Literal["source", "batch", "mix", "moving"] = statistics
+        self.evaluation = OnlineEvaluation(self)
         self.norm_options = {"share": alpha, "prior": prior, "rate": momentum}
         self.output = output
-        self.uses_test_batch = statistics in ("batch", "mix") or output is not None
-        self.plain_first_task = source_head is None
-        self.source = Teacher()  # the source network, where it is needed again
-        self.start = SourceState()  # else what a reset has to set back
+        self.traits = self.traits.but(transductive=statistics in ("batch", "mix") or output is not None)
+        self.source = Teacher()  # the source network, if the method needs a copy
+        self.start = SourceState()  # otherwise the tensors that a reset restores
         self.optimizer_state = OptimizerState()
-        # What is trained where a method trains nothing: a fit needs something, and DistributedDataParallel too.
+        # A fit and DistributedDataParallel need a trained parameter, also if the method trains none.
         self.nothing = nn.Parameter(torch.zeros(()))
-        self.register_buffer("online", torch.zeros(0, 2, dtype=torch.int64))  # (tasks, samples and right ones)
+        self.register_buffer("online", torch.zeros(0, 2, dtype=torch.int64))  # (tasks, [samples, correct predictions])
         self.online: Tensor
 
-    # ------------------------------------------------------------------ what a method writes
+    # ------------------------------------------------------------------ methods to override
 
     def adapt(self, batch: Batch, output: Output) -> tuple[Tensor, dict[str, Tensor]]:
-        """Predict a batch, and say what is to be minimised with it.
+        """Predict a batch, and return the terms of the loss.
 
-        Terms are means over the rows of this process (``mean_over_rows``), which may have none, or independent of them.
+        Terms are means over the rows of this process (``mean_over_rows``), which may have no rows, or do not depend on
+        the rows.
 
         Args:
-            batch: Of the stream, un-augmented, without its labels.
-            output: Of the network before the step; logits ``(B, classes of the source)``.
+            batch: Batch of the stream, un-augmented; its labels are -1.
+            output: Output of the network before the step; logits ``(B, classes of the source)``.
 
         Returns:
-            Scores ``(B, classes of the source)``, and terms of the loss by name; no terms to learn nothing.
+            Scores ``(B, classes of the source)``, and terms of the loss by name; without terms nothing is trained.
         """
         return output.logits, {}
 
     def reset(self) -> None:
-        """Begin anew as after the source domain; what a method adds to the network it has to set back, too."""
-        self._put_back(self.network)
+        """Reset the network to its state after the source domain; a method with further state overrides this."""
+        self._restore_source(self.network)
 
-    def respond(self, images: Tensor) -> Output:
-        """Features and scores ``(B, classes of the source)`` of images, without learning from them."""
+    def forward_source_classes(self, images: Tensor) -> Output:
+        """Features and scores ``(B, classes of the source)`` of images, without adaptation."""
         features = self.network.backbone(images)
         return Output(features, self.network.head.classify(features)[:, : self.num_source])
 
-    # ------------------------------------------------------------------ what a method may use
+    # ------------------------------------------------------------------ helpers for methods
 
     @property
     def num_source(self) -> int:
@@ -231,7 +240,7 @@ class TestTimeAdaptation(ContinualStrategy):
 
     @property
     def norm_statistics(self) -> Statistics:
-        """What normalisation layers go by when an image of the stream is predicted."""
+        """Statistics that normalisation layers use to predict images of the stream."""
         return self.statistics if self.statistics in ("batch", "mix") else "running"
 
     @property
@@ -240,22 +249,22 @@ class TestTimeAdaptation(ContinualStrategy):
         return len(self.task_columns) > 1
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained in the stream, by name in the network."""
-        if self.trained is None:
+        """Parameters that are trained in the stream, by name in the network."""
+        if self.params is None:
             return {}
-        if self.trained == "norm":
+        if self.params == "norm":
             return norm_parameters(self.network)
         unknown = {id(p) for block in self.network.head.blocks[1:] for p in block.parameters()}  # no loss reaches them
         return {
             name: parameter
             for name, parameter in self.network.named_parameters()
             if id(parameter) not in unknown
-            and (self.trained == "all" or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.trained))
+            and (self.params == "all" or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.params))
         }
 
     @torch.no_grad()
-    def _put_back(self, network: nn.Module) -> None:
-        """Give a network of the same make the state of the source."""
+    def _restore_source(self, network: nn.Module) -> None:
+        """Copy the source values into a network of the same architecture."""
         state = network.state_dict()
         start = self.start.tensors if self.source.network is None else self.source.network.state_dict()
         for name, value in start.items():
@@ -266,16 +275,16 @@ class TestTimeAdaptation(ContinualStrategy):
     def build(self, image_shape: ImageShape) -> None:
         super().build(image_shape)
         adapt_norms(self.network)
-        if self.trained is not None and not self.trained_parameters():
+        if self.params is not None and not self.trained_parameters():
             raise ValueError(
-                f"{type(self).__name__}: trained is {self.trained!r}, of which {type(self.network.backbone).__name__} "
-                "has no parameters; take a backbone with normalisation layers, or trained all"
+                f"{type(self).__name__}: params is {self.params!r}, of which {type(self.network.backbone).__name__} "
+                "has no parameters; use a backbone with normalisation layers, or params 'all'"
             )
         if self.source_head is not None:
             if not isinstance(self.network.head, LinearHead):
                 name = type(self.network.head).__name__
                 raise ValueError(f"{type(self).__name__}: source_head goes into a LinearHead, not into a {name}")
-            read_classifier(self.source_head, self.network.head.num_features)  # so that a mistake is told now
+            read_classifier(self.source_head, self.network.head.num_features)  # so that a wrong file raises here
 
     def mark_columns(self, task: Task) -> None:
         super().mark_columns(task)
@@ -306,7 +315,7 @@ class TestTimeAdaptation(ContinualStrategy):
     def phases(self, task: Task) -> list[Phase]:
         if task.is_first:
             return [Phase(SOURCE)] if self.source_head is None else []
-        return [Phase(ADAPT, epochs=1)]
+        return [Phase(ADAPT, PhaseOptions(epochs=1), unaugmented=True)]
 
     def trainable(self) -> Iterable[nn.Parameter]:
         if self.phase.name == SOURCE:
@@ -334,11 +343,7 @@ class TestTimeAdaptation(ContinualStrategy):
             for optimizer in self.trainer.optimizers:
                 optimizer.state.clear()
 
-    @property
-    def plain_batches(self) -> bool:
-        return self.phase.name == ADAPT
-
-    def prepare(self, batch: Batch) -> Batch:
+    def prepare_batch(self, batch: Batch) -> Batch:
         if self.phase.name == SOURCE:
             return batch
         if self.statistics == "moving":
@@ -353,29 +358,29 @@ class TestTimeAdaptation(ContinualStrategy):
             return {"ce": self.classification_loss(output, batch)}
         hidden = batch.replace(labels=torch.full_like(batch.labels, -1))
         scores, terms = self.adapt(hidden, Output(output.features, output.logits[:, : self.num_source]))
-        if self.scored == "before":
+        if self.predict_when == "before":
             self._score(self._final(output._replace(logits=scores)), batch)
         return terms or {"nothing": 0.0 * self.nothing}
 
-    def observe(self, batch: Batch) -> None:
-        if self.phase.name == ADAPT and self.scored == "after":
-            self._score(self._final(self.respond(batch.images)), batch)
+    def after_step(self, batch: Batch) -> None:
+        if self.phase.name == ADAPT and self.predict_when == "after":
+            self._score(self._final(self.forward_source_classes(batch.images)), batch)
 
     @torch.no_grad()
     def _final(self, output: Output) -> Tensor:
-        """The scores that count."""
+        """Scores after correction by ``output``; these scores are evaluated."""
         return output.logits if self.output is None or not self.adapting else self.output(output)
 
     @torch.no_grad()
     def _score(self, scores: Tensor, batch: Batch) -> None:
         known = batch.labels >= 0
         counts = torch.stack([known.sum(), (known & (scores.argmax(dim=1) == batch.labels)).sum()])
-        if self.first_sight:
+        if batch.first_pass:
             self.online[self.task.index] += all_sum(counts)
 
     @torch.no_grad()
     def end_phase(self, phase: Phase) -> None:
-        if phase.name == ADAPT and self.reset_at == "never" and self.trained is not None:
+        if phase.name == ADAPT and self.reset_at == "never" and self.params is not None:
             self.optimizer_state.take(self.trainer.optimizers[0])
         elif phase.name == ADAPT and self.reset_at == "batch":
             self.reset()
@@ -388,15 +393,10 @@ class TestTimeAdaptation(ContinualStrategy):
             statistics = dict(self.network.named_buffers()) if self.statistics == "moving" else {}
             self.start.take({**self.trained_parameters(), **statistics})
 
-    def predict(self, images: Tensor) -> Tensor:
-        scores = self._final(self.respond(images))
+    def predict(self, images: Tensor, tasks: Tensor | None = None) -> Tensor:
+        scores = self._final(self.forward_source_classes(images))
         unknown = self.network.head.num_columns - scores.shape[1]
         return nn.functional.pad(scores, (0, unknown), value=-torch.inf) if unknown else scores
-
-    def on_test_epoch_end(self) -> None:
-        super().on_test_epoch_end()
-        if self.adapting and self.row is not None:
-            self.row.online_error = float(online_error(self.online[-1]))
 
     def bytes_kept(self) -> dict[str, int]:
         parts = {"optimizer": self.optimizer_state, "source": self.start}
@@ -406,7 +406,6 @@ class TestTimeAdaptation(ContinualStrategy):
         set_statistics(self, self.norm_statistics if self.adapting else "running", **self.norm_options)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if (saved := state_dict.get(f"{prefix}online")) is not None:
-            self.online = torch.zeros_like(saved, device=self.online.device)
+        restore_shapes(self, state_dict, prefix, ("online",))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._choose_statistics()

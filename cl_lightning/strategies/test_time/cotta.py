@@ -1,19 +1,21 @@
 """CoTTA, continual test-time domain adaptation (Wang et al., CVPR 2022, arXiv:2203.13591).
 
-A student theta learns from a mean teacher theta', which predicts. With theta_0 the source network and a batch x:
+A student theta is trained on the predictions of a mean teacher theta'. With the source network theta_0 and a batch x:
 
     z' = 1/N sum_k f_theta'(aug_k(x))  if  mean_i max_c softmax(f_theta_0(x_i))_c < p_th,  else  f_theta'(x)
     L = -mean_i sum_c softmax(z'_i)_c log softmax(f_theta(x_i))_c          a step on all parameters of theta
-    theta' <- m theta' + (1 - m) theta                                      parameters, no statistics
+    theta' <- m theta' + (1 - m) theta                                      parameters only, not buffers
     theta <- M theta_0 + (1 - M) theta,   M ~ Bernoulli(p_r) elementwise    restoration
 
-and the prediction is z'. All three normalise by the test batch. m -> teacher_momentum, p_r -> restore, p_th ->
-threshold, N -> views. Views of the batch are made only where they are used, for which the confidence of the source is
-waited for. What is drawn for a view (colours, angle, ...) is drawn once for a batch, noise for each pixel. Draws depend
-on the step alone: any number of processes restores the same weights.
-Departs from the authors' code: the networks are in eval mode (there dropout, where a network has it, is on); edges are
-prolonged while an image is turned, not by padding before, and blur comes after that; of the translation, 1/16 of the
-padded image there, we read 1/8 of the image, and it is not rounded to whole pixels.
+The prediction is z'. All three networks normalise with the statistics of the test batch. m -> teacher_momentum,
+p_r -> restore, p_th -> threshold, N -> views. Views are computed only for batches below the threshold; the comparison
+synchronises with the device. The parameters of a view (colours, angle, ...) are drawn once per batch, noise per pixel.
+Draws depend on the step alone, so any number of processes restores the same weights.
+Departs from the authors' code:
+- the networks are in eval mode; in the code dropout, if a network has it, is on;
+- pixels outside the image repeat its edge during the rotation, where the code pads the image before; blur follows the
+  rotation;
+- the translation is up to 1/8 of the image, our reading of 1/16 of the padded image, and not rounded to whole pixels.
 """
 
 import math
@@ -23,25 +25,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_lightning.batch import Batch, Draw, mix
+from cl_lightning.batch import Draw, mix
+from cl_lightning.checks import at_least, within
+from cl_lightning.data.pixels import change_colours_, hue
 from cl_lightning.distributed import all_sum
 from cl_lightning.losses import full_precision, mean_over_rows
-from cl_lightning.network import Output
-from cl_lightning.pixels import change_colours_, hue
-from cl_lightning.strategies.test_time.base import ADAPT, TestTimeAdaptation, Trained, tiny_resnet
-from cl_lightning.stream import Task
-from cl_lightning.teacher import Teacher
+from cl_lightning.memory import Teacher
+from cl_lightning.strategies.test_time.base import ADAPT, TestTimeAdaptation, Trained
+from cl_lightning.strategy import Batch, Output, Task
 
 _VIEWS, _RESTORE, _NOISE = 0xC0, 0xC1, 0xC2  # salts
 
 
 def consistency(logits: Tensor, target: Tensor, *, symmetric: bool = False) -> Tensor:
-    """Cross-entropy of each row with the softmax of another network's logits, ``(B,)``, in nats.
+    """Cross-entropy between the softmax of teacher and student for each row, ``(B,)``, in nats.
 
     Args:
-        logits: Of the student, ``(B, C)``.
-        target: Of the teacher, ``(B, C)``; takes no gradient.
-        symmetric: Half of that, and half of it with the roles exchanged.
+        logits: Logits of the student, ``(B, C)``.
+        target: Logits of the teacher, ``(B, C)``; no gradient passes through them.
+        symmetric: Whether to return the mean of both directions: teacher as target, and student as target.
     """
     student, teacher = (F.log_softmax(full_precision(values), dim=1) for values in (logits, target.detach()))
     forward = -(teacher.exp() * student).sum(dim=1)
@@ -50,7 +52,7 @@ def consistency(logits: Tensor, target: Tensor, *, symmetric: bool = False) -> T
 
 @torch.no_grad()
 def move_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """``theta' <- m theta' + (1 - m) theta``, over the parameters that the teacher has, by name."""
+    """``theta' <- m theta' + (1 - m) theta``, in place, for all parameters of the teacher, paired by name."""
     names = [name for name, _ in teacher.named_parameters()]
     pairs = [(teacher.get_parameter(name), student.get_parameter(name).detach()) for name in names]
     mine, theirs = (list(column) for column in zip(*pairs, strict=True))
@@ -59,13 +61,13 @@ def move_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> Non
 
 @torch.no_grad()
 def restore(parameters: dict[str, nn.Parameter], source: nn.Module, share: float, key: int) -> None:
-    """Set a random share of the weights back, in place, the same on every process.
+    """Reset each weight to its source value with probability ``share``, in place, the same on every process.
 
     Args:
-        parameters: By name.
-        source: Where they are taken from, under the same names; names that it lacks are left out.
-        share: Chance of each weight, in [0, 1].
-        key: Of the drawing.
+        parameters: Parameters by name.
+        source: Source network with parameters of the same names; parameters that it lacks are not reset.
+        share: Probability for each weight, in [0, 1].
+        key: Seed of the random mask.
     """
     known = dict(source.named_parameters())
     device = next(iter(parameters.values())).device
@@ -77,18 +79,18 @@ def restore(parameters: dict[str, nn.Parameter], source: nn.Module, share: float
 
 
 class View(NamedTuple):
-    """What is drawn once for a batch of a view.
+    """Parameters of an augmentation, drawn once for all images of a batch.
 
     Attributes:
-        brightness, contrast, saturation: Factors; 1 for none.
-        hue: Turn of the colours, in [-0.5, 0.5].
-        gamma: Exponent of the values.
-        order: In which brightness, contrast, saturation, hue and gamma (0 to 4) follow one another.
-        angle: Rotation in degrees, against the clock.
-        scale: Size of the image; 1 for as it is.
-        shift: Translation to the right and down, as shares of the sides.
-        blur: Standard deviation of the kernel, in pixels.
-        mirrored: Whether left and right change places.
+        brightness, contrast, saturation: Factors; 1 for no change.
+        hue: Rotation of the hue, in [-0.5, 0.5].
+        gamma: Exponent of the pixel values.
+        order: Order in which brightness, contrast, saturation, hue and gamma (0 to 4) are applied.
+        angle: Rotation in degrees, counter-clockwise.
+        scale: Scale factor of the image; 1 for no change.
+        shift: Translation to the right and down, as shares of width and height.
+        blur: Standard deviation of the Gaussian kernel, in pixels.
+        mirrored: Whether the image is flipped horizontally.
     """
 
     brightness: float = 1.0
@@ -105,7 +107,7 @@ class View(NamedTuple):
 
     @classmethod
     def drawn(cls, key: int) -> "View":
-        """With the ranges of the authors' code; the key decides."""
+        """Draw the parameters from the ranges of the authors' code, with ``key`` as seed."""
         generator = torch.Generator().manual_seed(key)
 
         def uniform(low: float, high: float) -> float:
@@ -140,7 +142,7 @@ class View(NamedTuple):
                 images = images.clamp(min=1e-8) ** self.gamma
         turn = math.radians(self.angle)
         cos, sin = math.cos(turn) / self.scale, math.sin(turn) / self.scale
-        x, y = (-2 * share for share in self.shift)  # the grid tells where a pixel comes from, in halves of the side
+        x, y = (-2 * share for share in self.shift)  # the grid holds source positions of pixels, in half sides
         back = torch.tensor([[cos, -sin, x], [sin, cos, y]], dtype=torch.float64)
         back = back.to(images, non_blocking=True).expand(len(images), 2, 3)
         grid = F.affine_grid(back, list(images.shape), align_corners=False)
@@ -156,35 +158,36 @@ def random_view(images: Tensor, draw: Draw) -> Tensor:
 
     Args:
         images: ``(B, C, H, W)`` in [0, 1].
-        draw: Of these rows; what is drawn once for the batch comes from its key.
+        draw: Draw of these rows; its key is the seed of the parameters that are drawn once for the batch.
 
     Returns:
         ``(B, C, H, W)`` in [0, 1].
     """
     if not len(images):
         return images
-    with torch.autocast(images.device.type, enabled=False):  # half precision errs by more than the noise
+    with torch.autocast(images.device.type, enabled=False):  # errors of half precision exceed the noise
         images = View.drawn(draw.key).of(images)
     noise = draw.fork(_NOISE).randn(*images.shape[1:], device=images.device)
     return (images + 0.005 * noise).clamp(0, 1)
 
 
 class CoTTA(TestTimeAdaptation):
-    """A mean teacher over augmented views, and weights that fall back to those of the source now and then.
+    """Consistency with an augmentation-averaged mean teacher, and stochastic restoration of source weights.
 
     Args:
         teacher_momentum: m, in [0, 1].
-        restore: p_r, in [0, 1]: 0.01 in the paper for CIFAR, 0.001 for ImageNet.
-        threshold: p_th; 0.92 for CIFAR-10, 0.72 for CIFAR-100, 0.1 for ImageNet (5 % of the source's images are below).
-        views: N; 0 for none, a plain mean teacher.
-        symmetric: Whether the loss is the mean of both directions, as for ImageNet.
-        trained: See the base.
-        kwargs: Of ``TestTimeAdaptation``.
+        restore: p_r, in [0, 1]: at each step each weight is reset to its source value with this probability. 0.01 in
+            the paper for CIFAR, 0.001 for ImageNet.
+        threshold: p_th: 0.92 for CIFAR-10, 0.72 for CIFAR-100, 0.1 for ImageNet (5 % of the source images are below).
+        views: N, at least 0; 0 for a mean teacher without augmentation.
+        symmetric: Whether the loss is the mean of both directions, as in the paper for ImageNet.
+        params: Parameters that are trained, see ``TestTimeAdaptation``.
+        kwargs: Options of ``TestTimeAdaptation``.
     """
 
-    family: ClassVar[str] = "test-time"
-    paper: ClassVar[str] = "Wang et al., CVPR 2022, arXiv:2203.13591"
-    uses_test_batch = True
+    traits = TestTimeAdaptation.traits.but(
+        family="test-time", paper="Wang et al., CVPR 2022, arXiv:2203.13591", transductive=True
+    )
     needs_source: ClassVar[bool] = True
 
     def __init__(
@@ -195,24 +198,17 @@ class CoTTA(TestTimeAdaptation):
         threshold: float = 0.92,
         views: int = 32,
         symmetric: bool = False,
-        trained: Literal["norm", "all"] | list[str] = "all",
+        params: Literal["norm", "all"] | list[str] = "all",
         **kwargs: Any,
     ) -> None:
-        chosen: Trained = trained
-        super().__init__(trained=chosen, **kwargs)
-        if not 0 <= teacher_momentum <= 1 or not 0 <= restore <= 1 or views < 0:
-            raise ValueError(
-                f"CoTTA: teacher_momentum={teacher_momentum}, restore={restore}, views={views}; the first two are in "
-                "[0, 1], the last is at least 0"
-            )
+        chosen: Trained = params
+        super().__init__(params=chosen, **kwargs)
+        within(self, "[0, 1]", teacher_momentum=teacher_momentum, restore=restore)
+        at_least(self, 0, views=views)
         self.teacher_momentum, self.restore, self.threshold = teacher_momentum, restore, threshold
         self.views, self.symmetric = views, symmetric
         self.teacher = Teacher()
         self._last_step = 0
-
-    @classmethod
-    def conformance_options(cls) -> dict[str, Any]:
-        return {"backbone": tiny_resnet, "views": 2, "teacher_momentum": 0.9}
 
     def adapt(self, batch: Batch, output: Output) -> tuple[Tensor, dict[str, Tensor]]:
         target = self._target(batch)
@@ -229,7 +225,7 @@ class CoTTA(TestTimeAdaptation):
                 total = torch.zeros_like(source)
                 for number in range(self.views):
                     view = batch.replace(raw=random_view(raw, batch.draw.fork(_VIEWS, number)))
-                    total += self._of_teacher(self.finish(view).images).logits
+                    total += self._of_teacher(self.data.finish(view).images).logits
                 return total / self.views
         return self._of_teacher(batch.images).logits
 
@@ -237,14 +233,16 @@ class CoTTA(TestTimeAdaptation):
         output: Output = self.teacher(images)
         return output._replace(logits=full_precision(output.logits[:, : self.num_source]))
 
-    def respond(self, images: Tensor) -> Output:
-        return self._of_teacher(images) if self.teacher and self.adapting else super().respond(images)
+    def forward_source_classes(self, images: Tensor) -> Output:
+        return self._of_teacher(images) if self.teacher and self.adapting else super().forward_source_classes(images)
 
     def on_train_start(self) -> None:
         self._last_step = self.trainer.global_step
 
-    def observe(self, batch: Batch) -> None:
-        if self.phase.name == ADAPT and self.trainer.global_step > self._last_step:  # else gradients are accumulated
+    def after_step(self, batch: Batch) -> None:
+        if (
+            self.phase.name == ADAPT and self.trainer.global_step > self._last_step
+        ):  # otherwise gradients are accumulated
             self._last_step = self.trainer.global_step
             assert self.teacher.network is not None
             assert self.source.network is not None
@@ -252,12 +250,12 @@ class CoTTA(TestTimeAdaptation):
             if self.restore:
                 key = mix(batch.draw.key, _RESTORE)
                 restore(self.trained_parameters(), self.source.network, self.restore, key)
-        super().observe(batch)
+        super().after_step(batch)
 
     def reset(self) -> None:
         super().reset()
         assert self.teacher.network is not None
-        self._put_back(self.teacher.network)
+        self._restore_source(self.teacher.network)
 
     def end_task(self, task: Task) -> None:
         super().end_task(task)

@@ -1,22 +1,23 @@
-"""The source network, as it is: the baseline of all test-time adaptation.
+"""The source network without adaptation: the baseline of test-time adaptation.
 
-score(x) = f(x), with the statistics of the source data in batch normalisation
+    score(x) = f(x)
+
+Batch normalisation uses the statistics of the source data.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 from cl_lightning.strategies.test_time.base import TestTimeAdaptation
 
 
 class Source(TestTimeAdaptation):
-    """The source network without any adaptation.
+    """The source network without adaptation.
 
     Args:
-        kwargs: Of ``TestTimeAdaptation``.
+        kwargs: Options of ``TestTimeAdaptation``.
     """
 
-    family: ClassVar[str] = "test-time"
-    paper: ClassVar[str] = "lower bound"
+    traits = TestTimeAdaptation.traits.but(family="test-time", paper="lower bound")
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(statistics="source", trained=None, reset="never", scored="before", **kwargs)
+        super().__init__(statistics="source", params=None, reset="never", predict_when="before", **kwargs)

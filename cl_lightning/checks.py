@@ -1,0 +1,107 @@
+"""Checks of a constructor's options; each error names the object, the option, its value and what is allowed.
+
+    class DERpp(ContinualStrategy):
+        def __init__(self, *, logit_weight: float = 0.1, momentum: float = 0.9, reduction: str = "joint") -> None:
+            at_least(self, 0, logit_weight=logit_weight)
+            within(self, "[0, 1)", momentum=momentum)
+            one_of(self, ("joint", "sum"), reduction=reduction)
+
+``DERpp(logit_weight=-1)`` raises ``ValueError: DERpp: logit_weight is -1; it must be at least 0``.
+
+In each function ``owner`` is the object whose options are checked: an instance, a class, or a name. With several
+options the first one that is wrong is reported. NaN is never allowed, and None only with ``optional=True``; the message
+then says ``null``, as a configuration file writes it.
+"""
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+_BOUND = r"\s*([-+]?(?:inf|\d+(?:\.\d+)?(?:e[-+]?\d+)?))\s*"
+_INTERVAL = re.compile(rf"([\[(]){_BOUND},{_BOUND}([\])])")
+
+
+def at_least(owner: object, low: float, /, *, optional: bool = False, **options: Any) -> None:
+    """Check that each option is a number ``>= low``.
+
+    Args:
+        owner: Object to name in the error: an instance, a class, or a string.
+        low: Smallest value that is allowed.
+        optional: Whether None is allowed too.
+        options: Values by the names of the options.
+
+    Raises:
+        ValueError: For the first option that is not, such as ``ER: replay_size is 0; it must be at least 1``.
+    """
+    _check(owner, options, lambda value: _is_real(value) and value >= low, f"it must be at least {low}", optional)
+
+
+def above(owner: object, low: float, /, *, optional: bool = False, **options: Any) -> None:
+    """Check that each option is a number ``> low``.
+
+    Args:
+        owner: Object to name in the error: an instance, a class, or a string.
+        low: Largest number that is not allowed.
+        optional: Whether None is allowed too.
+        options: Values by the names of the options.
+
+    Raises:
+        ValueError: For the first option that is not, such as ``LwF: temperature is 0; it must be above 0``.
+    """
+    _check(owner, options, lambda value: _is_real(value) and value > low, f"it must be above {low}", optional)
+
+
+def within(owner: object, interval: str, /, *, optional: bool = False, **options: Any) -> None:
+    """Check that each option is a number in an interval.
+
+    Args:
+        owner: Object to name in the error: an instance, a class, or a string.
+        interval: Two bounds in brackets: ``[`` or ``]`` includes the bound, ``(`` or ``)`` excludes it, as in
+            ``"[0, 1)"``. A bound may be ``inf`` or ``-inf``.
+        optional: Whether None is allowed too.
+        options: Values by the names of the options.
+
+    Raises:
+        ValueError: For the first option outside, such as ``BiC: held_out is 1.5; it must be in (0, 1)``, or for an
+            ``interval`` that is not written as above.
+    """
+    matched = _INTERVAL.fullmatch(interval)
+    if matched is None:
+        raise ValueError(f"within: interval is {interval!r}; write it as '[0, 1]', '(0, 1)', '[0, 1)' or '(0, 1]'")
+    low, high = float(matched[2]), float(matched[3])
+    left, right = (operator.le if bracket in "[]" else operator.lt for bracket in (matched[1], matched[4]))
+    remedy = f"it must be in {interval}"
+    _check(owner, options, lambda value: _is_real(value) and left(low, value) and right(value, high), remedy, optional)
+
+
+def one_of(owner: object, allowed: Iterable[Any], /, *, optional: bool = False, **options: Any) -> None:
+    """Check that each option is one of the allowed values.
+
+    Args:
+        owner: Object to name in the error: an instance, a class, or a string.
+        allowed: Allowed values, at least one, such as ``("joint", "sum")`` or ``get_args(Reduction)`` of a ``Literal``.
+        optional: Whether None is allowed too.
+        options: Values by the names of the options.
+
+    Raises:
+        ValueError: For the first option that is not, such as ``ER: reduction is 'max'; use 'joint' or 'sum'``.
+    """
+    values = tuple(allowed)
+    *others, last = map(repr, values)
+    listed = f"{', '.join(others)} or {last}" if others else last
+    _check(owner, options, lambda value: value in values, f"use {listed}", optional)
+
+
+def _check(
+    owner: object, options: Mapping[str, Any], allowed: Callable[[Any], bool], remedy: str, optional: bool
+) -> None:
+    for option, value in options.items():
+        if not (optional and value is None) and not allowed(value):
+            named = owner if isinstance(owner, str) else (owner if isinstance(owner, type) else type(owner)).__name__
+            raise ValueError(f"{named}: {option} is {value!r}; {remedy}{', or null' if optional else ''}")
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real)

@@ -1,0 +1,69 @@
+"""From files to tensors: sources, loaders, transforms, corruptions, stored features."""
+
+from cl_lightning.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from cl_lightning.data.feature_cache import FeatureCache, FeatureStore, Table
+from cl_lightning.data.feature_pool import FeaturePool, GaussianFeatures
+from cl_lightning.data.loaders import FeatureLoader, Plan, PlannedLoader, Rows, StreamLoader
+from cl_lightning.data.pixels import permute_pixels, resized_crop, rotate_images, shift_images
+from cl_lightning.data.rotations import rotate_batch, rotated, rotation_labels
+from cl_lightning.data.sources import DatasetSource, DecodedSource, FileSource, SampleSource, TensorSource
+from cl_lightning.data.transforms import (
+    AlternatingFlip,
+    ColorJitter,
+    Compose,
+    Context,
+    Cutout,
+    Normalize,
+    RandAugment,
+    RandomCrop,
+    RandomGrayscale,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    RandomRotation,
+    RandomVerticalFlip,
+    ToFloat,
+    Transform,
+)
+
+__all__ = [
+    "CORRUPTIONS",
+    "SEVERITIES",
+    "AlternatingFlip",
+    "ColorJitter",
+    "Compose",
+    "Context",
+    "Cutout",
+    "DatasetSource",
+    "DecodedSource",
+    "FeatureCache",
+    "FeatureLoader",
+    "FeaturePool",
+    "FeatureStore",
+    "FileSource",
+    "GaussianFeatures",
+    "Normalize",
+    "Plan",
+    "PlannedLoader",
+    "RandAugment",
+    "RandomCrop",
+    "RandomGrayscale",
+    "RandomHorizontalFlip",
+    "RandomResizedCrop",
+    "RandomRotation",
+    "RandomVerticalFlip",
+    "Rows",
+    "SampleSource",
+    "StreamLoader",
+    "Table",
+    "TensorSource",
+    "ToFloat",
+    "Transform",
+    "corrupt",
+    "permute_pixels",
+    "resized_crop",
+    "rotate_batch",
+    "rotate_images",
+    "rotated",
+    "rotation_labels",
+    "shift_images",
+]

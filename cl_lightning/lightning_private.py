@@ -1,0 +1,83 @@
+"""All private names of Lightning that the package uses; a test checks that each exists.
+
+Lightning has no public interface for these functions. If a new release of Lightning renames something, only this file
+has to change.
+"""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization as AutomaticOptimization
+from lightning.pytorch.strategies import DDPStrategy
+
+__all__ = [
+    "HOOK_NAME",
+    "AutomaticOptimization",
+    "clip_gradients",
+    "forget_wandb_run",
+    "has_wandb_run",
+    "ignore_signals",
+    "is_spawned",
+    "keep_buffers_local",
+    "set_hook",
+    "use_own_sampler",
+    "wandb_options",
+]
+
+HOOK_NAME = "_current_fx_name"
+"""Attribute of a module with the name of the running hook, which ``self.log`` reads."""
+
+
+def set_hook(module: LightningModule, name: str | None) -> None:
+    """Set the name of the running hook; None if no hook runs."""
+    setattr(module, HOOK_NAME, name)
+
+
+def clip_gradients(trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    """Clip gradients as ``gradient_clip_val`` of the Trainer says; None clips nothing."""
+    if trainer.gradient_clip_val is not None:
+        trainer.precision_plugin._clip_gradients(
+            module, optimizer, trainer.gradient_clip_val, gradient_clip_algorithm=trainer.gradient_clip_algorithm
+        )
+
+
+def ignore_signals(trainer: Trainer) -> None:
+    """Switch off Lightning's handling of SIGTERM, which sends messages between processes during other collectives."""
+    trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+
+
+def is_spawned(strategy: DDPStrategy) -> bool:
+    """Whether processes are spawned or forked from this process, instead of started as separate programs."""
+    return strategy._start_method != "popen"
+
+
+def keep_buffers_local(strategy: DDPStrategy) -> None:
+    """Do not broadcast buffers from rank 0 at every forward pass, unless the user sets ``broadcast_buffers``."""
+    strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
+
+
+def use_own_sampler(trainer: Trainer) -> None:
+    """Do not replace the samplers of loaders: the data module splits each batch over the processes."""
+    trainer._accelerator_connector.use_distributed_sampler = False
+
+
+def has_wandb_run(logger: WandbLogger) -> bool:
+    """Whether this logger has started a run of W&B."""
+    return logger._experiment is not None
+
+
+def forget_wandb_run(logger: WandbLogger) -> None:
+    """Forget a run of W&B that has ended: a later fit starts it again, with the same id."""
+    logger._experiment = None
+
+
+def wandb_options(logger: WandbLogger) -> dict[str, Any]:
+    """Arguments that the logger will pass to ``wandb.init``; they may be changed in place."""
+    options: dict[str, Any] = logger._wandb_init
+    return options
+
+
+def _nothing(*_: Any, **__: Any) -> None: ...

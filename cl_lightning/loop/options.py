@@ -1,0 +1,211 @@
+"""Options of the task loop, and checks of options, Trainer, strategy and callbacks before training starts."""
+
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from cl_lightning.checks import above, at_least, one_of
+from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.lightning_private import is_spawned, keep_buffers_local, use_own_sampler
+from cl_lightning.loop.nan_guard import NanLoss
+from cl_lightning.strategy import ContinualStrategy
+from cl_lightning.stream import Stream
+
+_CXX = ((os.environ.get("CXX") or "g++").split()[0], "clang++")
+_PRECISIONS = ("32-true", "32", "bf16-mixed", "16-mixed")
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """Options of a run over a stream.
+
+    Attributes:
+        first_task_epochs: Epochs of the first task; None for ``trainer.max_epochs``.
+        phase_epochs: Epochs of phases by name; they override the epochs that the strategy gives.
+        save_every_n_steps: Interval, in optimizer steps, of checkpoints within an epoch, in addition to the checkpoints
+            between epochs; None for no such checkpoints.
+        save_every_seconds: Minimum time between two checkpoints at ends of epochs, in seconds; 0 to write one after
+            each epoch.
+        keep_last: Number of checkpoints to keep (``last.ckpt``, ``last-1.ckpt``, ...), at least 1. If the last one is
+            damaged, the run resumes from the one before.
+        keep_tasks: Number of finished tasks whose checkpoints are kept, newest first; None for all tasks.
+        stop_after_task: Index of the task after which the run ends; it can be resumed later. None for the last task.
+        nan_loss: What to do if the loss is NaN or infinite: ``stop`` the run, ``skip`` steps whose gradients are not
+            finite, or ``ignore`` it.
+        channels_last: Whether images and the weights of convolutions have the memory format ``channels_last``, which is
+            faster for most convolutional networks on CPU and GPU. Results are the same up to rounding.
+        compile: Backend of ``torch.compile`` for the backbones, such as ``inductor``; None to compile nothing. Heads
+            are not compiled, because they would be compiled again each time they grow. On a CPU compilation rarely
+            makes a run faster.
+        feature_cache: Folder for the features of a backbone that does not change any more. Each image then passes
+            through the backbone once, in all runs that use the folder. ``memory`` keeps the features until the run
+            ends; None stores none.
+        feature_views: Number of augmented views of each training image whose features are stored in addition to the
+            features of the image without augmentation. Epoch e trains on view e mod feature_views. 0 to augment each
+            image again in each epoch, with a forward pass for each image.
+        feature_cache_gb: Maximum size of the folder, and of the features in memory, in 10^9 bytes, above 0.
+    """
+
+    first_task_epochs: int | None = None
+    phase_epochs: dict[str, int] = field(default_factory=dict)
+    save_every_n_steps: int | None = None
+    save_every_seconds: float = 60.0
+    keep_last: int = 2
+    keep_tasks: int | None = 1
+    stop_after_task: int | None = None
+    nan_loss: NanLoss = "stop"
+    channels_last: bool = False
+    compile: str | None = None
+    feature_cache: str | None = None
+    feature_views: int = 0
+    feature_cache_gb: float = 8.0
+
+    def __post_init__(self) -> None:
+        epochs: dict[str, Any] = {f"phase_epochs.{name}": value for name, value in self.phase_epochs.items()}
+        at_least("loop", 1, optional=True, first_task_epochs=self.first_task_epochs)
+        at_least("loop", 1, **epochs)
+        at_least("loop", 1, optional=True, save_every_n_steps=self.save_every_n_steps)
+        at_least("loop", 1, keep_last=self.keep_last)
+        at_least("loop", 0, optional=True, keep_tasks=self.keep_tasks, stop_after_task=self.stop_after_task)
+        one_of("loop", get_args(NanLoss), nan_loss=self.nan_loss)
+        if self.compile is not None:
+            one_of("loop", _compilers(), optional=True, compile=self.compile)
+        at_least("loop", 0, feature_views=self.feature_views)
+        if self.feature_views and self.feature_cache is None:
+            raise ValueError(
+                f"loop: feature_views is {self.feature_views} and feature_cache null; give feature_cache a folder or "
+                "'memory', or set feature_views to 0"
+            )
+        above("loop", 0, feature_cache_gb=self.feature_cache_gb)
+
+
+def _compilers() -> list[str]:
+    import torch._dynamo  # slow to import, and only needed to compile
+
+    return list(torch._dynamo.list_backends(exclude_tags=()))
+
+
+def check_trainer(trainer: Trainer, options: LoopOptions) -> int:
+    """Check the options of a Trainer, and prepare it for a stream.
+
+    Returns:
+        Epochs per task.
+
+    Raises:
+        ValueError: If an option of the Trainer does not work with a stream.
+    """
+    if trainer.max_epochs is None or trainer.max_epochs < 1:
+        raise ValueError(f"trainer.max_epochs is {trainer.max_epochs}; it is the number of epochs per task, at least 1")
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise ValueError(
+            "trainer.fast_dev_run does not work with a stream; for a short run use trainer.max_epochs 1 and "
+            "trainer.limit_train_batches 2"
+        )
+    if trainer.max_steps != -1:
+        raise ValueError(
+            f"trainer.max_steps is {trainer.max_steps}; it would count over the whole stream: use "
+            "trainer.max_epochs, or trainer.limit_train_batches for fewer steps per epoch"
+        )
+    if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        raise ValueError("trainer.reload_dataloaders_every_n_epochs must stay 0: loaders are created for each phase")
+    if str(trainer.precision) not in _PRECISIONS:
+        raise ValueError(
+            f"trainer.precision is {trainer.precision!r}; images are normalised in single precision, so use one of "
+            f"{', '.join(_PRECISIONS)}"
+        )
+    cpu = trainer.strategy.root_device.type == "cpu"
+    if options.compile == "inductor" and cpu and not any(map(shutil.which, _CXX)):
+        raise ValueError("loop: compile is 'inductor', which needs a C++ compiler on the CPU, such as g++; set CXX")
+    kind = trainer.strategy
+    spawned = isinstance(kind, DDPStrategy) and is_spawned(kind)
+    if spawned or not isinstance(kind, (DDPStrategy, SingleDeviceStrategy)):
+        raise ValueError(
+            f"trainer.strategy {type(kind).__name__} does not keep its state in this process, where the next task "
+            "needs it; use 'auto' or 'ddp' (also 'ddp_find_unused_parameters_true')"
+        )
+    if isinstance(kind, DDPStrategy):
+        # Statistics of normalisation layers are averaged between epochs instead (see LoopHooks). A broadcast of
+        # buffers at every forward pass would include prototypes, and overwrite the buffers of all other processes.
+        keep_buffers_local(kind)
+    use_own_sampler(trainer)
+    return trainer.max_epochs
+
+
+def check_phases(strategy: ContinualStrategy, stream: Stream, phase_epochs: Mapping[str, int]) -> None:
+    """Check the names of ``phase_epochs``; warn if several phases of a task share samples that are seen once.
+
+    Raises:
+        ValueError: If ``phase_epochs`` names a phase that no task has.
+    """
+    names = [[phase.name for phase in strategy.phases(task)] for task in stream.tasks]
+    if stream.one_pass and (several := next((phases for phases in names if len(phases) > 1), None)):
+        warnings.warn(
+            f"loop: samples of this stream are seen once, but a task of {type(strategy).__name__} has the "
+            f"phases {', '.join(several)}: each phase takes one pass over its data",
+            stacklevel=2,
+        )
+    known = {name for phases in names for name in phases}
+    for name in phase_epochs:
+        if name not in known:
+            raise ValueError(
+                f"loop: phase_epochs names a phase {name!r}; {type(strategy).__name__} has "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
+
+
+def check_fit(strategy: ContinualStrategy, datamodule: ContinualDataModule, stream: Stream) -> None:
+    """Check that the traits of a strategy fit the data and the stream.
+
+    Raises:
+        ValueError: If the strategy does not support inputs, targets or streams of this kind.
+    """
+    name, traits = type(strategy).__name__, strategy.traits
+    for what, kind, taken in (
+        ("inputs", datamodule.input_kind, traits.inputs),
+        ("targets", datamodule.target_kind, traits.targets),
+    ):
+        if kind not in taken:
+            raise ValueError(
+                f"{name} takes {what} of the kind {' or '.join(taken)}, {type(datamodule).__name__} gives {kind}; use "
+                "other data, or another strategy"
+            )
+    later = stream.tasks[1:]
+    kinds = {
+        "class-incremental": any(task.num_new for task in later),
+        "domain-incremental": any(not task.num_new for task in later),
+        "online": stream.one_pass,
+    }
+    for kind, present in kinds.items():
+        if present and kind not in traits.scenarios:
+            reason = next((f" (task {task.index} brings no new class)" for task in later if not task.num_new), "")
+            raise ValueError(
+                f"{name} does not take {kind} streams{reason if kind == 'domain-incremental' else ''}; it takes "
+                f"{', '.join(traits.scenarios)}; {traits.remedy or 'use another scenario, or another strategy'}"
+            )
+
+
+def check_watched(trainer: Trainer, strategy: ContinualStrategy, stream: Stream) -> None:
+    """Check that the validation metrics that callbacks monitor will exist.
+
+    Raises:
+        ValueError: If there are no validation samples, or if a strategy of this package does not log the metric.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        watched = getattr(callback, "monitor", None) or ""
+        if not isinstance(callback, (EarlyStopping, ModelCheckpoint)) or not watched.startswith("val"):
+            continue
+        name = type(callback).__name__
+        own = type(strategy).__module__.startswith("cl_lightning.")  # other strategies may log further metrics
+        if own and watched not in ("val/accuracy", "val/loss"):
+            raise ValueError(f"{name}: monitor is {watched!r}; the validation metrics are val/accuracy and val/loss")
+        if not any(len(part) for part in stream.val):
+            raise ValueError(
+                f"{name}: monitor is {watched!r}, but there are no validation samples; give --data.val_fraction 0.1"
+            )

@@ -1,0 +1,107 @@
+"""Position of a run in its stream, and restoring of a strategy and callbacks from a checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch.utils.flop_counter import FlopCounterMode
+
+from cl_lightning.batch import ImageShape
+from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.loop.options import LoopOptions
+from cl_lightning.measures import AccuracyMatrix, CostMeter
+from cl_lightning.strategy import ContinualStrategy
+from cl_lightning.stream import Stream
+
+
+def flops_per_image(strategy: ContinualStrategy, image_shape: ImageShape) -> int | None:
+    """Floating-point operations of the prediction of one image; a multiplication and an addition count as two.
+
+    ``torch.utils.flop_counter`` counts matrix products, convolutions and attention in one forward pass. Sums,
+    activations and normalisation, a few percent of a network, are not counted. The result is None if nothing was
+    counted, for example for a compiled network, or if the network cannot predict an image of zeros.
+    """
+    image = torch.zeros(1, *image_shape, device=strategy.device)
+    devices = [image.device] if image.device.type == "cuda" else []
+    counter = FlopCounterMode(display=False)
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), counter:
+        try:
+            strategy.predict(image)
+        except (RuntimeError, ValueError, NotImplementedError):  # an unknown cost must not end a run
+            return None
+    return int(counter.get_total_flops()) or None
+
+
+@dataclass(frozen=True)
+class Position:
+    """Position of a run in its stream.
+
+    Attributes:
+        task: Index of the task.
+        phase: Index of the phase; the number of phases when all phases are over and ``end_task`` comes next.
+        running: Whether the phase has begun, so that its fit is resumed and not started.
+        origin: Epoch of the Trainer at which the phase began.
+        done: Whether the task is over and evaluated.
+    """
+
+    task: int = 0
+    phase: int = 0
+    running: bool = False
+    origin: int = 0
+    done: bool = False
+
+
+def restore(strategy: ContinualStrategy, trainer: Trainer, saved: Mapping[str, Any]) -> None:
+    """Load the state of a strategy, whose network is built, and of the callbacks from a checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint was written by another strategy or with another network.
+    """
+    mine, its = _class_path(strategy), saved["cl_lightning"]["strategy"]
+    if its != mine:
+        raise ValueError(f"the checkpoint is of another strategy: {its}, not {mine}")
+    try:
+        strategy.load_state_dict(saved["state_dict"])
+    except RuntimeError as error:
+        first = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise ValueError(f"the checkpoint is of another network or other options: {first}") from error
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if (state := saved["callbacks"].get(callback.state_key)) is not None:
+            callback.load_state_dict(state)
+
+
+def _class_path(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+class Run(Protocol):
+    """Attributes of a run that results and loggers read; ``TaskLoop`` has them.
+
+    Attributes:
+        trainer, strategy, datamodule, options: Arguments of the loop.
+        run_dir: Folder of the run; None to write nothing.
+        seed, config: Seed of the run, and its configuration as YAML without secrets.
+        stream: Tasks of the run.
+        matrix: Accuracies so far.
+        meter: Costs so far.
+        measured: Measures of each finished task.
+        fingerprints: Hash of the data of each task.
+        own_callbacks: Callbacks that the loop added.
+    """
+
+    trainer: Trainer
+    strategy: ContinualStrategy
+    datamodule: ContinualDataModule
+    options: LoopOptions
+    run_dir: Path | None
+    seed: int
+    config: str
+    stream: Stream
+    matrix: AccuracyMatrix
+    meter: CostMeter
+    measured: list[dict[str, float]]
+    fingerprints: list[str]
+    own_callbacks: tuple[Callback, ...]

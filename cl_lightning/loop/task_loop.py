@@ -1,0 +1,604 @@
+"""The task loop: one Trainer learns a stream, task after task; a run can be stopped and resumed at any step."""
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+
+from cl_lightning import checksums, distributed
+from cl_lightning.batch import Batch, mix
+from cl_lightning.callback import AddsLosses, ContinualCallback, Progress
+from cl_lightning.data import FeatureCache, FeatureLoader, PlannedLoader
+from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.loop import checkpoint as checkpoints
+from cl_lightning.loop import results
+from cl_lightning.loop.fast_step import install_fast_steps
+from cl_lightning.loop.logging import RunLogging
+from cl_lightning.loop.nan_guard import NanGuard
+from cl_lightning.loop.options import LoopOptions, check_fit, check_phases, check_trainer, check_watched
+from cl_lightning.loop.run import Position, _class_path, flops_per_image, restore
+from cl_lightning.loop.stopping import Interrupted, StopRequest
+from cl_lightning.loop.warning_filters import ignore_lightning_warnings
+from cl_lightning.measures import AccuracyMatrix, CostMeter, headline_accuracy
+from cl_lightning.models import Network
+from cl_lightning.strategy import ContinualStrategy, Phase
+from cl_lightning.stream import Stream, Task
+
+
+class TaskLoop:
+    """Trains and evaluates a strategy on a stream of tasks with one Trainer.
+
+    For each task the head grows, each phase is one fit, ``end_task`` computes statistics and copies networks, and one
+    pass evaluates the test data of all tasks so far. Then a checkpoint and the results are written.
+
+    Args:
+        trainer: Trainer of all fits; its ``max_epochs`` are epochs per task.
+        strategy: Strategy to train.
+        datamodule: Data of the stream.
+        options: Options of the run.
+        run_dir: Folder for checkpoints and results; None to write nothing.
+        seed: Seed of all random numbers of the run.
+        config: The configuration as YAML; it is stored in checkpoints and results.
+
+    Raises:
+        ValueError: If an option of the Trainer does not work with a stream.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        strategy: ContinualStrategy,
+        datamodule: ContinualDataModule,
+        *,
+        options: LoopOptions | None = None,
+        run_dir: str | Path | None = None,
+        seed: int = 0,
+        config: str = "",
+    ) -> None:
+        self.trainer, self.strategy, self.datamodule = trainer, strategy, datamodule
+        self.options = options or LoopOptions()
+        self._files = checkpoints.CheckpointFiles(self.options.keep_last)
+        self.run_dir = Path(run_dir) if run_dir is not None else None
+        self.seed, self.config = seed, results.without_secrets(config)
+        self.epochs = check_trainer(trainer, self.options)
+        trainer.strategy.checkpoint_io = self._files
+        self.position = Position()
+        self.matrix = AccuracyMatrix()
+        self.measured: list[dict[str, float]] = []  # measures of each finished task, filled by ``results.collect``
+        self.meter = CostMeter()
+        self.fingerprints: list[str] = []
+        self.stream: Stream
+        self.started = False  # whether a step was taken, or a task closed
+        self._phases: list[Phase] = []
+        self._feature_cache: FeatureCache | None = None
+        if self.options.feature_cache is not None:
+            folder = None if self.options.feature_cache == "memory" else self.options.feature_cache
+            self._feature_cache = FeatureCache(folder, int(self.options.feature_cache_gb * 1e9))
+        self._last_save = time.monotonic()
+        self._driver = LoopHooks(self)
+        self.stop_request = StopRequest(trainer)
+        self.run_logging = RunLogging(self)
+        self.nan_guard = NanGuard(self.options.nan_loss) if self.options.nan_loss != "ignore" else None
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.append(self.run_logging)
+        # Callbacks that only observe come last, so that they see the effect of the others in the same hook.
+        callbacks.sort(key=lambda callback: isinstance(callback, ContinualCallback) and callback.observer_only)
+        own = [self._driver] if self.nan_guard is None else [self._driver, self.nan_guard]
+        callbacks[:0] = own  # before all others, see LoopHooks
+        self.own_callbacks = (*own, self.run_logging)
+        for callback in callbacks:
+            if isinstance(callback, ContinualCallback):
+                callback.meter = self.meter
+        # Tensors created under no_grad can be used in later gradients; tensors of inference mode cannot.
+        trainer.test_loop.inference_mode = trainer.validate_loop.inference_mode = False
+        install_fast_steps(trainer)
+
+    # ------------------------------------------------------------------ public methods
+
+    def fit(self, ckpt_path: str | Path | None = None) -> AccuracyMatrix:
+        """Learn the stream, from its beginning or from a checkpoint.
+
+        Args:
+            ckpt_path: Checkpoint to resume from; ``last`` for the newest checkpoint of the run folder; None to start a
+                new run.
+
+        Returns:
+            The accuracy on each task after each task.
+
+        Raises:
+            ValueError: Before training starts, if data, configuration or checkpoint do not fit together.
+            Interrupted: After SIGINT or SIGTERM, when a checkpoint was written.
+        """
+        path = self._path_of(ckpt_path) if ckpt_path is not None else None
+        saved = self._files.read(path) if path is not None else None
+        if saved is None and self.run_dir is not None and checksums.candidates(self._last):
+            raise ValueError(
+                f"{self.run_dir} holds a run already; add --ckpt_path last to resume it, or give another --run_dir"
+            )
+        self._prepare(saved)
+        stop, count = self.options.stop_after_task, len(self.stream)
+        if stop is not None and stop >= count:
+            raise ValueError(f"loop: stop_after_task is {stop}; the stream has {count} tasks, so at most {count - 1}")
+        check_fit(self.strategy, self.datamodule, self.stream)
+        check_phases(self.strategy, self.stream, self.options.phase_epochs)
+        check_watched(self.trainer, self.strategy, self.stream)
+        with (
+            ignore_lightning_warnings(),
+            self.stop_request.listening(),
+            self.run_logging,
+            closing(self.datamodule),
+        ):
+            self._write_start(path, saved)
+            for task in self.stream.tasks[self.position.task + self.position.done :]:
+                self._run_task(task, path if saved is not None and task.index == self.position.task else None)
+                saved = None
+                self._files.forget()
+                if task.index == self.options.stop_after_task:
+                    break
+        return self.matrix
+
+    def test(self, ckpt_path: str | Path) -> AccuracyMatrix:
+        """Evaluate a checkpoint on the test data of all tasks so far, and return the matrix with this row."""
+        self._prepare(checkpoints.load(self._path_of(ckpt_path)))
+        task = self._last_seen()
+        self.datamodule.begin(task)
+        with ignore_lightning_warnings(), closing(self.datamodule):
+            self._evaluate(task)
+        return self.matrix
+
+    def validate(self, ckpt_path: str | Path) -> dict[str, float]:
+        """Accuracy and loss of a checkpoint on the validation samples of all tasks so far."""
+        self._prepare(checkpoints.load(self._path_of(ckpt_path)))
+        self.datamodule.begin(self._last_seen())
+        if not self.datamodule.val_dataloader():
+            raise ValueError("there are no validation samples; give data.val_fraction the value of the training run")
+        with ignore_lightning_warnings(), closing(self.datamodule):
+            self.trainer.validate(self.strategy, datamodule=self.datamodule, verbose=False)
+        return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+
+    # ------------------------------------------------------------------ the stream
+
+    def _run_task(self, task: Task, resume: Path | None) -> None:
+        strategy, data = self.strategy, self.datamodule
+        traits = strategy.traits
+        data.begin(task, cumulative=traits.needs_all_data, with_unlabelled=traits.uses_unlabelled)
+        strategy.task = task
+        if resume is None:
+            self.position = Position(task.index)
+            self._seed(task.index)
+            self.meter.begin_task(self.trainer.strategy.root_device)
+            self.meter.enter("statistics")
+            strategy.mark_columns(task)
+            strategy.begin_task(task)
+            self._call("on_task_start", task)
+            self.meter.enter(None)
+        else:
+            self.meter.resume_task(self.trainer.strategy.root_device)
+        self._phases = strategy.phases(task)
+        self._show_progress(task, self.position.phase)
+        for index in range(self.position.phase, len(self._phases)):
+            needed = self._phases[index].needed
+            if not self.position.running and needed is not None and not needed():
+                self.position = Position(task.index, index + 1, origin=self.trainer.current_epoch)
+                continue
+            self._run_phase(task, index, resume if self.position.running else None)
+            # Not earlier: all hooks of callbacks at the end of the fit are over here, and their values are logged.
+            if self.stop_request.made(now=True):
+                self.stop()
+            if self.save_is_due():
+                self.save(needed=False)
+        self._driver.closing = task
+        self._evaluate(task)
+        self.position = Position(task.index, len(self._phases), origin=self.trainer.current_epoch, done=True)
+        self._write_task(task)
+        if self._feature_cache is not None:
+            self._feature_cache.close()
+
+    def _run_phase(self, task: Task, index: int, resume: Path | None) -> None:
+        phase, trainer = self._phases[index], self.trainer
+        epochs = self._epochs(task, phase)
+        origin = self.position.origin if resume is not None else trainer.current_epoch
+        # Early stopping must not compare with the metric of an earlier phase.
+        trainer.should_stop = False
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EarlyStopping) and resume is None:
+                callback.wait_count, callback.stopped_epoch = 0, 0
+                callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+        self.position = Position(task.index, index, running=True, origin=origin)
+        self._seed(task.index, index)
+        self.strategy.trainer = trainer
+        phase = replace(phase, options=replace(phase.options, epochs=epochs))
+        sources = [callback for callback in trainer.callbacks if isinstance(callback, AddsLosses)]  # type: ignore[attr-defined]
+        self.strategy.begin_phase(phase, origin, sources)
+        self._show_progress(task, index)
+        at = _resumed_at(self._files.read(resume)) if resume is not None else None
+        self.datamodule.begin_phase(
+            index,
+            self.strategy.replay_memory(),
+            origin,
+            at,
+            samples=phase.samples,
+            features=phase.features,
+            batch_size=phase.options.batch_size,
+            augments=not phase.unaugmented,
+        )
+        self._compile()
+        trainer.fit_loop.max_epochs = origin + epochs
+        path = str(resume) if resume is not None else None
+        trainer.fit(self.strategy, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
+
+    def _evaluate(self, task: Task) -> None:
+        self.strategy.task = task
+        self._compile()
+        self.trainer.test(self.strategy, datamodule=self.datamodule, verbose=False)
+        assert self.strategy.evaluation.result is not None
+        self.matrix.fill(task.index, self.strategy.evaluation.result)
+
+    def _compile(self) -> None:
+        """Compile the backbones that are not compiled yet, in place; names of parameters do not change."""
+        if self.options.compile is None:
+            return
+        for module in self.strategy.modules():
+            if isinstance(module, Network) and module.backbone._compiled_call_impl is None:
+                module.backbone.compile(backend=self.options.compile)
+
+    def _epochs(self, task: Task, phase: Phase) -> int:
+        if self.stream.one_pass:
+            return 1
+        if phase.name in self.options.phase_epochs:
+            return self.options.phase_epochs[phase.name]
+        if phase.options.epochs is not None:
+            return phase.options.epochs
+        return self.options.first_task_epochs or self.epochs if task.is_first else self.epochs
+
+    def _show_progress(self, task: Task, index: int) -> None:
+        """Set the progress of the run on all callbacks, at the beginning of phase ``index`` of a task."""
+        progress = self._progress(task, index)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ContinualCallback):
+                callback.progress = progress
+
+    def _progress(self, task: Task, index: int) -> Progress:
+        stop = self.options.stop_after_task
+        tasks = self.stream.tasks[: None if stop is None or stop < task.index else stop + 1]
+        sizes = np.array([len(part) for part in self.stream.train], dtype=np.float64)
+        sizes = sizes.cumsum() if self.strategy.traits.needs_all_data else sizes
+        work = [self._epochs(task, phase) * sizes[task.index] * _effort(phase) for phase in self._phases]
+        later = sum(self._epochs(t, phase) * sizes[t.index] for t in tasks[task.index + 1 :] for phase in self._phases)
+        return Progress(
+            tasks=len(tasks),
+            phase=index,
+            phases=len(self._phases),
+            work=float(sum(work[index : index + 1])),
+            ahead=float(sum(work[index:]) + later),
+            accuracy=headline_accuracy(self.matrix.measures()) if self.matrix.learned else None,
+        )
+
+    def _call(self, hook: str, task: Task) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ContinualCallback):
+                getattr(callback, hook)(self.trainer, self.strategy, task)
+
+    def _seed(self, *place: int) -> None:
+        """Seed the global generators with a function of the seed of the run and the position in the stream."""
+        torch.manual_seed(mix(self.seed, 0x7A5C, *place) & 0x7FFFFFFFFFFFFFFF)
+
+    # ------------------------------------------------------------------ before training
+
+    def _prepare(self, saved: Mapping[str, Any] | None) -> None:
+        self._prepare_data()
+        self.strategy.seed = self.seed
+        self.datamodule.whole_batches = self.strategy.traits.transductive
+        self.strategy.passes.cache = self._feature_cache
+        self.stream = self._match(saved) if saved is not None else self.datamodule.make_stream(self.seed)
+        self.fingerprints = [self.datamodule.fingerprint(task.index) for task in self.stream.tasks]
+        if not self.strategy.is_built:
+            self._seed()
+            self.strategy.build(self.datamodule.image_shape)
+        self.datamodule.feature_views = self.options.feature_views
+        self.datamodule.pin_memory = self.trainer.strategy.root_device.type == "cuda"
+        if self.options.channels_last:
+            self.datamodule.channels_last = True
+            self.strategy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if saved is not None:
+            self._restore(saved)
+
+    def _prepare_data(self) -> None:
+        """Download data in one process per machine; the other processes wait."""
+        environment = (
+            self.trainer.strategy.cluster_environment if isinstance(self.trainer.strategy, DDPStrategy) else None
+        )
+        if environment is None or isinstance(environment, LightningEnvironment):
+            # The main process runs this before it starts the other processes.
+            if self.trainer.local_rank == 0:
+                self.datamodule.prepare_data()
+            return
+        self.trainer.strategy.setup_environment()
+        if self.trainer.local_rank == 0:
+            self.datamodule.prepare_data()
+        self.trainer.strategy.barrier("prepare_data")
+
+    def _match(self, saved: Mapping[str, Any]) -> Stream:
+        """The stream of a checkpoint, extended by tasks for the classes that the data have gained since."""
+        earlier = Stream.from_dict(json.loads(saved["cl_lightning"]["manifest"]))
+        data = self.datamodule
+        data.load_state_dict(saved.get(type(data).__qualname__, {}))
+        stream = data.make_stream(self.seed, earlier)
+        for index, expected in enumerate(saved["cl_lightning"]["fingerprints"]):
+            if index < len(stream.tasks) and data.fingerprint(index) != expected:
+                raise ValueError(
+                    f"the checkpoint is of another stream: task {index} ({stream.tasks[index].name}) has other "
+                    "classes or other samples than in that run; give the data, class order and seed of that run"
+                )
+        return stream
+
+    def _restore(self, saved: Mapping[str, Any]) -> None:
+        part, strategy = saved["cl_lightning"], self.strategy
+        restore(strategy, self.trainer, saved)
+        fit_loop = self.trainer.fit_loop
+        fit_loop.load_state_dict(saved["loops"]["fit_loop"])
+        fit_loop.restarting = False  # a fit that is resumed within a phase restores the loop again
+        self.position = Position(**part["place"])
+        self.matrix.load_state_dict(part["matrix"])
+        self.meter.load_state_dict(part["costs"])
+        strategy.task = self.stream.tasks[self.position.task]
+
+    @property
+    def _last(self) -> Path:
+        assert self.run_dir is not None
+        return self.run_dir / "checkpoints" / "last.ckpt"
+
+    def _path_of(self, ckpt_path: str | Path) -> Path:
+        if str(ckpt_path) != "last":
+            return Path(ckpt_path)
+        if self.run_dir is None:
+            raise ValueError("ckpt_path 'last' needs a run folder; give run_dir, or the path of a checkpoint")
+        path, problems = checksums.newest(self._last)
+        if path is None:
+            found = problems[0] if problems else f"ckpt_path 'last': there is no checkpoint under {self.run_dir}"
+            raise ValueError(found)
+        for problem in problems:
+            rank_zero_warn(f"{problem}; the run resumes from {path.name}", stacklevel=3)
+        return path
+
+    def _last_seen(self) -> Task:
+        if self.position.task == 0 and not self.position.done and not self.strategy.task_columns.numel():
+            raise ValueError("the checkpoint has seen no task yet")
+        return self.stream.tasks[self.strategy.task_columns.shape[0] - 1]
+
+    # ------------------------------------------------------------------ checkpoints and results
+
+    def state(self) -> dict[str, Any]:
+        """The part ``cl_lightning`` of a checkpoint: plain values and tensors."""
+        return {
+            "schema": checkpoints.SCHEMA,
+            "place": vars(self.position).copy(),
+            "strategy": _class_path(self.strategy),
+            "manifest": json.dumps(self.stream.to_dict()),
+            "fingerprints": self.fingerprints,
+            "class_names": list(self.stream.class_names),
+            "raw_shape": list(self.datamodule.samples(train=True).image_shape),
+            "matrix": self.matrix.state_dict(),
+            "costs": self.meter.state_dict(),
+            "config": self.config,
+            "seed": self.seed,
+            "versions": results.versions(),
+        }
+
+    def save(self, *, needed: bool = True) -> Path | None:
+        """Write a checkpoint; called on all processes.
+
+        Args:
+            needed: Whether to raise if the checkpoint cannot be written. Otherwise a warning reports the error, earlier
+                checkpoints are kept, and the run continues until the next checkpoint is due.
+
+        Returns:
+            Path of the checkpoint; None without a run folder, or if it could not be written.
+
+        Raises:
+            WriteError: On all processes, if the checkpoint is needed and cannot be written.
+        """
+        if self.run_dir is None:
+            return None
+        if self.nan_guard is not None and self.position.running:
+            self.nan_guard.check(self.strategy)
+        before = self.meter.enter("saving")
+        distributed.average_batch_statistics(self.strategy)  # one process writes for all
+        self.trainer.save_checkpoint(self._last)
+        self.meter.enter(before)
+        self._last_save = time.monotonic()
+        failure = self.trainer.strategy.broadcast(self._files.failure and _in_words(self._files.failure))
+        if failure is None:
+            return self._last
+        message = f"checkpoint {self._last}: cannot be written ({failure}); "
+        if needed:
+            left = next(iter(checksums.candidates(self._last)), "none")
+            raise checkpoints.WriteError(f"{message}the newest earlier checkpoint: {left}")
+        rank_zero_warn(message + "the run continues and tries again when the next checkpoint is due")
+        return None
+
+    def save_is_due(self) -> bool:
+        """Whether ``save_every_seconds`` have passed since the last checkpoint; the same answer on all processes."""
+        due = time.monotonic() - self._last_save >= self.options.save_every_seconds
+        return bool(self.trainer.strategy.broadcast(due)) if distributed.is_distributed() else due
+
+    def _write_start(self, resumed: Path | None, saved: Mapping[str, Any] | None) -> None:
+        self.run_logging.open(saved["cl_lightning"] if saved is not None else None)
+        if self.run_dir is not None and self.trainer.is_global_zero:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            checksums.clear_torn(self._last.parent)
+            if resumed is not None:
+                checksums.resume_from(self._last, resumed)
+            if self.config:
+                (self.run_dir / "config.yaml").write_text(self.config, encoding="utf-8")
+            self.stream.save(self.run_dir / "manifest.json")
+            results.write(self.run_dir / "results.json", self.results())
+
+    def _write_task(self, task: Task) -> None:
+        self.run_logging.task_done(task)  # first, so that no checkpoint is ahead of the logs
+        last = self.save()
+        if last is not None and self.trainer.is_global_zero:
+            if self.options.keep_tasks != 0:
+                checksums.link(last, last.with_name(f"task_{task.index:03d}.ckpt"))
+            kept = sorted(last.parent.glob("task_*.ckpt"))
+            for old in kept[: -self.options.keep_tasks] if self.options.keep_tasks else []:
+                old.unlink()
+            results.write(last.parents[1] / "results.json", self.results())
+
+    def results(self) -> dict[str, Any]:
+        """Results of the run so far, as plain values for JSON."""
+        return results.collect(self)
+
+    def stop(self) -> NoReturn:
+        """Write a checkpoint and raise ``Interrupted``; called on all processes after they agreed to stop."""
+        assert self.stop_request.signum is not None
+        raise Interrupted(self.save() or Path("nowhere"), self.stop_request.signum)
+
+
+class LoopHooks(Callback):
+    """Saves, stops, measures costs and calls the hooks of a task inside Lightning's fit and test.
+
+    It is the first callback: a checkpoint that it writes in a hook holds the state before that hook of all others.
+    """
+
+    def __init__(self, loop: TaskLoop) -> None:
+        self.loop = loop
+        self.closing: Task | None = None
+        self._mid_epoch = False
+        self._since_save = 0
+        self._step = 0
+        self._share = 1.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+        loader = trainer.train_dataloader
+        # Share of the images that come from the stream: a loader may add samples of a memory, or serve features.
+        self._share = 0.0 if isinstance(loader, FeatureLoader) else 1.0
+        if isinstance(loader, PlannedLoader) and len(loader.plan.indices) > 0:
+            self._share = float((loader.plan.indices < loader.num_data).double().mean())
+        self.loop.meter.enter("training")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch > self.loop.position.origin:
+            self._mid_epoch = False
+            self._check(self.loop.save_is_due())
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.loop.started = True
+        if batch_idx == 0 or batch_idx % trainer.accumulate_grad_batches:
+            return
+        self._since_save += 1
+        every = self.loop.options.save_every_n_steps
+        self._mid_epoch = True
+        self._check(every is not None and self._since_save % every == 0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        draw, passed = batch.draw, self.loop.strategy.terms.samples
+        whole = draw.total / max(draw.stop - draw.start, 1)  # samples of all processes per sample of this process
+        step, self._step = self._step, trainer.global_step
+        self.loop.meter.add(
+            images=draw.total * self._share,
+            samples=draw.total if passed is None else passed * whole,
+            steps=trainer.global_step - step,
+        )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        distributed.average_batch_statistics(pl_module)
+        self.loop.meter.end_epoch(self.loop.strategy.phase.name)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._before = self.loop.meter.enter("evaluation")
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.loop.strategy.evaluation.begin(confusion=False)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        evaluation = self.loop.strategy.evaluation
+        evaluation.finish()
+        metrics = {"val/accuracy": evaluation.accuracy(), "val/loss": evaluation.loss}
+        for name, value in metrics.items():  # for callbacks that monitor it; loggers get it below, with the right step
+            pl_module.log(name, torch.tensor(value, dtype=torch.float32), logger=False)
+        for logger in [] if trainer.sanity_checking else trainer.loggers:  # type: ignore[attr-defined]
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.loop.meter.enter(self._before)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loop, position = self.loop, self.loop.position
+        loop.meter.enter("statistics")
+        # After the last step the state of the generators depends on the numbers that this process has drawn.
+        loop._seed(position.task, position.phase, 1)
+        loop.strategy.end_phase(loop.strategy.phase)
+        loop.position = Position(position.task, position.phase + 1, origin=trainer.current_epoch)
+        self._mid_epoch = False
+        loop.meter.enter(None)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.closing is not None:
+            self.loop.started = True
+            self.loop.meter.enter("statistics")
+            self.loop._seed(self.closing.index, len(self.loop._phases), 2)
+            self.loop._call("on_task_learnt", self.closing)
+            self.loop.strategy.end_task(self.closing)
+            self.loop._call("on_task_end", self.closing)
+        self.loop.meter.enter("evaluation")
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.loop.strategy.evaluation.begin(confusion=True)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.loop.strategy.evaluation.finish()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.loop.meter.enter(None)
+        if self.closing is not None:
+            self.closing = None
+            strategy = self.loop.strategy
+            shape = strategy.image_shape
+            flops = flops_per_image(strategy, shape) if shape is not None else None  # on all processes at the same time
+            kept = results.bytes_kept(trainer, strategy)
+            self.loop.meter.close_task(strategy, strategy.network, kept, flops)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        position = self.loop.position
+        checkpoints.settle_progress(checkpoint["loops"]["fit_loop"], mid_epoch=self._mid_epoch and position.running)
+        if not position.running:  # the next fit creates a new optimizer
+            checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
+        checkpoint["cl_lightning"] = self.loop.state()
+
+    def _check(self, due: bool) -> None:
+        if self.loop.stop_request.made():
+            self.loop.stop()
+        if due:
+            self.loop.save(needed=False)
+
+
+def _effort(phase: Phase) -> float:
+    """Cost of one row of a phase, relative to a forward and backward pass of an image; for the remaining time."""
+    return 0.02 if phase.features is not None else 1.0
+
+
+def _in_words(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _resumed_at(saved: Mapping[str, Any]) -> tuple[int, int]:
+    """Epoch of the Trainer and step in the epoch at which a checkpoint resumes."""
+    loops = saved["loops"]["fit_loop"]
+    epochs, batches = loops["epoch_progress"]["current"], loops["epoch_loop.batch_progress"]["current"]
+    mid_epoch = epochs["ready"] != epochs["processed"]
+    return epochs["processed"], batches["completed"] if mid_epoch else 0

@@ -1,0 +1,39 @@
+"""Loss functions of logits, features and labels."""
+
+from cl_lightning.losses.classification import (
+    binary_cross_entropy,
+    cross_entropy,
+    entropy,
+    full_precision,
+    masked_logits,
+    mean_over_rows,
+)
+from cl_lightning.losses.contrastive import supervised_contrastive
+from cl_lightning.losses.distillation import (
+    NewClassTargets,
+    balanced_distillation,
+    cosine_feature_distillation,
+    feature_distillation,
+    logit_matching,
+    lwf_mc_targets,
+    sigmoid_distillation,
+    softmax_distillation,
+)
+
+__all__ = [
+    "NewClassTargets",
+    "balanced_distillation",
+    "binary_cross_entropy",
+    "cosine_feature_distillation",
+    "cross_entropy",
+    "entropy",
+    "feature_distillation",
+    "full_precision",
+    "logit_matching",
+    "lwf_mc_targets",
+    "masked_logits",
+    "mean_over_rows",
+    "sigmoid_distillation",
+    "softmax_distillation",
+    "supervised_contrastive",
+]

@@ -1,0 +1,92 @@
+"""Classification losses that several methods share: tensors in, a scalar out.
+
+All losses of this room compute in float32 or float64, also under autocast, and propagate no gradient into the outputs
+of a teacher (``teacher``) or into ``targets``. The mean over a batch without rows is 0, so an empty memory adds
+nothing.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """The tensor in float32; a float64 tensor stays float64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def mean_over_rows(values: Tensor) -> Tensor:
+    """Mean of one number per row, ``(B,)``; for B = 0 it is 0 and still has a gradient graph."""
+    return values.sum() / max(len(values), 1)
+
+
+def masked_logits(logits: Tensor, loss_classes: Tensor) -> Tensor:
+    """Exclude classes from a softmax: their logits become -inf and their gradient is exactly 0.
+
+    Args:
+        logits: ``(B, C)``.
+        loss_classes: Classes that stay in the softmax, bool, ``(C,)`` or one row per sample ``(B, C)``; at least one
+            True in each row.
+
+    Returns:
+        ``(B, C)``. The cross-entropy of a label whose class is excluded is infinite.
+    """
+    return logits.masked_fill(~loss_classes, -torch.inf)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of softmax(z), mean over the labelled rows, in nats.
+
+        L = 1/n sum_i [ -(1 - s) log p_i,y_i - s / V_i sum_{c in loss classes} log p_ic ]
+
+    The smoothing is spread over the V_i classes with a finite logit, so it can be combined with :func:`masked_logits`.
+
+    Args:
+        logits: ``(B, C)``; -inf excludes a class.
+        labels: Columns, int64 ``(B,)``; rows with -1 are ignored. Without any labelled row, loss and gradient are 0.
+        label_smoothing: s, in [0, 1).
+
+    Returns:
+        A scalar.
+    """
+    labelled = labels >= 0
+    log_p = F.log_softmax(full_precision(logits), dim=1)
+    loss = F.nll_loss(log_p, labels, ignore_index=-1, reduction="sum")
+    if label_smoothing:
+        hidden = logits == -torch.inf
+        uniform = -log_p.masked_fill(hidden, 0.0).sum(dim=1) / (~hidden).sum(dim=1)
+        loss = (1 - label_smoothing) * loss + label_smoothing * uniform.where(labelled, 0.0).sum()
+    return loss / labelled.sum().clamp(min=1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(z) of each row, ``-sum_c p_c log p_c``, in nats; in [0, log C].
+
+    Args:
+        logits: ``(B, C)``, finite.
+
+    Returns:
+        ``(B,)``.
+    """
+    log_p = F.log_softmax(full_precision(logits), dim=1)
+    return -(log_p.exp() * log_p).sum(dim=1)
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy of sigmoids, summed over classes, mean over the batch: the loss of LwF.MC and iCaRL.
+
+        L = -1/B sum_i sum_c [ y_ic log s(z_ic) + (1 - y_ic) log(1 - s(z_ic)) ],   dL/dz_ic = (s(z_ic) - y_ic) / B
+
+    Rebuffi et al. (CVPR 2017, arXiv:1611.07725). Implementations that also take the mean over the classes compute this
+    loss divided by C.
+
+    Args:
+        logits: ``(B, C)``, finite.
+        targets: In [0, 1], ``(B, C)``.
+
+    Returns:
+        A scalar, in nats.
+    """
+    logits = full_precision(logits)
+    loss = F.binary_cross_entropy_with_logits(logits, targets.detach().to(logits.dtype), reduction="none")
+    return mean_over_rows(loss.sum(dim=1))

@@ -1,0 +1,37 @@
+"""Contrastive losses of features."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cl_lightning.losses.classification import full_precision
+
+
+def supervised_contrastive(
+    embeddings: Tensor, labels: Tensor, temperature: float = 0.1, *, base_temperature: float = 0.07
+) -> Tensor:
+    """Supervised contrastive loss (Khosla et al., NeurIPS 2020, arXiv:2004.11362, eq. 2), in nats.
+
+        L = T / T_0 * 1/n sum_i -1/|P_i| sum_{p in P_i} log( exp(z_i z_p / T) / sum_{a != i} exp(z_i z_a / T) )
+
+    with z the L2-normalised embeddings and P_i the other rows with the label of row i. The mean is over the n rows with
+    a non-empty P_i; it is 0 without any such row. T_0 = 0.07 is from the authors' code, not from the equation.
+
+    Args:
+        embeddings: ``(B, d)``. With two views of each image, pass both, so that each row has a positive.
+        labels: Columns, int64 ``(B,)``.
+        temperature: T, positive.
+        base_temperature: T_0, positive.
+
+    Returns:
+        A scalar.
+    """
+    z = F.normalize(full_precision(embeddings), dim=1)
+    with torch.autocast(z.device.type, enabled=False):
+        similarity = z @ z.T / temperature
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positive = (labels[:, None] == labels) & ~itself
+    log_p = similarity.masked_fill(itself, -torch.inf).log_softmax(dim=1).masked_fill(~positive, 0.0)
+    counts = positive.sum(dim=1)
+    loss = -(log_p.sum(dim=1) / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
+    return loss * (temperature / base_temperature)

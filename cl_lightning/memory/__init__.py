@@ -1,0 +1,67 @@
+"""State that outlives a task: exemplars, prototypes, class statistics, teachers and importances of weights."""
+
+from cl_lightning.memory.accounting import KeepsBytes, bytes_by_kind
+from cl_lightning.memory.class_statistics import (
+    ClassStatistics,
+    Metric,
+    class_means,
+    class_statistics,
+    nearest_mean_scores,
+)
+from cl_lightning.memory.consolidation import Consolidation
+from cl_lightning.memory.drift import calibrate_new, calibrated, kernel_drift
+from cl_lightning.memory.growing import GrowingBuffers, restore_shapes
+from cl_lightning.memory.herding import herding_indices, herding_per_class
+from cl_lightning.memory.importance import Importance, NamedBuffers, PathIntegral
+from cl_lightning.memory.prototypes import GaussianPrototypes, PrototypeHead, Prototypes
+from cl_lightning.memory.replay import (
+    ClassBalanced,
+    HerdingPolicy,
+    Memory,
+    Policy,
+    Reservoir,
+    Ring,
+    check_replay,
+    group_ids,
+    rank_in_group,
+    valid_columns,
+)
+from cl_lightning.memory.sensitivity import fisher_diagonal, output_norm
+from cl_lightning.memory.teacher import Teacher
+
+__all__ = [
+    "ClassBalanced",
+    "ClassStatistics",
+    "Consolidation",
+    "GaussianPrototypes",
+    "GrowingBuffers",
+    "HerdingPolicy",
+    "Importance",
+    "KeepsBytes",
+    "Memory",
+    "Metric",
+    "NamedBuffers",
+    "PathIntegral",
+    "Policy",
+    "PrototypeHead",
+    "Prototypes",
+    "Reservoir",
+    "Ring",
+    "Teacher",
+    "bytes_by_kind",
+    "calibrate_new",
+    "calibrated",
+    "check_replay",
+    "class_means",
+    "class_statistics",
+    "fisher_diagonal",
+    "group_ids",
+    "herding_indices",
+    "herding_per_class",
+    "kernel_drift",
+    "nearest_mean_scores",
+    "output_norm",
+    "rank_in_group",
+    "restore_shapes",
+    "valid_columns",
+]

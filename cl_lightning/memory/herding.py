@@ -1,0 +1,58 @@
+"""Herding: exemplars whose mean approximates the mean of their class (Rebuffi et al., CVPR 2017)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def herding_indices(features: Tensor, count: int, *, normalize: bool = True, normalize_mean: bool = False) -> Tensor:
+    """Herding: rows whose running mean is nearest to the mean of all rows (iCaRL, Rebuffi et al., CVPR 2017, alg. 4).
+
+    With S the sum of the rows chosen so far, the k-th choice is
+
+        argmin_i || mu - (S + phi_i) / k ||  =  argmin_i  ||phi_i||^2 + 2 <S, phi_i> - 2 k <mu, phi_i>,
+
+    since k^2 times the squared distance differs from the right side by terms without i. Each choice costs one product
+    of the feature matrix and a vector. The first m choices equal ``herding_indices(features, m)``.
+
+    Args:
+        features: Features of one class, ``(n, d)``; the computation is in float64.
+        count: Number of rows to choose; all rows if there are fewer.
+        normalize: Whether rows are first divided by their norms.
+        normalize_mean: Whether the mean of the rows is divided by its norm too.
+
+    Returns:
+        Distinct rows in order of choice, int64 ``(min(count, n),)``.
+    """
+    phi = features.detach().double()
+    phi = F.normalize(phi, dim=1) if normalize else phi
+    mu = phi.mean(0)
+    mu = F.normalize(mu, dim=0) if normalize_mean else mu
+    square, with_mean, with_sum = phi.square().sum(1), phi @ mu, torch.zeros_like(phi[:, 0])  # (n,)
+    chosen = []
+    for k in range(1, min(count, phi.shape[0]) + 1):
+        row = (square + 2 * with_sum - 2 * k * with_mean).argmin(0, keepdim=True)  # a tensor: no synchronisation
+        chosen.append(row)
+        with_sum += phi @ phi.index_select(0, row)[0]
+        square.index_fill_(0, row, float("inf"))  # a row is chosen once
+    return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=phi.device)
+
+
+def herding_per_class(features: Tensor, labels: Tensor, quota: int, **options: bool) -> Tensor:
+    """Herding of each class: rows class by class, in order of choice, for a memory with ``HerdingPolicy()``.
+
+    With 100 rows of each of 3 classes and a quota of 20, the result has 60 rows, 20 per class.
+
+    Args:
+        features: ``(n, d)``.
+        labels: Columns, int64 ``(n,)``.
+        quota: Number of rows to choose in each class; all rows of a class that has fewer.
+        options: Options of :func:`herding_indices`.
+
+    Returns:
+        Rows, int64, ``(at most quota * number of classes,)``.
+    """
+    members = [(labels == label).nonzero().flatten() for label in torch.bincount(labels).nonzero()]
+    return torch.cat(
+        [labels.new_empty(0), *(rows[herding_indices(features[rows], quota, **options)] for rows in members)]
+    )

@@ -1,0 +1,107 @@
+"""Modules with parameters: backbones, heads, PEFT modules, prompts, expanding networks."""
+
+from cl_lightning.models.backbones import (
+    MLP,
+    Backbone,
+    BasicBlock,
+    CifarResNet,
+    PadShortcut,
+    ResNet,
+    ResNet18,
+    ResNet20,
+    ResNet32,
+    ResNet56,
+    SlimResNet18,
+    Timm,
+)
+from cl_lightning.models.closed_form import (
+    ClosedFormHead,
+    LDAHead,
+    RidgeHead,
+    gaussian_classifier,
+    recursive_ridge,
+    solve_positive,
+    validated_ridge,
+)
+from cl_lightning.models.expansion import ExpandableBackbone
+from cl_lightning.models.heads import CosineHead, Head, LinearHead, align_head, align_rows
+from cl_lightning.models.network import Network, Output, batch_norms, frozen_copy
+from cl_lightning.models.normalization import AdaptiveBatchNorm, adapt_norms, norm_parameters, set_statistics
+from cl_lightning.models.peft.adapter import Adapter
+from cl_lightning.models.peft.backbone import AdaptedBackbone, PeftPair
+from cl_lightning.models.peft.base import Peft, PeftFactory, Site, WholeModel, blocks_of, layers_of
+from cl_lightning.models.peft.lora import LoRA
+from cl_lightning.models.peft.scale_shift import SSF, FiLM
+from cl_lightning.models.peft.tokens import VPT, Prefix, PrefixSite, PromptSite
+from cl_lightning.models.prompts import (
+    DecomposedPrompts,
+    PromptedBackbone,
+    PromptPool,
+    Prompts,
+    component_weights,
+    most_frequent,
+    orthogonality,
+    orthonormal_rows,
+)
+from cl_lightning.models.svm import linear_svm
+
+__all__ = [
+    "MLP",
+    "SSF",
+    "VPT",
+    "AdaptedBackbone",
+    "Adapter",
+    "AdaptiveBatchNorm",
+    "Backbone",
+    "BasicBlock",
+    "CifarResNet",
+    "ClosedFormHead",
+    "CosineHead",
+    "DecomposedPrompts",
+    "ExpandableBackbone",
+    "FiLM",
+    "Head",
+    "LDAHead",
+    "LinearHead",
+    "LoRA",
+    "Network",
+    "Output",
+    "PadShortcut",
+    "Peft",
+    "PeftFactory",
+    "PeftPair",
+    "Prefix",
+    "PrefixSite",
+    "PromptPool",
+    "PromptSite",
+    "PromptedBackbone",
+    "Prompts",
+    "ResNet",
+    "ResNet18",
+    "ResNet20",
+    "ResNet32",
+    "ResNet56",
+    "RidgeHead",
+    "Site",
+    "SlimResNet18",
+    "Timm",
+    "WholeModel",
+    "adapt_norms",
+    "align_head",
+    "align_rows",
+    "batch_norms",
+    "blocks_of",
+    "component_weights",
+    "frozen_copy",
+    "gaussian_classifier",
+    "layers_of",
+    "linear_svm",
+    "most_frequent",
+    "norm_parameters",
+    "orthogonality",
+    "orthonormal_rows",
+    "recursive_ridge",
+    "set_statistics",
+    "solve_positive",
+    "validated_ridge",
+]

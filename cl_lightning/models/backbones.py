@@ -1,0 +1,457 @@
+"""Backbones from images to feature vectors: small networks of continual-learning papers, and any timm model by name.
+
+A backbone class takes the shape of its images as first argument and options by keyword: a config names the class and
+its options, and the shape comes from the data. Initial weights are drawn from torch's global generator, as in torch's
+own layers: seed it before building the network. Convolutions are initialised from He's normal distribution by fan-out
+(He et al. 2015, arXiv:1502.01852), batch norms with scale 1 and shift 0.
+
+An option that several classes share has the same default in all of them, None where necessary: if a config names
+another class than the default class, jsonargparse passes the values of the default class to it.
+"""
+
+import copy
+import difflib
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cl_lightning.batch import ImageShape
+
+_CLASSIFIERS = ("linear", "fc", "classifier", "head")  # names of the classifier in weight files; backbones have none
+
+
+class Backbone(nn.Module):
+    """Base class of backbones: images to feature vectors.
+
+    Attributes:
+        image_shape: Channels, height and width of the images that the network was built for.
+        num_features: Size of the feature vector of an image, d.
+
+    Raises:
+        ValueError: If the shape is not three positive numbers.
+    """
+
+    num_features: int
+
+    def __init__(self, image_shape: ImageShape) -> None:
+        super().__init__()
+        if len(image_shape) != 3 or min(image_shape) < 1:
+            raise ValueError(
+                f"{type(self).__name__}: image_shape {image_shape}; give channels, height and width, each at least 1"
+            )
+        channels, height, width = image_shape
+        self.image_shape: ImageShape = (channels, height, width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features ``(B, num_features)`` of normalised images ``(B, C, H, W)``."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+
+class PadShortcut(nn.Module):
+    """Shortcut without parameters (He et al. 2016, option A): every second pixel, zeros for the additional channels.
+
+    ``(B, channels_in, H, W)`` to ``(B, channels, H / stride, W / stride)``, rounded up. Half of the zero channels come
+    before the existing channels, half after them. Networks that append all zero channels are equal up to the order of
+    channels: both train in the same way, but weights cannot be exchanged between them.
+    """
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.before = (channels - channels_in) // 2
+        self.behind = channels - channels_in - self.before
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return F.pad(maps[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.behind))
+
+
+class BasicBlock(nn.Module):
+    """Residual block of two 3x3 convolutions (He et al. 2016, fig. 2 and eq. 1)."""
+
+    def __init__(
+        self, channels_in: int, channels: int, *, stride: int, shortcut: Literal["pad", "conv"], last_relu: bool
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample: nn.Module = nn.Identity()
+        if (stride, channels_in) != (1, channels):
+            if shortcut == "pad":
+                self.downsample = PadShortcut(channels_in, channels, stride)
+            else:
+                conv = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+                self.downsample = nn.Sequential(conv, nn.BatchNorm2d(channels))
+        self.last_relu = last_relu
+
+    def forward(self, maps: Tensor) -> Tensor:
+        inner = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(maps)))))
+        total: Tensor = inner + self.downsample(maps)
+        return F.relu(total) if self.last_relu else total
+
+
+class ResNet(Backbone):
+    """Residual network of basic blocks; each stage after the first halves the resolution and doubles the channels.
+
+    Modules have torchvision's names (``conv1``, ``layer1.0.conv1``, ``layer2.0.downsample.0``, ...). A weight file
+    holds a state dict, at the top level or under the key ``state_dict`` or ``model``. A prefix ``module.`` is removed
+    from its keys, ``shortcut`` is read as ``downsample``, keys of ``linear``, ``fc``, ``classifier`` and ``head`` are
+    ignored, and ``num_batches_tracked`` may be missing; all other keys must match in name and shape.
+
+    Args:
+        image_shape: Channels, height, width; any size, since the last feature map is averaged.
+        blocks: Number of blocks in each stage.
+        width: Channels of the first stage.
+        stem: ``"small"``: 3x3 convolution; ``"imagenet"``: 7x7 with stride 2, then max-pooling with stride 2.
+        shortcut: Where the shape of the feature map changes: ``"pad"`` is `PadShortcut`, ``"conv"`` a 1x1 convolution
+            and batch norm.
+        last_relu: Whether the last block ends with a ReLU. Without it, features have both signs, as cosine classifiers
+            require (LUCIR, Hou et al. CVPR 2019).
+        weights: Weight file (.pt, .pth, .safetensors) to load.
+
+    Raises:
+        ValueError: If an option is out of range or the file does not match the network.
+    """
+
+    def __init__(
+        self,
+        image_shape: ImageShape,
+        *,
+        blocks: Sequence[int],
+        width: int,
+        stem: Literal["small", "imagenet"] = "small",
+        shortcut: Literal["pad", "conv"],
+        last_relu: bool = True,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__(image_shape)
+        name = type(self).__name__
+        if width < 1 or not blocks or min(blocks) < 1:
+            raise ValueError(f"{name}: width {width}, blocks {tuple(blocks)}; each number must be at least 1")
+        if stem not in ("small", "imagenet") or shortcut not in ("pad", "conv"):
+            raise ValueError(
+                f"{name}: stem {stem!r}, shortcut {shortcut!r}; use stem small or imagenet, shortcut pad or conv"
+            )
+        kernel, stride = (3, 1) if stem == "small" else (7, 2)
+        self.conv1 = nn.Conv2d(image_shape[0], width, kernel, stride, kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.Identity() if stem == "small" else nn.MaxPool2d(3, 2, 1)
+        self.stages = tuple(f"layer{stage + 1}" for stage in range(len(blocks)))
+        channels = width
+        for stage, count in enumerate(blocks):
+            layer = nn.Sequential()
+            for block in range(count):
+                step = 2 if stage > 0 and block == 0 else 1
+                relu = last_relu or (stage + 1, block + 1) != (len(blocks), count)
+                layer.append(BasicBlock(channels, width << stage, stride=step, shortcut=shortcut, last_relu=relu))
+                channels = width << stage
+            self.add_module(self.stages[stage], layer)
+        self.num_features = channels
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if weights is not None:
+            _load_weights(self, weights, owner=name, left_out=_CLASSIFIERS, renamed={"shortcut": "downsample"})
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Feature map before average pooling, ``(B, num_features, h, w)``, of images ``(B, C, H, W)``."""
+        maps: Tensor = self.maxpool(F.relu(self.bn1(self.conv1(images))))
+        for stage in self.stages:
+            maps = getattr(self, stage)(maps)
+        return maps
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.feature_map(images).mean((2, 3))
+
+
+class CifarResNet(ResNet):
+    """ResNet for small images with stages of 16, 32 and 64 channels (He et al., CVPR 2016, arXiv:1512.03385, sec. 4.2).
+
+    64 features. Parameters for colour images: 269,072 at depth 20, 463,504 at 32, 852,368 at 56; convolutional
+    shortcuts (option B of the paper) add 2,752.
+
+    Args:
+        image_shape: Channels, height, width.
+        depth: Number of layers with weights, including a classifier: 6n + 2.
+        width: Channels of the first stage; None for 16, as in the paper. The number of features is 4 times the width.
+        shortcut: As in `ResNet`; likewise ``last_relu`` and ``weights``.
+
+    Raises:
+        ValueError: If the depth is not 6n + 2, or as in `ResNet`.
+    """
+
+    def __init__(
+        self,
+        image_shape: ImageShape,
+        *,
+        depth: int = 32,
+        width: int | None = None,
+        shortcut: Literal["pad", "conv"] = "pad",
+        **options: Any,
+    ) -> None:
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"{type(self).__name__}: depth {depth}; it must be 6n + 2, for example 20, 32, 56 or 110")
+        blocks = [(depth - 2) // 6] * 3
+        super().__init__(image_shape, blocks=blocks, width=16 if width is None else width, shortcut=shortcut, **options)
+
+
+class ResNet20(CifarResNet):
+    """`CifarResNet` of depth 20: 269,072 parameters, 64 features."""
+
+    def __init__(self, image_shape: ImageShape, **options: Any) -> None:
+        super().__init__(image_shape, depth=20, **options)
+
+
+class ResNet32(CifarResNet):
+    """`CifarResNet` of depth 32, the standard network for CIFAR-100: 463,504 parameters, 64 features."""
+
+    def __init__(self, image_shape: ImageShape, **options: Any) -> None:
+        super().__init__(image_shape, depth=32, **options)
+
+
+class ResNet56(CifarResNet):
+    """`CifarResNet` of depth 56: 852,368 parameters, 64 features."""
+
+    def __init__(self, image_shape: ImageShape, **options: Any) -> None:
+        super().__init__(image_shape, depth=56, **options)
+
+
+class ResNet18(ResNet):
+    """ResNet-18 (He et al., CVPR 2016, arXiv:1512.03385, table 1), by default with a stem for small images.
+
+    512 features. Parameters for colour images: 11,168,832 with the small stem, 11,176,512 with the ImageNet stem. With
+    the ImageNet stem it equals ``resnet18`` of torchvision and timm and loads their weight files.
+
+    Args:
+        image_shape: Channels, height, width.
+        width: Channels of the first stage; None for 64.
+        options: Further options of `ResNet`.
+    """
+
+    def __init__(self, image_shape: ImageShape, *, width: int | None = None, **options: Any) -> None:
+        width = 64 if width is None else width
+        super().__init__(image_shape, blocks=(2, 2, 2, 2), width=width, shortcut="conv", **options)
+
+
+class SlimResNet18(ResNet18):
+    """Reduced ResNet-18 of online continual learning (GEM, Lopez-Paz & Ranzato, NeurIPS 2017, arXiv:1706.08840).
+
+    160 features, 1,093,140 parameters for colour images. Departs from the code of GEM in the pooling: the average is
+    global instead of over 4x4 pixels. Both are equal for 32x32 images; for larger images, GEM has a multiple of 160
+    features.
+    """
+
+    def __init__(self, image_shape: ImageShape, *, width: int | None = None, **options: Any) -> None:
+        super().__init__(image_shape, width=20 if width is None else width, **options)
+
+
+class MLP(Backbone):
+    """Fully connected network on the pixels, initialised as `nn.Linear`; 474,400 parameters for 28x28 grey images.
+
+    Two layers of 400 units are the network for Split-MNIST of van de Ven & Tolias (2019, arXiv:1904.07734), who use
+    1,000 units for Permuted-MNIST.
+
+    Args:
+        image_shape: Channels, height, width.
+        hidden: Units of each layer; the features are the output of the last layer. Empty: the features are the pixels.
+        dropout: Probability with which a unit is set to zero after each layer during training, in [0, 1).
+
+    Raises:
+        ValueError: If a layer has no unit or the dropout is out of range.
+    """
+
+    def __init__(self, image_shape: ImageShape, *, hidden: Sequence[int] = (400, 400), dropout: float = 0.0) -> None:
+        super().__init__(image_shape)
+        if any(units < 1 for units in hidden):
+            raise ValueError(f"MLP: hidden {tuple(hidden)}; each layer needs at least 1 unit")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"MLP: dropout {dropout}; it must be in [0, 1)")
+        sizes = (image_shape[0] * image_shape[1] * image_shape[2], *hidden)
+        self.layers = nn.Sequential(nn.Flatten())
+        for inputs, units in pairwise(sizes):
+            self.layers.extend([nn.Linear(inputs, units), nn.ReLU()])
+            if dropout:
+                self.layers.append(nn.Dropout(dropout))
+        self.num_features = sizes[-1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.layers(images)
+        return features
+
+
+class Timm(Backbone):
+    """Any model of timm (Wightman 2019, doi:10.5281/zenodo.4414861) without its classifier, as attribute ``model``.
+
+    Args:
+        image_shape: Channels, height, width.
+        name: timm's name with the tag of the weights (``vit_base_patch16_224.augreg_in21k``); the default tag of a name
+            without tag changes with timm's version. ``hf-hub:`` and ``local-dir:`` names are supported.
+        pretrained: Whether to load the weights of the tag, from the network or timm's cache.
+        weights: Weight file (.pt, .pth, .safetensors) to load: a state dict of any float type. Keys of the model's
+            classifier are ignored; all other keys must match in name and shape.
+        img_size: Side of the images in pixels, to build a model with a fixed input size (most ViTs) for another size.
+        drop_path_rate: Probability with which a residual branch is skipped during training; None for the model's
+            default.
+        drop_rate: Dropout probability during training; None for the model's default.
+        kwargs: Further arguments of the model, for example ``{global_pool: avg}`` or ``{pad_type: same}``.
+
+    Raises:
+        ValueError: If timm has no such model, the model does not accept an option or the images, or the file does not
+            match.
+        ConnectionError: If the pretrained weights cannot be downloaded.
+    """
+
+    def __init__(
+        self,
+        image_shape: ImageShape,
+        *,
+        name: str,
+        pretrained: bool = False,
+        weights: str | None = None,
+        img_size: int | None = None,
+        drop_path_rate: float | None = None,
+        drop_rate: float | None = None,
+        kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(image_shape)
+        if pretrained and weights is not None:
+            raise ValueError(f"Timm: {name} has pretrained=True and weights={weights!r}; give one of them")
+        import timm  # the import takes about 1 s, and most runs do not need it
+
+        _check_timm_name(name, pretrained)
+        # timm drops arguments that are None
+        options: dict[str, Any] = {"img_size": img_size, "drop_path_rate": drop_path_rate, "drop_rate": drop_rate}
+        options |= kwargs or {}
+        try:
+            self.model = timm.create_model(
+                name, pretrained=pretrained, num_classes=0, in_chans=image_shape[0], **options
+            )
+        except TypeError as error:
+            raise ValueError(f"Timm: {name} does not accept an option ({error}); remove the option") from error
+        except OSError as error:
+            raise ConnectionError(
+                f"Timm: the files of {name} cannot be downloaded ({error}); download them on a machine with network "
+                "access, then give the path of the state dict as weights=, with pretrained=False"
+            ) from error
+        if weights is not None:
+            classifier = getattr(self.model, "pretrained_cfg", {}).get("classifier") or "head"
+            left_out = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+            _load_weights(self.model, weights, owner=f"Timm: {name}", left_out=left_out)
+        self.num_features = self._measure(name)
+
+    def _measure(self, name: str) -> int:
+        """Size of the model's output, from a copy on the meta device: no memory, no computation, no random numbers."""
+        with torch.no_grad():
+            ghosts = {id(tensor): tensor.to("meta") for tensor in (*self.model.parameters(), *self.model.buffers())}
+            ghost = copy.deepcopy(self.model, ghosts).eval()
+        try:
+            with torch.no_grad():
+                features = ghost(torch.empty(1, *self.image_shape, device="meta"))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"Timm: {name} does not accept images of shape {self.image_shape} ({error}); resize the images or, if "
+                f"the model has this option, give img_size={self.image_shape[1]}"
+            ) from error
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            raise ValueError(f"Timm: {name} does not return one vector per image; do not disable the model's pooling")
+        return features.shape[1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.model(images)
+        return features
+
+
+def _check_timm_name(name: str, pretrained: bool) -> None:
+    architecture, _, tag = name.partition(".")
+    if ":" in name:  # hf-hub: or local-dir:, which timm resolves itself
+        return
+    import timm
+
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.4)
+        raise ValueError(f"Timm: timm {timm.__version__} has no model {architecture!r}; the closest are {close}")
+    if (tag or pretrained) and not timm.is_model_pretrained(name):
+        tags = timm.list_pretrained(f"{architecture}.*")
+        raise ValueError(f"Timm: timm {timm.__version__} has no weights {name!r}; for this model it has {tags}")
+
+
+def _read_weights(path: str, owner: str) -> dict[str, Tensor]:
+    """The state dict in a weight file."""
+    try:
+        state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # unpickling a file that is no pickle raises exceptions of any type
+        raise ValueError(
+            f"{owner}: the weight file {path} cannot be read ({type(error).__name__}); give the path of a "
+            "state_dict() saved with torch.save or safetensors"
+        ) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{owner}: {path} holds no state dict of tensors; save a state_dict() with torch.save")
+    return state
+
+
+def read_classifier(path: str, num_features: int) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the classifier in a weight file; backbones ignore these keys.
+
+    The classifier is called ``linear``, ``fc``, ``classifier`` or ``head`` in the file, possibly with a prefix.
+
+    Args:
+        path: Weight file, as for ``ResNet``.
+        num_features: Number of features of the backbone, d.
+
+    Returns:
+        Weight ``(classes, d)`` and bias ``(classes,)``, or None if it has no bias.
+
+    Raises:
+        ValueError: If the file has no classifier, or a classifier for another number of features.
+    """
+    owner = "source_head"
+    state = _read_weights(path, owner)
+    for key, weight in state.items():
+        parts = key.removeprefix("module.").split(".")
+        if weight.ndim == 2 and parts[-1] == "weight" and set(parts[:-1]) & set(_CLASSIFIERS):
+            if weight.shape[1] != num_features:
+                raise ValueError(
+                    f"{owner}: {path}: {key} takes {weight.shape[1]} features, the backbone gives {num_features}; "
+                    "give the weight file of this backbone"
+                )
+            return weight, state.get(key.removesuffix("weight") + "bias")
+    raise ValueError(
+        f"{owner}: {path} has no classifier ({', '.join(_CLASSIFIERS)}), only {_some(list(state))}; give a file that "
+        "includes the classifier"
+    )
+
+
+def _load_weights(
+    module: nn.Module, path: str, *, owner: str, left_out: Sequence[str], renamed: dict[str, str] | None = None
+) -> None:
+    """Copy a file's state dict into ``module``; ``renamed`` maps parts of keys, ``left_out`` are ignored submodules."""
+    state = _read_weights(path, owner)
+    file: dict[str, Tensor] = {}
+    for key, value in state.items():
+        key = ".".join((renamed or {}).get(part, part) for part in key.removeprefix("module.").split("."))
+        if not key.startswith(tuple(f"{name}." for name in left_out)):
+            file[key] = value
+    own = module.state_dict()
+    missing = [key for key in own if key not in file and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in file if key not in own]
+    both = [key for key in file if key in own and file[key].shape != own[key].shape]
+    shapes = [f"{key} {tuple(file[key].shape)} for {tuple(own[key].shape)}" for key in both]
+    if missing or unexpected or shapes:
+        raise ValueError(
+            f"{owner}: {path} does not match this network: missing {_some(missing)}; unexpected {_some(unexpected)}; "
+            f"of another shape {_some(shapes)}; give weights of the same architecture, or change the options to match"
+        )
+    module.load_state_dict(file, strict=False)
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "none"

@@ -1,0 +1,244 @@
+"""Classifiers that grow by one block of columns per task.
+
+When a head grows, its existing parameters stay the same objects: optimizer state, Fisher information and moving
+averages that refer to them stay valid. A head is resized to the shape of the state dict that it loads.
+"""
+
+import math
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cl_lightning.losses import full_precision
+
+
+def _num_blocks(state: Mapping[str, Any], prefix: str) -> list[int]:
+    """Number of columns of each block in a state dict under ``prefix``."""
+    sizes: list[int] = []
+    while (weight := state.get(f"{prefix}blocks.{len(sizes)}.weight")) is not None:
+        sizes.append(weight.shape[0])
+    return sizes
+
+
+class Head(nn.Module):
+    """Base class of heads: features to one logit per class seen so far.
+
+    Subclasses define a block (``new_block``) and how logits are computed from the blocks (``forward``).
+
+    Args:
+        num_features: Size of a feature vector, d.
+    """
+
+    needs_statistics = False
+    """Whether the head is fitted on the task's features at the end of a task (``fit_features``)."""
+    needs_all_rows: bool = False
+    """Whether ``fit_features`` receives the features of all processes, in data set order, instead of a share."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.blocks = nn.ModuleList()
+
+    def new_block(self, num_new: int) -> nn.Module:
+        """Block of ``num_new`` columns; its parameter ``weight`` is ``(num_new, d)``."""
+        raise NotImplementedError
+
+    def grow(self, num_new: int) -> None:
+        """Append a block of ``num_new`` columns; no effect for 0."""
+        if num_new > 0:
+            self._append(self.new_block(num_new))
+
+    def block_sizes(self) -> list[int]:
+        return [weight.shape[0] for weight in self._weights()]
+
+    @property
+    def num_columns(self) -> int:
+        """Number of classes seen so far."""
+        return sum(self.block_sizes())
+
+    def weight(self) -> Tensor:
+        """Rows of all blocks, ``(columns, d)``."""
+        return torch.cat(self._weights())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits ``(B, columns)`` for the training loss, of features ``(B, d)``."""
+        raise NotImplementedError
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Scores ``(B, columns)`` for predictions, of features ``(B, d)``; by default the logits.
+
+        Computed in float32 under mixed precision too: in bf16, with 8 bits of precision, the two largest logits of many
+        samples are equal, and the first class would be predicted.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = self(full_precision(features))
+        return logits
+
+    def fit_features(self, features: Tensor, labels: Tensor) -> None:
+        """Fit the head on the features of the current task at its end; called if ``needs_statistics`` is True.
+
+        Args:
+            features: Features of un-augmented images, ``(n, d)``: the share of this process, or all with
+                ``needs_all_rows``.
+            labels: Columns, int64 ``(n,)``; -1 for unlabelled samples.
+        """
+
+    def _weights(self) -> list[Tensor]:
+        return [cast(Tensor, block.weight) for block in self.blocks]
+
+    def _append(self, block: nn.Module) -> None:
+        self.blocks.append(block.to(self._device()))
+
+    def _device(self) -> torch.device:
+        like = next(chain(self.parameters(), self.buffers()), None)
+        return torch.device("cpu") if like is None else like.device
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        sizes = _num_blocks(state_dict, prefix)
+        if sizes != self.block_sizes():
+            device = self._device()
+            with torch.random.fork_rng(devices=[]):  # the initial values are overwritten by the state dict
+                self.blocks = nn.ModuleList(self.new_block(size).to(device) for size in sizes)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+
+
+class LinearHead(Head):
+    """Linear classifier with one ``nn.Linear`` per task: logits ``W f + b``, ``(B, d)`` to ``(B, columns)``.
+
+    Args:
+        num_features: Size of a feature vector, d.
+        bias: Whether each class has a bias.
+        init_std: Standard deviation of the initial weights of new classes, with biases 0; None for torch's default.
+
+    Raises:
+        ValueError: If ``init_std`` is negative.
+    """
+
+    def __init__(self, num_features: int, *, bias: bool = True, init_std: float | None = None) -> None:
+        super().__init__(num_features)
+        if init_std is not None and init_std < 0:
+            raise ValueError(f"{type(self).__name__}: init_std is {init_std}; give at least 0, or null for the default")
+        self.bias, self.init_std = bias, init_std
+
+    def new_block(self, num_new: int) -> nn.Module:
+        block = nn.Linear(self.num_features, num_new, bias=self.bias)
+        if self.init_std is not None:
+            nn.init.normal_(block.weight, std=self.init_std)
+            if self.bias:
+                nn.init.zeros_(block.bias)
+        return block
+
+    def forward(self, features: Tensor) -> Tensor:
+        if not self.blocks:
+            return features.new_zeros(len(features), 0)
+        # One matrix product for all blocks: the cost of a step grows with the number of classes, not of tasks.
+        bias = torch.cat([cast(Tensor, block.bias) for block in self.blocks]) if self.bias else None
+        return F.linear(features, self.weight(), bias)
+
+    @torch.no_grad()
+    def resize(self, num_features: int) -> None:
+        """Change the number of input features; weights of the features that remain, and all biases, are kept.
+
+        New features are appended, with weights drawn as for a new block from torch's global generator. The parameters
+        become new objects: call it between two fits.
+
+        Args:
+            num_features: New size of a feature vector, d.
+        """
+        kept, self.num_features = min(self.num_features, num_features), num_features
+        for number, block in enumerate(list(self.blocks)):
+            rows = cast(Tensor, block.weight)
+            wide = cast(nn.Linear, self.new_block(len(rows)).to(rows))
+            wide.weight[:, :kept] = rows[:, :kept]
+            if self.bias:
+                wide.bias.copy_(cast(Tensor, block.bias))
+            self.blocks[number] = wide
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        weight = state_dict.get(f"{prefix}blocks.0.weight")
+        if weight is not None and weight.shape[1] != self.num_features:
+            with torch.random.fork_rng(devices=[]):
+                self.resize(weight.shape[1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@torch.no_grad()
+def align_rows(old: Tensor, new: Tensor) -> Tensor:
+    """Scale the weights of new classes to the mean norm of the old ones (Weight Aligning: Zhao et al., CVPR 2020).
+
+        gamma = mean_c ||w_c||, c old  /  mean_c ||w_c||, c new,    w_c <- gamma w_c for new c
+
+    Idempotent: gamma is 1 for rows that are aligned already. Computed in float64.
+
+    Args:
+        old: Rows of old classes, ``(C_old, d)``, at least one.
+        new: Rows of new classes, ``(C_new, d)``.
+
+    Returns:
+        The scaled rows of new classes, ``(C_new, d)``; unscaled if all old or all new rows are 0.
+    """
+    length, own = (rows.double().norm(dim=1).mean() for rows in (old, new))
+    gamma = torch.where((length > 0) & (own > 0), length / own, 1.0)
+    return (gamma * new.double()).to(new.dtype)
+
+
+@torch.no_grad()
+def align_head(head: Head) -> None:
+    """Apply :func:`align_rows` to the newest block of a linear head, in place; no effect with a single block.
+
+    Biases are unchanged. All processes hold the same rows, so the result is the same on every process.
+
+    Raises:
+        ValueError: If the head is not a ``LinearHead``: in a cosine classifier, the norm of a row does not scale its
+            logit.
+    """
+    if not isinstance(head, LinearHead):
+        raise ValueError(f"weight alignment: head is a {type(head).__name__}; use a LinearHead")
+    if len(head.blocks) > 1:
+        *old, new = head._weights()
+        new.copy_(align_rows(torch.cat(old), new))
+
+
+class _CosineBlock(nn.Module):
+    def __init__(self, num_features: int, num_new: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_new, num_features))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+
+class CosineHead(Head):
+    """Cosine classifier (Hou et al., LUCIR, CVPR 2019, eq. 4): logits ``scale * cos(f, w_c)``.
+
+    Args:
+        num_features: Size of a feature vector, d.
+        scale: Factor of the cosines, positive.
+        learn_scale: Whether the scale is a parameter, as in LUCIR, or fixed.
+
+    Raises:
+        ValueError: If the scale is not positive.
+    """
+
+    def __init__(self, num_features: int, *, scale: float = 16.0, learn_scale: bool = False) -> None:
+        super().__init__(num_features)
+        if scale <= 0:
+            raise ValueError(f"CosineHead: scale is {scale}; it must be positive")
+        value = torch.tensor(float(scale))
+        self.scale: Tensor
+        if learn_scale:
+            self.scale = nn.Parameter(value)
+        else:
+            self.register_buffer("scale", value)
+
+    def new_block(self, num_new: int) -> nn.Module:
+        return _CosineBlock(self.num_features, num_new)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if not self.blocks:
+            return features.new_zeros(len(features), 0)
+        with torch.autocast(features.device.type, enabled=False):  # cosines near 1 differ by less than bf16 resolves
+            directions = F.normalize(full_precision(features), dim=1)
+            return self.scale * F.linear(directions, F.normalize(self.weight(), dim=1))

@@ -1,0 +1,59 @@
+"""A backbone with a head that grows."""
+
+import copy
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cl_lightning.models.heads import Head
+
+
+class Output(NamedTuple):
+    """Output of one forward pass.
+
+    Attributes:
+        features: Features of the backbone, ``(B, d)``.
+        logits: One logit per class seen so far, in order of arrival, ``(B, columns)``.
+    """
+
+    features: Tensor
+    logits: Tensor
+
+
+def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
+    """The batch normalisation layers of a module; a strategy freezes them by returning them from ``frozen``."""
+    return (layer for layer in module.modules() if isinstance(layer, _BatchNorm))
+
+
+class Network(nn.Module):
+    """Backbone and head: images ``(B, C, H, W)`` to :class:`Output`.
+
+    Args:
+        backbone: Images to features ``(B, d)``.
+        head: Features to logits ``(B, columns)``.
+        backbone_is_frozen: Whether the backbone keeps its initial weights in all tasks.
+    """
+
+    def __init__(self, backbone: nn.Module, head: Head, *, backbone_is_frozen: bool = False) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.backbone_is_frozen = backbone_is_frozen
+
+    def forward(self, images: Tensor) -> Output:
+        features = self.backbone(images)
+        return Output(features, self.head(features))
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Scores ``(B, columns)`` for predictions, of images ``(B, C, H, W)``."""
+        return self.head.classify(self.backbone(images))
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def frozen_copy(module: Module) -> Module:
+    """Deep copy of a module in eval mode whose parameters require no gradient."""
+    return copy.deepcopy(module).eval().requires_grad_(False)

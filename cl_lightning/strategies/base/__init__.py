@@ -1,0 +1,31 @@
+"""The base class of all continual-learning methods, and its components."""
+
+from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer
+from cl_lightning.strategies.base.replay import ExemplarReplay, Replay, check_loss_classes
+from cl_lightning.strategies.base.strategy import (
+    BackboneFactory,
+    ContinualStrategy,
+    FreezeNorm,
+    HeadFactory,
+    LossClasses,
+    sum_of_zeros,
+)
+from cl_lightning.strategies.base.terms import AddsLosses
+from cl_lightning.strategies.base.traits import Traits
+
+__all__ = [
+    "AddsLosses",
+    "BackboneFactory",
+    "ContinualStrategy",
+    "ExemplarReplay",
+    "FreezeNorm",
+    "HeadFactory",
+    "LossClasses",
+    "Phase",
+    "PhaseOptions",
+    "Replay",
+    "Traits",
+    "check_loss_classes",
+    "default_optimizer",
+    "sum_of_zeros",
+]

@@ -1,0 +1,84 @@
+"""Evaluation of a strategy on the test or validation samples of the tasks seen so far."""
+
+import torch
+from torch import Tensor, nn
+
+from cl_lightning.batch import Batch
+from cl_lightning.data import FeatureStore
+from cl_lightning.data.feature_cache import KEYS, STORED
+from cl_lightning.distributed import all_sum
+from cl_lightning.measures import EvaluationResult, StreamAccuracy
+from cl_lightning.strategies.base.host import Host
+
+
+class Evaluation:
+    """Counts correct predictions over one evaluation pass. Counts are exact for any number of processes.
+
+    Attributes:
+        result: Result of the last finished pass; None before the first.
+        loss: Mean cross-entropy of the last finished pass, in nats; nan for a method that needs task ids, which has no
+            class-incremental scores.
+    """
+
+    def __init__(self, strategy: Host) -> None:
+        self._strategy = strategy
+        self._accuracy: StreamAccuracy | None = None
+        self._loss_sum = torch.zeros((), dtype=torch.float64)
+        self._store: FeatureStore | None = None
+        self.result: EvaluationResult | None = None
+        self.loss = float("nan")
+
+    def begin(self, *, confusion: bool) -> None:
+        """Start a pass.
+
+        Args:
+            confusion: Whether to compute the confusion matrix, the calibration and the accuracies over the classes of
+                the first 1, 2, ... tasks as well. Ignored for a method that needs task ids.
+        """
+        strategy = self._strategy
+        self._store = strategy.passes.store(evaluation=True)
+        tasks, columns = strategy.task_columns.shape
+        counts = [int(marks.nonzero().max()) + 1 for marks in strategy.task_columns.cpu()]
+        without_tasks = strategy.traits.task_ids != "needed"
+        prefixes = [max(counts[: t + 1]) for t in range(tasks)] if confusion and without_tasks else None
+        confusion = confusion and without_tasks
+        self._accuracy = StreamAccuracy(
+            tasks, columns, confusion=confusion, calibration=confusion, prefixes=prefixes
+        ).to(strategy.device)
+        self._loss_sum = torch.zeros((), device=strategy.device, dtype=torch.float64)
+
+    def update(self, batch: Batch) -> None:
+        """Predict the samples of a batch and count the correct predictions."""
+        strategy = self._strategy
+        assert self._accuracy is not None
+        aware: Tensor | None = None
+        if KEYS in batch.extra or STORED in batch.extra:
+            features = strategy.passes.features_of(batch, strategy.network, self._store)
+            scores = strategy.network.head.classify(features).float()
+        elif strategy.traits.task_ids == "needed":
+            scores = strategy.predict(batch.images, batch.tasks).float()
+        else:
+            scores = strategy.predict(batch.images).float()
+            if strategy.traits.task_ids == "inferred":
+                aware = strategy.predict(batch.images, batch.tasks).float()
+        self._accuracy.update(scores, batch.labels, batch.tasks, strategy.task_columns, aware)
+        self._loss_sum += nn.functional.cross_entropy(scores, batch.labels, reduction="sum")
+
+    def finish(self) -> EvaluationResult:
+        """End the pass and sum the counts over all processes. Called on all processes."""
+        assert self._accuracy is not None
+        result = self._accuracy.compute()
+        total = result.totals.sum().clamp(min=1)
+        self.loss = float(all_sum(self._loss_sum).cpu() / total)
+        if self._strategy.traits.task_ids == "needed":
+            result.leave_out_class_incremental()
+            self.loss = float("nan")
+        self._accuracy, self.result = None, result
+        return result
+
+    def accuracy(self) -> float:
+        """Accuracy of the last finished pass, in [0, 1]; the task-aware accuracy for a method that needs task ids."""
+        assert self.result is not None
+        needed = self._strategy.traits.task_ids == "needed"
+        correct = self.result.correct_task_aware if needed else self.result.correct
+        return float(correct.sum() / self.result.totals.sum().clamp(min=1))

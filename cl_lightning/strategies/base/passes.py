@@ -1,0 +1,219 @@
+"""Passes over data outside of training steps (statistics, features), and access to the data module."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_lightning.batch import Batch
+from cl_lightning.data import FeatureCache, FeatureStore
+from cl_lightning.data.feature_cache import KEYS, STORED
+from cl_lightning.distributed import all_gather_together
+from cl_lightning.memory import Memory
+from cl_lightning.models import Network
+from cl_lightning.strategies.base.host import Host
+
+
+class StrategyData:
+    """Access of a strategy to the data module: finished and augmented images, class names, the previous batch."""
+
+    def __init__(self, strategy: Host) -> None:
+        self._strategy = strategy
+
+    @property
+    def module(self) -> Any:
+        """The data module of the run."""
+        return self._strategy.trainer.datamodule  # type: ignore[attr-defined]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Class name of each column of the logits, including the columns of later tasks."""
+        names: tuple[str, ...] = tuple(self.module.stream.class_names)
+        return names
+
+    @property
+    def is_augmented(self) -> bool:
+        """Whether training images are augmented, so that an image differs between epochs."""
+        return bool(self.module.augmentation.transforms)
+
+    def augment(self, batch: Batch) -> Batch:
+        """Make the images of a batch from its raw images as in training: augmented, scaled and normalised."""
+        augmented: Batch = self.module.finish(batch, augment=True)
+        return augmented
+
+    def finish(self, batch: Batch) -> Batch:
+        """Make the images of a batch from its raw images without augmentation: scaled and normalised."""
+        finished: Batch = self.module.finish(batch, augment=False)
+        return finished
+
+    def batch_before(self) -> Batch | None:
+        """This process's batch of the step before a fit was interrupted, if the fit is being resumed; else None.
+
+        For methods that use the batch of the previous step; call it in ``on_train_start``. The batch has the same
+        augmentation as in the interrupted run.
+        """
+        found: Batch | None = self.module.batch_before()
+        return found
+
+
+class Passes:
+    """Passes over the data of the current task, or over a memory, with the network in eval mode.
+
+    Attributes:
+        cache: Cache of features for a backbone that does not change any more, or None; set by the task loop.
+        on_batch: Called before each batch with the number of finished batches and of all batches, for progress bars.
+    """
+
+    def __init__(self, strategy: Host) -> None:
+        self._strategy = strategy
+        self.cache: FeatureCache | None = None
+        self.on_batch: Callable[[int, int], None] | None = None
+
+    def batches(
+        self,
+        *,
+        memory: Memory | None = None,
+        indices: Tensor | None = None,
+        samples: int | None = None,
+        augment: int | None = None,
+        batch_size: int | None = None,
+        store: FeatureStore | None = None,
+    ) -> Iterator[Batch]:
+        """One pass over the training data of the current task, in the order of the data set, on the device.
+
+        Each process gets its share of each batch.
+
+        Args:
+            memory: Pass over the samples of this memory instead.
+            indices: Pass over these samples of the task only, in this order: indices into the data set, int64.
+            samples: Pass over this number of samples of the task, drawn by seed and task; None for all samples.
+            augment: Key of the random numbers of the augmentation; None for no augmentation.
+            batch_size: Number of samples per batch, over all processes; None for the batch size of evaluations.
+            store: Store whose features, where present, replace the images.
+        """
+        strategy, datamodule = self._strategy, self._strategy.data.module
+        options = {"memory": memory, "indices": indices, "samples": samples, "batch_size": batch_size, "store": store}
+        loader = datamodule.statistics_dataloader(**options)
+        device = strategy.trainer.strategy.root_device
+        for number, batch in enumerate(loader):
+            if self.on_batch is not None:
+                self.on_batch(number, len(loader))
+            moved = datamodule.transfer_batch_to_device(batch, device, 0)  # finished below
+            if augment is not None:
+                moved = moved.replace(draw=moved.draw.fork(augment))
+            yield datamodule.finish(moved, augment=augment is not None)
+
+    def features(self, network: Network | None = None, *, memory: Memory | None = None) -> tuple[Tensor, Tensor]:
+        """Features of this process's share of the current task's un-augmented training data.
+
+        Args:
+            network: Network that computes the features; None for the network of the strategy.
+            memory: Use the samples of this memory instead.
+
+        Returns:
+            Features ``(n, d)``, float32, and columns, int64 ``(n,)``, on the device.
+        """
+        features, labels, _ = self.indexed_features(network, memory=memory)
+        return features, labels
+
+    def all_features(self, network: Network | None = None, *, augment: int | None = None) -> tuple[Tensor, Tensor]:
+        """Features and columns as :meth:`features`, of all processes, in the order of the data set.
+
+        The result is the same on every process.
+
+        Args:
+            network: Network that computes the features; None for the network of the strategy.
+            augment: Key of the random numbers of the augmentation; None for no augmentation.
+        """
+        features, labels, indices = all_gather_together(self.indexed_features(network, augment=augment))
+        order = indices.argsort()
+        return features[order], labels[order]
+
+    @torch.no_grad()
+    def indexed_features(
+        self, network: Network | None = None, *, memory: Memory | None = None, augment: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Features and columns as :meth:`features`, and indices into the data set, int64 ``(n,)``; -1 for a memory."""
+        strategy = self._strategy
+        plain = memory is None and augment is None and network in (None, strategy.network)
+        store = self.store() if plain else None
+        network = strategy.network if network is None else network
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for batch in self.batches(memory=memory, augment=augment, store=store):
+            if len(batch) == 0:
+                continue
+            with strategy.trainer.precision_plugin.forward_context():
+                features = self.features_of(batch, network, store)
+            parts.append((features.float(), batch.labels, batch.indices))
+        if not parts:
+            nothing = torch.zeros(0, dtype=torch.int64, device=strategy.device)
+            return torch.zeros(0, network.head.num_features, device=strategy.device), nothing, nothing
+        features, labels, indices = (torch.cat(column) for column in zip(*parts, strict=True))
+        return features, labels, indices
+
+    def features_of(self, batch: Batch, network: Network, store: FeatureStore | None) -> Tensor:
+        """Features of a finished batch: the stored features if the batch holds them, else computed and stored.
+
+        Args:
+            batch: Batch of any loader; it holds stored features if its loader was given ``store``.
+            network: Network whose backbone computes the features.
+            store: Result of :meth:`store`; None to store nothing.
+        """
+        if (stored := batch.extra.get(STORED)) is not None:
+            return stored
+        features: Tensor = network.backbone(batch.images)
+        if store is not None and KEYS in batch.extra:
+            store.add(batch.extra[KEYS], features)
+        return features
+
+    def store(self, *, training: bool = False, evaluation: bool = False) -> FeatureStore | None:
+        """Store for the features of the backbone; None where features cannot replace images.
+
+        Features are stored only for a backbone that does not change any more.
+
+        Args:
+            training: For training steps: None also if the losses of the strategy or of a callback use images.
+            evaluation: For evaluation: None also if the strategy overrides ``predict``.
+        """
+        strategy = self._strategy
+        if self.cache is None or not strategy.backbone_is_final:
+            return None
+        if training and (_trains_on_images(strategy) or strategy.terms.sources):
+            return None
+        if evaluation and _overridden(strategy, "predict"):
+            return None
+        backbone, context = strategy.network.backbone, strategy.trainer.precision_plugin.forward_context
+        modes = [(module, module.training) for module in backbone.modules()]
+        backbone.eval()
+
+        def forward(images: Tensor) -> Tensor:
+            with context():
+                features: Tensor = backbone(images)
+            return features
+
+        try:
+            setting = f"{strategy.data.module.scaling}, {strategy.trainer.precision}"
+            return self.cache.store(backbone, forward, strategy.image_shape or (), setting)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def _overridden(strategy: Host, method: str) -> bool:
+    """Whether the class of a strategy overrides a method of the base class."""
+    defined: str = getattr(type(strategy), method).__module__
+    return defined != "cl_lightning.strategies.base.strategy"
+
+
+def _trains_on_images(strategy: Host) -> bool:
+    """Whether a training step uses the images, not only the output of the network and the labels.
+
+    ``traits.losses_use_images=False`` holds for the ``losses`` of the class that states it. A subclass that overrides
+    ``losses`` must state it again.
+    """
+    classes = type(strategy).__mro__
+    states = next(place for place, cls in enumerate(classes) if "traits" in vars(cls))
+    defines = next(place for place, cls in enumerate(classes) if "losses" in vars(cls))
+    stated = not strategy.traits.losses_use_images and states <= defines
+    return not stated or _overridden(strategy, "prepare_batch") or _overridden(strategy, "after_step")

@@ -1,0 +1,163 @@
+"""Base classes of methods that replay stored samples, from a memory of the stream or from herded exemplar sets."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cl_lightning.batch import Batch, join
+from cl_lightning.checks import at_least, one_of
+from cl_lightning.distributed import all_gather_together
+from cl_lightning.memory import HerdingPolicy, Memory, Policy, Prototypes, group_ids, herding_per_class
+from cl_lightning.models import Output
+from cl_lightning.strategies.base.strategy import ContinualStrategy
+from cl_lightning.stream import Task
+
+UpdateMemory = Literal["first", "last", "every"]
+
+
+def check_loss_classes(strategy: ContinualStrategy) -> None:
+    """Check that the classification loss of a method that replays earlier tasks covers the earlier classes.
+
+    Raises:
+        ValueError: If ``loss_classes`` is "current".
+    """
+    if strategy.loss_classes == "current":
+        raise ValueError(
+            f"{type(strategy).__name__}: loss_classes is 'current', but samples of earlier tasks are replayed; use "
+            "'all' or 'task'"
+        )
+
+
+class Replay(ContinualStrategy):
+    """Cross-entropy on the batch and on samples from a memory; the base of methods that replay a memory of the stream.
+
+    The memory is empty at the first step. After each step the batch of the stream is offered to the memory, without
+    augmentation. In each step ``prepare_batch`` joins the batch, as part ``stream``, with samples drawn from the memory
+    and augmented, as part ``replay``.
+
+    Args:
+        memory_size: M, in samples, over all processes, at least 0; 0 is no memory.
+        policy: Policy that decides which samples a full memory keeps; None for a reservoir.
+        replay_size: Number of samples drawn per step, over all processes, at least 1; None for the size of the batch.
+        update_memory: Pass over the data of a phase in which batches are offered to the memory. A reservoir that is
+            updated in the ``first`` or in the ``last`` pass holds each sample of the stream with equal probability. If
+            it is updated in ``every`` pass, each copy of a sample counts as a separate sample.
+        kwargs: Options of the base class.
+    """
+
+    def __init__(
+        self,
+        *,
+        memory_size: int = 500,
+        policy: Policy | None = None,
+        replay_size: int | None = None,
+        update_memory: UpdateMemory = "first",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        one_of(self, get_args(UpdateMemory), update_memory=update_memory)
+        at_least(self, 1, replay_size=replay_size, optional=True)
+        self.memory = Memory(memory_size, policy)
+        self.replay_size = replay_size
+        self.update_memory: UpdateMemory = update_memory
+
+    def draw(self, batch: Batch, *salt: int) -> Batch | None:
+        """Draw samples from the memory, uniformly without replacement, without augmentation.
+
+        Args:
+            batch: Batch of the stream as it arrived for the step.
+            salt: Distinguishes several draws of one step.
+
+        Returns:
+            Batch of samples; None if the memory is empty.
+        """
+        if len(self.memory) == 0:
+            return None
+        count = self.replay_size or batch.draw.total
+        return self.memory.sample(count, batch.draw.fork(*salt) if salt else batch.draw)
+
+    def replay(self, batch: Batch, *salt: int) -> Batch | None:
+        """Draw samples from the memory as :meth:`draw`, and augment them."""
+        drawn = self.draw(batch, *salt)
+        return None if drawn is None else self.data.augment(drawn)
+
+    def prepare_batch(self, batch: Batch) -> Batch:
+        return join({"stream": batch, "replay": self.replay(batch)})
+
+    def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
+        return {"ce": self.classification_loss(output, batch)}
+
+    def after_step(self, batch: Batch) -> None:
+        if {"first": batch.first_pass, "last": batch.last_pass, "every": True}[self.update_memory]:
+            self.offer(batch)
+
+    def offer(self, batch: Batch, **extra: Tensor) -> None:
+        """Offer the raw samples of a batch to the memory; its policy decides which ones it keeps.
+
+        Args:
+            batch: Batch of the stream, as it arrived.
+            extra: Additional tensors with one row per sample, stored with the samples.
+        """
+        self.memory.add(batch.raw, batch.labels, batch.tasks, batch.draw, gathered=False, **extra)
+
+
+class ExemplarReplay(ContinualStrategy):
+    """Training on the task together with herded exemplars of earlier classes; the base of iCaRL, BiC, WA and FOSTER.
+
+    The loader shuffles the exemplars among the samples of the task. A memory of K samples holds
+    ``K // number of lists`` exemplars in the list of each class: 20 exemplars of each of 100 classes with K = 2000.
+    When a task ends, the lists of earlier classes are shortened, and the exemplars of the new classes are chosen by
+    herding (Rebuffi et al., iCaRL, CVPR 2017, arXiv:1611.07725, alg. 4 and 5). A class that occurs in several tasks has
+    one list per task.
+
+    Args:
+        memory_size: K, in samples, over all classes and processes, at least 0.
+        kwargs: Options of the base class.
+    """
+
+    def __init__(self, *, memory_size: int = 2000, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_loss_classes(self)
+        self.memory = Memory(memory_size, HerdingPolicy(by="both"))
+
+    def replay_memory(self) -> Memory | None:
+        return self.memory
+
+    def end_task(self, task: Task) -> None:
+        super().end_task(task)
+        self.choose_exemplars()
+
+    @torch.no_grad()
+    def choose_exemplars(self) -> None:
+        """Shorten the present lists, and choose exemplars of the classes of the task by herding.
+
+        Herding uses features of un-augmented images, from the network in eval mode, each divided by its norm. The
+        features are gathered from all processes in the order of the data set, so that every process chooses the same
+        samples. Only the images of the chosen samples are loaded again. A memory that is too small for one sample per
+        list keeps the samples of the earliest lists.
+        """
+        if self.memory.size == 0:
+            return
+        features, labels, indices = all_gather_together(self.passes.indexed_features())
+        order = indices.argsort()
+        features, labels, indices = features[order], labels[order], indices[order]
+        held = group_ids(self.memory.labels, self.memory.tasks, "both").to(labels.device)
+        new = group_ids(labels, torch.full_like(labels, self.task.index), "both")
+        lists = torch.cat([held, new]).unique()  # type: ignore[no-untyped-call]
+        quota = max(self.memory.size // max(len(lists), 1), 1)
+        self.memory.reduce_per_class(quota, by="both")
+        chosen = indices[herding_per_class(features, labels, quota)]
+        # Each batch is split into contiguous shares, which are gathered in order: lists keep the order of choice.
+        for batch in self.passes.batches(indices=chosen.cpu()):
+            self.memory.add(batch.raw, batch.labels, batch.tasks, batch.draw)
+
+    def measure_exemplar_means(self, means: Prototypes) -> None:
+        """Compute the mean of the normalised features of each class's exemplars (iCaRL, alg. 1).
+
+        Args:
+            means: Prototypes whose means are replaced. The means are not normalised; scores by cosine normalise them.
+        """
+        features, labels = self.passes.features(memory=self.memory)
+        means.update(F.normalize(features, dim=1), labels, num_classes=self.network.head.num_columns, replace=True)

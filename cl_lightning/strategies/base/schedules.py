@@ -1,0 +1,90 @@
+"""Learning-rate schedules over the epochs of a phase.
+
+Tasks may have different numbers of epochs (the first task is often longer), and each phase builds a schedule of its
+own. These schedules get the number of epochs from the strategy, not from the configuration.
+"""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from cl_lightning.checks import above, at_least, within
+
+
+class PhaseSchedule(LRScheduler):
+    """Base of schedules over the epochs of one phase; a subclass implements :meth:`factor`."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.epochs = 1
+        super().__init__(optimizer)
+
+    def begin(self, epochs: int) -> None:
+        """Set the length of the phase, in epochs. Called by the strategy before the first step."""
+        self.epochs = max(epochs, 1)
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate
+        self._last_lr = self.get_lr()
+
+    def factor(self, epoch: int) -> float:
+        """Factor of the base learning rate in an epoch, counted from 0."""
+        raise NotImplementedError
+
+    def get_lr(self) -> list[float | Tensor]:
+        return [base * self.factor(self.last_epoch) for base in self.base_lrs]
+
+
+class CosineOverPhase(PhaseSchedule):
+    """Cosine annealing over the phase, without restarts (SGDR: Loshchilov & Hutter, ICLR 2017, arXiv:1608.03983).
+
+        factor(e) = final + (1 - final) (1 + cos(pi (e - warmup) / (E - warmup))) / 2,   e = warmup .. E - 1
+
+    Args:
+        optimizer: Optimizer whose learning rates are scheduled.
+        warmup: Number of epochs of linear warm-up before the cosine, at least 0.
+        final: Factor of the learning rate after the last epoch, in [0, 1].
+    """
+
+    def __init__(self, optimizer: Optimizer, *, warmup: int = 0, final: float = 0.0) -> None:
+        at_least(self, 0, warmup=warmup)
+        within(self, "[0, 1]", final=final)
+        self.warmup, self.final = warmup, final
+        super().__init__(optimizer)
+
+    def factor(self, epoch: int) -> float:
+        if epoch < self.warmup:
+            return (epoch + 1) / (self.warmup + 1)
+        done = min((epoch - self.warmup) / max(self.epochs - self.warmup, 1), 1.0)
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class QuarterCosineOverPhase(PhaseSchedule):
+    """The first quarter of a cosine: slow decay at first, to 0.016 of the base rate (CODA-Prompt, arXiv:2211.13218).
+
+    factor(e) = cos( 0.99 pi / 2 * e / (E - 1) ),   e = 0 .. E - 1
+    """
+
+    def factor(self, epoch: int) -> float:
+        return math.cos(0.99 * math.pi / 2 * min(epoch / max(self.epochs - 1, 1), 1.0))
+
+
+class StepsOverPhase(PhaseSchedule):
+    """The learning rate is multiplied by ``gamma`` at given fractions of the phase.
+
+    Args:
+        optimizer: Optimizer whose learning rates are scheduled.
+        at: Fractions of the phase in (0, 1), increasing; 0.5 of 200 epochs is before epoch 100, counted from 0.
+        gamma: Factor of each step, above 0.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, at: Sequence[float] = (0.5, 0.75), gamma: float = 0.1) -> None:
+        above(self, 0, gamma=gamma)
+        if list(at) != sorted(at) or any(not 0 < fraction < 1 for fraction in at):
+            raise ValueError(f"StepsOverPhase: at is {list(at)}; give fractions in (0, 1) in increasing order")
+        self.at, self.gamma = tuple(at), gamma
+        super().__init__(optimizer)
+
+    def factor(self, epoch: int) -> float:
+        return float(self.gamma ** sum(epoch >= round(fraction * self.epochs) for fraction in self.at))

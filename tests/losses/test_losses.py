@@ -1,0 +1,188 @@
+import math
+
+import pytest
+import torch
+from support.fakes import normal
+from torch.nn import functional as F
+
+from cl_lightning.losses import (
+    binary_cross_entropy,
+    cosine_feature_distillation,
+    cross_entropy,
+    feature_distillation,
+    lwf_mc_targets,
+    masked_logits,
+    sigmoid_distillation,
+    softmax_distillation,
+)
+
+
+def test_masked_classes_get_exactly_no_gradient_and_the_others_that_of_the_softmax_without_them():
+    logits = normal(6, 5, requires_grad=True)
+    visible = torch.tensor([True, False, True, True, False])
+    labels = torch.tensor([0, 2, 3, 0, 2, 3])
+    loss = cross_entropy(masked_logits(logits, visible), labels)
+    loss.backward()
+    alone = logits.detach()[:, visible].requires_grad_()
+    expected = F.cross_entropy(alone, torch.tensor([0, 1, 2, 0, 1, 2]))
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logits.grad[:, visible], alone.grad)
+    assert (logits.grad[:, ~visible] == 0).all()
+
+
+def test_the_mask_may_differ_from_row_to_row():
+    logits, visible = normal(2, 3), torch.tensor([[True, True, False], [False, True, True]])
+    assert masked_logits(logits, visible).softmax(1)[~visible].eq(0).all()
+
+
+def test_cross_entropy_is_the_mean_over_the_labelled_rows():
+    logits, labels = normal(5, 3), torch.tensor([1, -1, 2, -1, 0])
+    torch.testing.assert_close(cross_entropy(logits, labels), F.cross_entropy(logits[[0, 2, 4]], labels[[0, 2, 4]]))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_without_a_labelled_row_loss_and_gradient_are_zero(smoothing: float):
+    logits = normal(4, 3, requires_grad=True)
+    visible = torch.tensor([False, True, True])  # label -1 must not be read as the hidden column 0
+    loss = cross_entropy(masked_logits(logits, visible), torch.full((4,), -1), label_smoothing=smoothing)
+    loss.backward()
+    assert loss.item() == 0
+    assert (logits.grad == 0).all()
+
+
+def test_label_smoothing_is_spread_over_the_visible_classes():
+    logits, labels = normal(6, 5, requires_grad=True), torch.tensor([0, 2, 3, 0, 2, 3])
+    plain = cross_entropy(logits, labels, label_smoothing=0.2)
+    torch.testing.assert_close(plain, F.cross_entropy(logits, labels, label_smoothing=0.2))
+    visible = torch.tensor([True, False, True, True, False])
+    masked = cross_entropy(masked_logits(logits, visible), labels, label_smoothing=0.2)
+    of_visible = F.cross_entropy(logits[:, visible], torch.tensor([0, 1, 2, 0, 1, 2]), label_smoothing=0.2)
+    torch.testing.assert_close(masked, of_visible)
+    (gradient,) = torch.autograd.grad(masked, logits)
+    assert (gradient[:, ~visible] == 0).all()
+    assert gradient.isfinite().all()
+
+
+def test_gradient_of_binary_cross_entropy_is_its_closed_form():
+    logits, targets = normal(4, 6, requires_grad=True), normal(4, 6, seed=1).sigmoid()
+    binary_cross_entropy(logits, targets).backward()
+    torch.testing.assert_close(logits.grad, (logits.sigmoid() - targets) / 4)
+
+
+def test_targets_of_lwf_mc_are_one_hot_with_the_teacher_in_place_of_the_old_classes():
+    teacher = normal(2, 2)
+    targets = lwf_mc_targets(torch.tensor([3, 0]), 4, teacher)
+    expected = torch.tensor([[0.0, 0, 0, 1], [0, 0, 0, 0]], dtype=torch.float64)
+    expected[:, :2] = teacher.sigmoid()
+    torch.testing.assert_close(targets, expected)
+    one_hot = lwf_mc_targets(torch.tensor([3, 0]), 4)
+    torch.testing.assert_close(one_hot, F.one_hot(torch.tensor([3, 0]), 4).float())
+
+
+@pytest.mark.parametrize("form", ["ce", "kl"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradient_of_distillation_is_its_closed_form(form, scaled):
+    student, teacher = normal(4, 5, requires_grad=True), normal(4, 5, seed=1)
+    softmax_distillation(student, teacher, 3.0, form=form, scale_by_temperature=scaled).backward()
+    expected = ((student / 3).softmax(1) - (teacher / 3).softmax(1)) / (3 * 4) * (9 if scaled else 1)
+    torch.testing.assert_close(student.grad, expected)
+
+
+def test_the_two_forms_differ_by_the_teachers_entropy():
+    student, teacher = normal(4, 5), normal(4, 5, seed=1)
+    q = (teacher / 2).softmax(1)
+    entropy = -(q * q.log()).sum(1).mean()
+    ce, kl = (softmax_distillation(student, teacher, 2.0, form=form) for form in ("ce", "kl"))
+    torch.testing.assert_close(ce, kl + entropy)
+    torch.testing.assert_close(kl, F.kl_div((student / 2).log_softmax(1), q, reduction="batchmean"))
+    scaled = softmax_distillation(student, teacher, 2.0, form="kl", scale_by_temperature=True)
+    torch.testing.assert_close(scaled, 4 * kl)
+
+
+def test_temperature_is_raising_probabilities_to_its_inverse_and_normalising():
+    student, teacher = normal(4, 5), normal(4, 5, seed=1)
+    p, q = (z.softmax(1) ** (1 / 2) for z in (student, teacher))  # how FACIL and the original write it
+    p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
+    torch.testing.assert_close(softmax_distillation(student, teacher, 2.0), -(q * p.log()).sum(1).mean())
+
+
+@pytest.mark.parametrize("groups", [[(0, 1), (2, 3, 4)], [(4, 1), (0, 3, 2)]])
+def test_one_softmax_per_group_sums_the_groups(groups):
+    student, teacher = normal(4, 5), normal(4, 5, seed=1)
+    parts = [softmax_distillation(student[:, list(g)], teacher[:, list(g)], 2.0, form="kl") for g in groups]
+    torch.testing.assert_close(
+        softmax_distillation(student, teacher, 2.0, form="kl", groups=groups), parts[0] + parts[1]
+    )
+
+
+def test_a_student_that_is_its_teacher_has_no_distillation_gradient():
+    student = normal(4, 5, requires_grad=True)
+    teacher = student.detach().clone()
+    for loss in (
+        softmax_distillation(student, teacher),
+        softmax_distillation(student, teacher, form="kl"),
+        sigmoid_distillation(student, teacher),
+        feature_distillation(student, teacher),
+        cosine_feature_distillation(student, teacher),
+    ):
+        (gradient,) = torch.autograd.grad(loss, student)
+        torch.testing.assert_close(gradient, torch.zeros_like(student), atol=1e-15, rtol=0)
+    assert softmax_distillation(student, teacher, form="kl").item() == 0
+    assert feature_distillation(student, teacher).item() == 0
+
+
+def test_sigmoid_distillation_is_the_old_part_of_lwf_mc():
+    student, teacher, labels = normal(4, 5), normal(4, 3, seed=1), torch.tensor([3, 4, 4, 3])
+    whole = binary_cross_entropy(student, lwf_mc_targets(labels, 5, teacher))
+    new = binary_cross_entropy(student[:, 3:], F.one_hot(labels - 3, 2))
+    torch.testing.assert_close(whole, sigmoid_distillation(student[:, :3], teacher) + new)
+
+
+def test_feature_distillation_is_the_mean_squared_norm_and_takes_a_metric():
+    student, teacher = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.zeros(2, 2)
+    assert feature_distillation(student, teacher).item() == pytest.approx((25 + 1) / 2)
+    metric = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    expected = (2 * 9 + 2 * 12 + 3 * 16 + 2) / 2
+    assert feature_distillation(student, teacher, metric).item() == pytest.approx(expected)
+    f, g = normal(4, 3), normal(4, 3, seed=1)
+    torch.testing.assert_close(
+        feature_distillation(f, g, 0.1 * torch.eye(3, dtype=torch.float64)), 0.1 * feature_distillation(f, g)
+    )
+
+
+def test_cosine_feature_distillation_sees_directions_only():
+    student, teacher = torch.tensor([[2.0, 0.0], [0.0, 5.0]]), torch.tensor([[3.0, 0.0], [1.0, 1.0]])
+    assert cosine_feature_distillation(student, teacher).item() == pytest.approx((1 - math.sqrt(0.5)) / 2)
+
+
+def test_no_gradient_reaches_the_teacher():
+    student, teacher = normal(4, 5, requires_grad=True), normal(4, 5, seed=1, requires_grad=True)
+    losses = [f(student, teacher) for f in (softmax_distillation, sigmoid_distillation, feature_distillation)]
+    losses += [cosine_feature_distillation(student, teacher)]
+    torch.stack(losses).sum().backward()
+    assert teacher.grad is None
+
+
+def test_losses_are_float32_under_autocast_and_for_half_precision_logits():
+    student, teacher, metric = (normal(4, 4, seed=s).bfloat16() for s in range(3))
+    exact = [feature_distillation(student.double(), teacher.double(), metric.double())]
+    exact += [f(student.double(), teacher.double()) for f in (softmax_distillation, sigmoid_distillation)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = [feature_distillation(student, teacher, metric)]
+        losses += [f(student, teacher) for f in (softmax_distillation, sigmoid_distillation)]
+    for loss, value in zip(losses, exact, strict=True):
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss.double(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_an_empty_batch_adds_nothing():
+    empty = torch.zeros(0, 3)
+    for loss in (softmax_distillation(empty, empty), binary_cross_entropy(empty, empty)):
+        assert loss.item() == 0
+    assert cross_entropy(empty, torch.zeros(0, dtype=torch.int64)).item() == 0
+
+
+def test_a_teacher_that_knows_fewer_classes_is_an_error_that_says_what_to_do():
+    with pytest.raises(ValueError, match=r"student\[:, : teacher.shape\[1\]\]"):
+        softmax_distillation(torch.zeros(2, 5), torch.zeros(2, 3))

@@ -1,0 +1,644 @@
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from support.fakes import normal
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cl_lightning.batch import Batch, Draw
+from cl_lightning.memory import Consolidation, Importance, PathIntegral, fisher_diagonal, output_norm
+from cl_lightning.models import MLP, LinearHead, Network, Output
+
+
+class Net(nn.Module):
+    """A small network with what real ones have: convolution, normalisation, in-place activation, dropout."""
+
+    def __init__(self, num_classes: int = 4) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.norm = nn.BatchNorm2d(3)
+        self.act = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(12, num_classes)
+
+    def forward(self, images: Tensor) -> Output:
+        features = self.drop(self.act(self.norm(self.conv(images)))).flatten(1)
+        return Output(features, self.head(features))
+
+
+class SoftmaxRegression(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, images: Tensor) -> Output:
+        return Output(images, images @ self.weight.T)
+
+
+def network() -> Net:
+    torch.manual_seed(0)
+    net = Net().double()
+    net.norm.running_mean.normal_()
+    net.norm.running_var.uniform_(0.5, 2)
+    return net.train()
+
+
+def batch(images: Tensor, labels: Tensor | None = None, key: int = 0) -> Batch:
+    n = len(images)
+    labels = torch.zeros(n, dtype=torch.int64) if labels is None else labels
+    index = torch.arange(n)
+    return Batch(images, labels, torch.zeros_like(labels), index, images, Draw.of(n, key))
+
+
+def batches(images: Tensor, labels: Tensor | None = None, size: int = 5) -> list[Batch]:
+    return [
+        batch(images[i : i + size], None if labels is None else labels[i : i + size], key=i)
+        for i in range(0, len(images), size)
+    ]
+
+
+def quadratic(theta: dict[str, Tensor], anchor: dict[str, Tensor], omega: dict[str, Tensor]) -> Tensor:
+    return sum((omega[name] * (theta[name] - anchor[name]).square()).sum() for name in omega)
+
+
+def three_terms() -> tuple[dict[str, Tensor], list[tuple[dict[str, Tensor], dict[str, Tensor]]]]:
+    shapes = {"conv.weight": (3, 2), "head.0.bias": (4,)}
+    theta = {name: normal(*shape, seed=9).requires_grad_() for name, shape in shapes.items()}
+    terms = []
+    for k in range(3):
+        anchor = {name: normal(*shape, seed=k) for name, shape in shapes.items()}
+        omega = {name: normal(*shape, seed=10 + k).square() for name, shape in shapes.items()}
+        omega["conv.weight"][0] = 0  # weights that never matter
+        terms.append((anchor, omega))
+    return theta, terms
+
+
+# --- the penalty -----------------------------------------------------------------------------------------------------
+
+
+def test_one_quadratic_is_exactly_the_sum_of_one_per_task():
+    theta, terms = three_terms()
+    importance = Importance()
+    for anchor, omega in terms:
+        importance.add(anchor, omega)
+    expected = sum(quadratic(theta, *term) for term in terms)
+    value = importance.penalty(theta)
+    torch.testing.assert_close(value, expected, rtol=1e-14, atol=0)
+    for ours, plain in zip(
+        torch.autograd.grad(3 * value, list(theta.values())),
+        torch.autograd.grad(3 * expected, list(theta.values())),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, plain, rtol=1e-13, atol=1e-13)
+    one = Importance()
+    one.add(*terms[0])
+    assert importance.num_bytes() - importance.offset.nbytes == one.num_bytes() - one.offset.nbytes == 2 * 10 * 8
+
+
+def test_the_analytic_gradient_is_that_of_the_backward_pass():
+    theta, terms = three_terms()
+    importance = Importance()
+    importance.add(*terms[0])
+    importance.penalty(theta).backward()
+    for name, gradient in importance.gradient(theta).items():
+        torch.testing.assert_close(gradient, theta[name].grad)
+
+
+def test_online_ewc_decays_the_past_and_moves_the_anchor():
+    theta, ((first, f), (second, g), _) = three_terms()
+    importance = Importance()
+    importance.add(first, f)
+    importance.add(second, g)
+    importance.merge(first, f, 0.5)
+    expected = {name: 0.5 * (f[name] + g[name]) + f[name] for name in f}
+    torch.testing.assert_close(importance.omegas, expected)
+    torch.testing.assert_close(importance.penalty(theta), quadratic(theta, first, expected))
+    torch.testing.assert_close(importance.anchors, first)
+    assert importance.penalty(first).item() == 0  # nothing is left of the constant either
+
+
+def test_merging_keeps_old_names_and_takes_in_new_ones():
+    importance = Importance()
+    importance.merge({"a": torch.zeros(2)}, {"a": torch.ones(2)})
+    importance.merge({"a": torch.ones(2), "b": torch.ones(1)}, {"b": torch.ones(1)}, decay=0.5)
+    torch.testing.assert_close(importance.omegas, {"a": torch.full((2,), 0.5), "b": torch.ones(1)})
+    torch.testing.assert_close(importance.anchors, {"a": torch.ones(2), "b": torch.ones(1)})
+
+
+def test_averaging_starts_from_nothing_as_facil_does():
+    _, ((anchor, f), (_, g), _) = three_terms()
+    importance = Importance()
+    importance.average(anchor, f, alpha=0.25)
+    importance.average(anchor, g, alpha=0.25)
+    torch.testing.assert_close(importance.omegas, {n: 0.25 * 0.75 * f[n] + 0.75 * g[n] for n in f})
+
+
+def test_l2_is_ewc_with_equal_importances_and_keeps_one_number_for_them():
+    theta, ((anchor, _), (second, g), _) = three_terms()
+    importance = Importance()
+    importance.anchor_at(second)
+    importance.anchor_at(anchor, omega=0.5)
+    ones = {name: torch.full_like(value, 0.5) for name, value in anchor.items()}
+    value = importance.penalty(theta)
+    torch.testing.assert_close(value, quadratic(theta, anchor, ones))
+    value.backward()
+    torch.testing.assert_close(theta["conv.weight"].grad, theta["conv.weight"] - anchor["conv.weight"])
+    assert importance.omegas["conv.weight"].shape == ()
+    importance.add(second, g)
+    torch.testing.assert_close(importance.penalty(theta), quadratic(theta, anchor, ones) + quadratic(theta, second, g))
+
+
+def test_an_empty_store_has_no_penalty_and_new_blocks_have_none_either():
+    importance = Importance()
+    head = {"head.0.weight": torch.ones(2, requires_grad=True)}
+    assert not importance
+    assert importance.penalty(head).item() == 0
+    assert importance.gradient(head) == {}
+    importance.merge(head, {"head.0.weight": torch.ones(2)})
+    grown = {**head, "head.1.weight": torch.ones(3, requires_grad=True)}
+    importance.penalty(grown).backward()
+    assert grown["head.1.weight"].grad is None
+    assert torch.equal(head["head.0.weight"].grad, torch.zeros(2))
+
+
+def test_a_wrong_prefix_and_a_layer_that_grew_in_place_are_errors():
+    importance = Importance()
+    importance.merge({"head.weight": torch.ones(1, 2)}, {"head.weight": torch.ones(1, 2)})
+    with pytest.raises(ValueError, match=r"head\.weight.*network\.head\.weight"):
+        importance.penalty({"network.head.weight": torch.ones(1, 2)})
+    with pytest.raises(ValueError, match=r"\(3, 2\).*\(1, 2\)"):
+        importance.penalty({"head.weight": torch.ones(3, 2)})
+
+
+def test_a_fresh_store_takes_names_shapes_and_types_from_the_state_dict(tmp_path: Path):
+    theta, terms = three_terms()
+    owner = nn.ModuleDict({"importance": Importance()})
+    for term in terms:
+        owner["importance"].add(*term)
+    torch.save(owner.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = Importance()
+    other.merge({"conv.weight": torch.ones(7), "gone": torch.ones(1)}, {"conv.weight": torch.ones(7)})
+    for fresh in (Importance(), other):
+        nn.ModuleDict({"importance": fresh}).load_state_dict(state, strict=True)
+        assert fresh.penalty(theta).item() == owner["importance"].penalty(theta).item()
+        torch.testing.assert_close(fresh.anchors, owner["importance"].anchors, rtol=0, atol=0)
+
+
+def test_loading_an_empty_store_empties_and_a_state_without_one_changes_nothing():
+    importance = Importance()
+    importance.merge({"a": torch.ones(2)}, {"a": torch.ones(2)})
+    importance.load_state_dict({}, strict=False)
+    assert importance
+    importance.load_state_dict(Importance().state_dict(), strict=True)
+    assert not importance
+
+
+# --- Fisher information (EWC) ----------------------------------------------------------------------------------------
+
+
+def test_fisher_information_of_softmax_regression_is_its_closed_form():
+    weight, image = normal(4, 3), normal(1, 3, seed=1)
+    net = SoftmaxRegression(weight)
+    fisher = fisher_diagonal(net, dict(net.named_parameters()), [batch(image)])["weight"]
+    p = (image @ weight.T).softmax(1)[0]
+    torch.testing.assert_close(fisher, (p * (1 - p))[:, None] * image.square(), rtol=1e-14, atol=0)
+
+
+def plain_fisher(net: nn.Module, images: Tensor, labels: Any) -> dict[str, Tensor]:
+    """One sample and one class after the other, by autograd."""
+    net.eval()
+    total = {name: torch.zeros_like(value) for name, value in net.named_parameters()}
+    for i, image in enumerate(images):
+        log_p = net(image[None]).logits.log_softmax(1)[0]
+        for c in range(len(log_p)):
+            share = log_p[c].exp().item() if labels == "exact" else float(labels(i, log_p) == c)
+            gradients = torch.autograd.grad(log_p[c], list(net.parameters()), retain_graph=True)
+            for name, gradient in zip(total, gradients, strict=True):
+                total[name] += share * gradient.square() / len(images)
+    net.train()
+    return total
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_fisher_information_is_that_of_a_plain_loop_over_samples_and_classes(chunk_size: int | None):
+    net, images = network(), normal(7, 2, 4, 4)
+    labels = torch.tensor([0, 1, 2, 3, 3, 1, 0])
+    truths = {
+        "exact": "exact",
+        "predicted": lambda i, log_p: int(log_p.argmax()),
+        "empirical": lambda i, log_p: int(labels[i]),
+    }
+    for kind, truth in truths.items():
+        fisher = fisher_diagonal(
+            net, dict(net.named_parameters()), batches(images, labels), labels=kind, chunk_size=chunk_size
+        )
+        torch.testing.assert_close(fisher, plain_fisher(net, images, truth), rtol=1e-10, atol=1e-14)
+
+
+def test_sampled_labels_give_the_exact_fisher_information_in_the_mean():
+    weight, image = normal(4, 3), normal(1, 3, seed=1)
+    net = SoftmaxRegression(weight)
+    parameters = dict(net.named_parameters())
+    many = [batch(image.expand(20_000, 3))]
+    sampled = fisher_diagonal(net, parameters, many, labels="sampled")["weight"]
+    exact = fisher_diagonal(net, parameters, [batch(image)])["weight"]
+    torch.testing.assert_close(sampled, exact, rtol=0.03, atol=0)
+    again = fisher_diagonal(net, parameters, many, labels="sampled", chunk_size=999)["weight"]
+    torch.testing.assert_close(again, sampled)  # the draw belongs to the batch
+
+
+def test_the_network_comes_back_as_it_was():
+    net = network()
+    net.norm.eval()
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    fisher = fisher_diagonal(net, {"conv.weight": net.conv.weight}, batches(normal(7, 2, 4, 4)))
+    assert list(fisher) == ["conv.weight"]
+    assert not fisher["conv.weight"].requires_grad
+    assert net.training
+    assert net.drop.training
+    assert not net.norm.training
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_rows_without_label_do_not_count_for_the_empirical_fisher_information():
+    net, images, labels = network(), normal(6, 2, 4, 4), torch.tensor([0, -1, 2, -1, 3, 1])
+    parameters = dict(net.named_parameters())
+    fisher = fisher_diagonal(net, parameters, [batch(images, labels)], labels="empirical")
+    known = fisher_diagonal(net, parameters, [batch(images[labels >= 0], labels[labels >= 0])], labels="empirical")
+    torch.testing.assert_close(fisher, known)
+
+
+def test_hidden_classes_take_no_part_in_the_fisher_information():
+    weight, images = normal(5, 3), normal(6, 3, seed=1)
+    visible = torch.tensor([True, False, True, True, False])
+    net, part = SoftmaxRegression(weight), SoftmaxRegression(weight[visible])
+    for kind in ("exact", "sampled", "predicted"):
+        fisher = fisher_diagonal(net, {"weight": net.weight}, [batch(images)], labels=kind, loss_classes=visible)[
+            "weight"
+        ]
+        alone = fisher_diagonal(part, {"weight": part.weight}, [batch(images)], labels=kind)["weight"]
+        torch.testing.assert_close(fisher[visible], alone)
+        assert (fisher[~visible] == 0).all()
+
+
+def test_the_batch_variant_squares_the_gradient_of_the_batch_mean_as_facil_does():
+    net, images, labels = network(), normal(10, 2, 4, 4), torch.arange(10) % 4
+    fisher = fisher_diagonal(
+        net, dict(net.named_parameters()), batches(images, labels), labels="empirical", per_sample=False
+    )
+    net.eval()
+    expected = {name: torch.zeros_like(value) for name, value in net.named_parameters()}
+    for part in batches(images, labels):
+        loss = F.cross_entropy(net(part.images).logits, part.labels)
+        for name, gradient in zip(expected, torch.autograd.grad(loss, list(net.parameters())), strict=True):
+            expected[name] += gradient.square() * len(part) / 10
+    torch.testing.assert_close(fisher, expected)
+    with pytest.raises(ValueError, match="per_sample=False"):
+        fisher_diagonal(net, dict(net.named_parameters()), [], per_sample=False)
+
+
+# --- output norm (MAS) -----------------------------------------------------------------------------------------------
+
+
+def test_output_norm_is_that_of_a_plain_loop_over_samples():
+    net, images = network(), normal(7, 2, 4, 4)
+    parameters = dict(net.named_parameters())
+    for squared in (True, False):
+        omega = output_norm(net, parameters, batches(images), squared=squared, chunk_size=3)
+        net.eval()
+        expected = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        for image in images:
+            norm = net(image[None]).logits.norm()
+            gradients = torch.autograd.grad(norm**2 if squared else norm, list(net.parameters()))
+            for name, gradient in zip(expected, gradients, strict=True):
+                expected[name] += gradient.abs() / len(images)
+        net.train()
+        torch.testing.assert_close(omega, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_scaling_the_output_scales_its_sensitivity_by_the_square_or_by_the_factor():
+    class Scaled(Net):
+        def forward(self, images: Tensor) -> Output:
+            features, logits = super().forward(images)
+            return Output(features, -3 * logits)
+
+    net, scaled = network(), Scaled().double()
+    scaled.load_state_dict(net.state_dict())
+    data = batches(normal(7, 2, 4, 4))
+    for squared, factor in ((True, 9.0), (False, 3.0)):
+        plain = output_norm(net, dict(net.named_parameters()), data, squared=squared)
+        more = output_norm(scaled, dict(scaled.named_parameters()), data, squared=squared)
+        torch.testing.assert_close(more, {name: factor * value for name, value in plain.items()})
+
+
+def test_per_batch_signs_cancel_and_per_sample_they_do_not():
+    net = SoftmaxRegression(torch.tensor([[1.0, 2.0]], dtype=torch.float64))
+    images = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)  # z = 3, -1; dz^2/dw = 2 z x
+    omega = output_norm(net, {"weight": net.weight}, [batch(images)])["weight"]
+    torch.testing.assert_close(omega, torch.tensor([[4.0, 4.0]], dtype=torch.float64))
+    omega = output_norm(net, {"weight": net.weight}, [batch(images)], per_sample=False)["weight"]
+    torch.testing.assert_close(omega, torch.tensor([[2.0, 4.0]], dtype=torch.float64))
+
+
+def test_nothing_to_differentiate_by_is_an_error_and_no_data_gives_zeros():
+    net = network()
+    with pytest.raises(ValueError, match="parameters is empty"):
+        output_norm(net, {}, [])
+    assert output_norm(net, {"conv.bias": net.conv.bias}, [])["conv.bias"].eq(0).all()
+
+
+# --- path integral (SI) ----------------------------------------------------------------------------------------------
+
+
+def descend(net: nn.Module, path: PathIntegral, images: Tensor, labels: Tensor, lr: float, steps: int, **options: Any):
+    """Gradient descent, noting the path; returns the decrease of the loss."""
+    parameters = dict(net.named_parameters())
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, **options)
+    path.begin(parameters)
+    losses = []
+    for _ in range(steps):
+        loss = F.cross_entropy(net(images).logits, labels)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        path.before_step(parameters)
+        optimizer.step()
+        path.after_step(parameters)
+    return losses[0] - F.cross_entropy(net(images).logits, labels).item()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_work_of_all_weights_is_the_decrease_of_the_loss(momentum: float):
+    net, path = network().eval(), PathIntegral()
+    decrease = descend(net, path, normal(20, 2, 4, 4), torch.arange(20) % 4, 1e-3, 200, momentum=momentum)
+    work = sum(value.sum() for value in path.work.values()).item()
+    assert decrease > 0.01
+    assert work == pytest.approx(decrease, rel=0.02)
+    assert path.steps.item() == 200
+
+
+def test_work_leaves_the_penalty_out():
+    theta = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    parameters, slope = {"theta": theta}, torch.tensor([0.5, -1.0], dtype=torch.float64)
+    importance, path = Importance(), PathIntegral()
+    importance.merge({"theta": torch.zeros(2, dtype=torch.float64)}, {"theta": torch.ones(2, dtype=torch.float64)})
+    path.begin(parameters)
+    (slope @ theta + 3 * importance.penalty(parameters)).backward()
+    pull = {name: 3 * value for name, value in importance.gradient(parameters).items()}
+    path.before_step(parameters, pull)
+    theta.grad.mul_(0.1)  # clipping comes later and must not be seen
+    move = torch.tensor([-0.25, 0.125], dtype=torch.float64)
+    with torch.no_grad():
+        theta += move
+    path.after_step(parameters)
+    torch.testing.assert_close(path.work["theta"], -slope * move)
+
+
+def test_a_step_that_loss_scaling_skips_leaves_no_trace():
+    theta = nn.Parameter(torch.ones(2))
+    path = PathIntegral()
+    path.begin({"theta": theta})
+    theta.grad = torch.tensor([torch.inf, torch.nan])
+    path.before_step({"theta": theta})
+    path.after_step({"theta": theta})
+    path.after_step({"theta": theta})  # and one that was not announced does nothing
+    assert path.work["theta"].tolist() == [0, 0]
+
+
+def test_importance_of_a_path_is_work_over_the_squared_distance_and_can_be_clamped():
+    theta = {"a.b": torch.tensor([1.0, 1.0, 1.0])}
+    path = PathIntegral()
+    path.begin(theta)
+    end = {"a.b": torch.tensor([2.0, 0.0, 1.0])}
+    path.accumulate(
+        theta, {"a.b": torch.tensor([-3.0, -3.0, -3.0]), "new": torch.ones(1)}, end | {"new": torch.ones(1)}
+    )
+    torch.testing.assert_close(path.importance(end, 0.5)["a.b"], torch.tensor([3 / 1.5, 0, 0]))
+    torch.testing.assert_close(path.importance(end, 0.5, clamp=False)["a.b"], torch.tensor([2.0, -2.0, 0]))
+    path.begin(end)
+    assert path.work["a.b"].tolist() == [0, 0, 0]
+
+
+def test_a_path_goes_on_after_a_restart(tmp_path: Path):
+    images, labels = normal(20, 2, 4, 4), torch.arange(20) % 4
+    net, path = network().eval(), PathIntegral()
+    descend(net, path, images, labels, 0.1, 3)
+    torch.save(path.state_dict(), tmp_path / "state.pt")
+    other = PathIntegral()
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), strict=True)
+    parameters = dict(net.named_parameters())
+    assert other.steps.item() == 3
+    for ours, expected in zip(other.importance(parameters).values(), path.importance(parameters).values(), strict=True):
+        assert torch.equal(ours, expected)
+
+
+# --- consolidation ---------------------------------------------------------------------------------------------------
+
+
+def small_network() -> Network:
+    torch.manual_seed(0)
+    net = Network(MLP((2, 4, 4), hidden=(6,)), LinearHead(6)).double()
+    net.head.grow(4)
+    net.head.double()
+    return net
+
+
+def data_of(task: int) -> list[Batch]:
+    return batches(normal(9, 2, 4, 4, seed=task), torch.arange(9) % 4)
+
+
+def copied(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in parameters.items()}
+
+
+def learn(net: Network, part: Consolidation, task: int) -> dict[str, Tensor]:
+    """Two steps of a task; returns the work of its loss, without the penalty, on each weight."""
+    parameters, images, labels = dict(net.named_parameters()), normal(9, 2, 4, 4, seed=task), torch.arange(9) % 4
+    work = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    part.begin_task(net)
+    part.begin_phase(net)
+    for step in range(2):
+        loss = F.cross_entropy(net(images).logits, labels)
+        slopes = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+        net.zero_grad()
+        (loss + part.penalty()).backward()
+        part.before_step()
+        with torch.no_grad():
+            for k, (slope, (name, value)) in enumerate(zip(slopes, parameters.items(), strict=True)):
+                move = 0.3 * normal(*value.shape, seed=100 * task + 10 * step + k)  # uphill for some
+                value += move
+                work[name] -= slope * move
+        part.after_step()
+    return work
+
+
+@torch.no_grad()
+def measured(net: Network, part: Consolidation, work: dict[str, Tensor], start: dict[str, Tensor], task: int) -> Any:
+    """Importances of a task by what the estimators are defined with."""
+    parameters = dict(net.named_parameters())
+    if part.estimator == "fisher":
+        return fisher_diagonal(net, parameters, data_of(task), labels="predicted")
+    if part.estimator == "mas":
+        return output_norm(net, parameters, data_of(task))
+    if part.estimator == "l2":
+        return {name: torch.ones_like(value) for name, value in parameters.items()}
+    kept = {name: value.clamp(min=0) if part.clamp else value for name, value in work.items()}
+    return {name: kept[name] / ((parameters[name] - start[name]).square() + 0.02) for name in work}
+
+
+@pytest.mark.parametrize(
+    ("estimator", "factor", "merge", "clamp"),
+    [
+        ("fisher", 0.5, "decay", True),
+        ("fisher", 0.5, "average", True),
+        ("mas", 0.5, "decay", True),
+        ("si", 1.0, "decay", True),
+        ("si", 1.0, "decay", False),
+        ("l2", 1.0, "decay", True),
+    ],
+)
+def test_the_penalty_is_weight_times_factor_times_the_quadratic_of_decayed_importances(estimator, factor, merge, clamp):
+    net = small_network()
+    part = Consolidation(estimator, 3.0, merge=merge, decay=0.3, labels="predicted", xi=0.02, clamp=clamp)
+    keep, take = (0.0, 1.0) if estimator == "l2" else (0.3, 0.7 if merge == "average" else 1.0)
+    parameters = dict(net.named_parameters())
+    omega = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    for task in range(2):
+        start = copied(parameters)
+        work = learn(net, part, task)
+        part.end_task(net, data_of(task))
+        new = measured(net, part, work, start, task)
+        omega = {name: keep * omega[name] + take * new[name] for name in omega}
+    if estimator == "si":
+        assert any((value < 0).any() for value in omega.values()) == (not clamp)
+    anchor = copied(parameters)
+    net.head.grow(2)  # the rows of a next task are free
+    net.head.double()
+    part.begin_phase(net)
+    with torch.no_grad():
+        for k, parameter in enumerate(net.parameters()):
+            parameter += normal(*parameter.shape, seed=k)
+    expected = 3.0 * factor * quadratic(parameters, anchor, omega)
+    torch.testing.assert_close(part.penalty(), expected)
+    every = list(net.parameters())
+    ours, plain = (
+        torch.autograd.grad(value, every, allow_unused=True, materialize_grads=True)
+        for value in (part.penalty(), expected)
+    )
+    torch.testing.assert_close(ours, plain)
+    assert all((gradient != 0).any() for gradient in plain[: len(parameters)])
+
+
+@pytest.mark.parametrize("labels", ["exact", "sampled", "predicted", "empirical"])
+def test_the_fisher_information_is_that_of_the_labels_and_classes_asked_for(labels):
+    net, visible = small_network(), torch.tensor([True, True, True, False])
+    data = batches(normal(9, 2, 4, 4), torch.arange(9) % 3)
+    part = Consolidation("fisher", labels=labels)
+    part.end_task(net, data, visible)
+    found = {}
+    for kind in ("exact", "sampled", "predicted", "empirical"):
+        found[kind] = fisher_diagonal(net, dict(net.named_parameters()), data, labels=kind, loss_classes=visible)
+    torch.testing.assert_close(part.importance.omegas, found[labels])
+    for kind in found.keys() - {labels}:
+        other = found[kind]["backbone.layers.1.weight"]
+        assert not torch.allclose(part.importance.omegas["backbone.layers.1.weight"], other, rtol=0.01)
+
+
+@pytest.mark.parametrize("estimator", ["fisher", "mas", "si", "l2"])
+def test_with_weight_0_nothing_is_measured(estimator):
+    def no_data():
+        raise AssertionError("data was asked for")
+        yield
+
+    part = Consolidation(estimator, 0.0)
+    part.begin_task(net := small_network())
+    part.end_task(net, no_data())
+    assert not part.importance
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+
+
+def _on_two_processes(rank: int, folder: str) -> None:
+    # torch.func loads it lazily; loaded while a process group is up it keeps that alive, with threads that can abort
+    # the process at its end.
+    importlib.import_module("torch._dynamo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    net, images = network(), normal(7, 2, 4, 4)
+    labels = torch.tensor([0, 1, -1, 3, 3, 1, 0])
+    parameters = dict(net.named_parameters())
+    share = slice(0, 5) if rank == 0 else slice(5, 7)
+    draw = Draw(1, share.start, share.stop, 7)
+    ours = [batch(images[share], labels[share]).replace(draw=draw)]
+    results = [
+        *(fisher_diagonal(net, parameters, ours, labels=kind) for kind in ("exact", "sampled", "empirical")),
+        output_norm(net, parameters, ours),
+    ]
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_what_one_gives(tmp_path: Path):
+    mp.spawn(_on_two_processes, (str(tmp_path),), nprocs=2)
+    net, images = network(), normal(7, 2, 4, 4)
+    parameters = dict(net.named_parameters())
+    whole = [batch(images, torch.tensor([0, 1, -1, 3, 3, 1, 0])).replace(draw=Draw(1, 0, 7, 7))]
+    expected = [
+        *(fisher_diagonal(net, parameters, whole, labels=kind) for kind in ("exact", "sampled", "empirical")),
+        output_norm(net, parameters, whole),
+    ]
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected)
+
+
+class InPlaceNet(nn.Module):
+    """Linear layers, one of them followed by an activation in place, under a head that has grown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Linear(6, 5), nn.Tanh())
+        self.head = LinearHead(5)
+        self.head.grow(2)
+        self.head.grow(3)
+
+    def forward(self, images: Tensor) -> Output:
+        features = self.backbone(images)
+        return Output(features, self.head(features))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("labels", ["exact", "predicted"])
+def test_the_closed_form_of_linear_layers_is_the_sum_over_samples(labels, frozen):
+    torch.manual_seed(3)
+    net = InPlaceNet().double()
+    images = normal(9, 2, 2, 2)
+    which = "exact" if labels == "exact" else lambda i, log_p: int(log_p.argmax())
+    expected = plain_fisher(net, images, which)
+    net.requires_grad_(not frozen)
+    found = fisher_diagonal(net, dict(net.named_parameters()), batches(images), labels=labels)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_layers_that_are_used_twice_or_share_weights_have_no_closed_form():
+    class Twice(InPlaceNet):
+        def forward(self, images: Tensor) -> Output:
+            hidden = self.backbone[1](images.flatten(1))
+            features = self.backbone[3](self.backbone[3](hidden)[:, [0, 1, 2, 3, 4, 0]])
+            return Output(features, self.head(features))
+
+    torch.manual_seed(3)
+    net = Twice().double()
+    images = normal(5, 2, 2, 2)
+    expected = plain_fisher(net, images, "exact")
+    found = fisher_diagonal(net, dict(net.named_parameters()), batches(images), labels="exact")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)

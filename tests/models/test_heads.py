@@ -1,0 +1,133 @@
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cl_lightning.memory import PrototypeHead
+from cl_lightning.models import CosineHead, LinearHead, align_head, align_rows
+
+
+def test_a_head_grows_by_blocks_and_its_old_parameters_stay_the_same_objects():
+    head = LinearHead(3)
+    head.grow(2)
+    before = list(head.parameters())
+    values = [parameter.detach().clone() for parameter in before]
+    head.grow(0)
+    head.grow(4)
+    after = list(head.parameters())
+    assert [id(parameter) for parameter in after[:2]] == [id(parameter) for parameter in before]
+    assert all(torch.equal(parameter, value) for parameter, value in zip(after, values, strict=False))
+    assert head.num_columns == 6
+    assert head.block_sizes() == [2, 4]
+
+
+def test_logits_are_those_of_the_blocks_side_by_side():
+    head = LinearHead(5).double()
+    head.grow(2)
+    head.grow(3)
+    head.double()
+    features = torch.randn(7, 5, dtype=torch.float64)
+    expected = torch.cat([block(features) for block in head.blocks], dim=1)
+    torch.testing.assert_close(head(features), expected)
+
+
+def test_without_classes_there_are_no_logits():
+    for head in (LinearHead(4), CosineHead(4)):
+        assert head(torch.randn(2, 4)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("head_class", [LinearHead, CosineHead, PrototypeHead])
+def test_a_head_takes_its_shape_from_the_state_that_it_loads(head_class):
+    head = head_class(4)
+    head.grow(3)
+    head.grow(2)
+    for other in (head_class(4), head_class(4)):
+        other.grow(7)
+        state = torch.random.get_rng_state()
+        other.load_state_dict(head.state_dict())
+        assert torch.equal(state, torch.random.get_rng_state())
+        assert other.block_sizes() == [3, 2]
+        features = torch.randn(2, 4)
+        assert torch.equal(other(features), head(features))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_of_0_stay_0_and_rows_aligned_to_rows_of_0_stay_as_they_are(dtype):
+    rows = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    zeros = torch.zeros_like(rows)
+    assert torch.equal(align_rows(rows, zeros), zeros)
+    assert torch.equal(align_rows(zeros, rows), rows)
+    assert torch.equal(align_rows(zeros, zeros), zeros)
+    some = rows * torch.tensor([[1], [0], [1], [0]])
+    aligned = align_rows(rows, some)
+    assert aligned.isfinite().all()
+    assert torch.equal(aligned[1::2], zeros[1::2])
+    torch.testing.assert_close(aligned.norm(dim=1).mean(), rows.norm(dim=1).mean())
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_head_with_a_block_of_0_is_left_as_it_is(block):
+    head = LinearHead(6)
+    head.grow(3)
+    head.grow(2)
+    nn.init.zeros_(head.blocks[block].weight)
+    before = head.weight().clone()
+    align_head(head)
+    assert torch.equal(head.weight(), before)
+
+
+def test_cosine_logits_do_not_depend_on_lengths():
+    head = CosineHead(4, scale=10.0).double()
+    head.grow(3)
+    head.double()
+    features = torch.randn(6, 4, dtype=torch.float64)
+    torch.testing.assert_close(head(features), head(features * 7))
+    cosines = F.cosine_similarity(features[:, None], head.weight()[None], dim=2)
+    torch.testing.assert_close(head(features), 10 * cosines)
+
+
+def test_the_scale_of_a_cosine_head_is_learnt_if_asked_to():
+    assert isinstance(CosineHead(4, learn_scale=True).scale, nn.Parameter)
+    assert "scale" in dict(CosineHead(4).named_buffers())
+    with pytest.raises(ValueError, match="scale is -1"):
+        CosineHead(4, scale=-1)
+
+
+def test_the_nearest_mean_is_predicted_and_unknown_classes_never():
+    head = PrototypeHead(2, metric="euclidean")
+    head.grow(3)
+    head.fit_features(torch.tensor([[0.0, 0], [0, 2], [9, 9], [11, 9]]), torch.tensor([0, 0, 2, 2]))
+    scores = head.classify(torch.tensor([[0.0, 1], [10, 9], [4, 4]]))
+    assert scores.argmax(1).tolist() == [0, 2, 0]
+    assert torch.isinf(scores[:, 1]).all()
+    torch.testing.assert_close(scores[0, [0, 2]], -torch.tensor([0.0, 164.0]))
+
+
+def test_the_logits_of_a_prototype_head_are_linear_ones():
+    head = PrototypeHead(2)
+    head.grow(2)
+    features = torch.randn(3, 2)
+    torch.testing.assert_close(head(features), head.blocks[0](features))
+
+
+@pytest.mark.parametrize("head", [LinearHead, CosineHead, partial(CosineHead, learn_scale=True)])
+def test_scores_of_predictions_are_those_of_float32_under_mixed_precision(head):
+    """In bf16 some 15 % of the rows have two equal largest cosines."""
+    generator = torch.Generator().manual_seed(0)
+    made = head(64)
+    made.grow(60)
+    made.grow(40)
+    with torch.no_grad():
+        for block in made.blocks:
+            block.weight.copy_(torch.randn(block.weight.shape, generator=generator))
+    features = torch.randn(500, 64, generator=generator).bfloat16()
+    expected = made.classify(features.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = made.classify(features)
+        logits = made(features)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    if not isinstance(made, LinearHead):  # cosines are those of float32 in training too
+        assert torch.equal(logits, expected)

@@ -1,0 +1,133 @@
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from support.fakes import normal
+from torch import Tensor, nn
+
+from cl_lightning.distributed import sum_over_processes
+from cl_lightning.models import AdaptiveBatchNorm, adapt_norms, norm_parameters, set_statistics
+
+
+def layer(maps: int = 2) -> nn.Module:
+    made = (nn.BatchNorm1d if maps == 0 else nn.BatchNorm2d)(3).double()
+    with torch.no_grad():
+        made.weight.copy_(normal(3, seed=1))
+        made.bias.copy_(normal(3, seed=2))
+        made.running_mean.copy_(normal(3, seed=3))
+        made.running_var.copy_(normal(3, seed=4).square() + 0.5)
+    return made
+
+
+def by_hand(x: Tensor, norm: nn.Module, mean: Tensor, var: Tensor) -> Tensor:
+    shape = (1, 3, *(1,) * (x.dim() - 2))
+    weight = norm.weight / (var + norm.eps).sqrt()
+    return (x - mean.view(shape)) * weight.view(shape) + norm.bias.view(shape)
+
+
+@pytest.mark.parametrize("maps", [0, 2])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_mix_is_its_formula(maps: int, share: float):
+    norm, x = layer(maps), normal(5, 3, *(4, 4)[:maps], seed=5)
+    axes = (0, *range(2, x.dim()))
+    mean = (1 - share) * norm.running_mean + share * x.mean(axes)
+    var = (1 - share) * norm.running_var + share * x.var(axes, unbiased=False)
+    made = AdaptiveBatchNorm.of(norm).eval()
+    set_statistics(made, "mix", share=share)
+    torch.testing.assert_close(made(x), by_hand(x, norm, mean, var))
+    if share == 0.0:
+        torch.testing.assert_close(made(x), norm.eval()(x))
+    set_statistics(made, "mix", prior=7.0)
+    share = 5 / 12
+    mean = (1 - share) * norm.running_mean + share * x.mean(axes)
+    var = (1 - share) * norm.running_var + share * x.var(axes, unbiased=False)
+    torch.testing.assert_close(made(x), by_hand(x, norm, mean, var))
+
+
+def test_statistics_of_the_batch_are_those_of_train_mode_and_move_nothing():
+    norm, x = layer(), normal(5, 3, 4, 4, seed=5)
+    made = AdaptiveBatchNorm.of(layer()).eval()
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    set_statistics(made, "batch")
+    assert torch.equal(made(x), norm.train()(x))
+    assert all(torch.equal(before[name], value) for name, value in made.state_dict().items())
+    shift = torch.tensor([10.0, -3.0, 0.5]).view(1, 3, 1, 1)
+    torch.testing.assert_close(made(x + shift), made(x))
+    set_statistics(made, "collect", rate=0.1)
+    made(x)
+    torch.testing.assert_close(made.running_mean, 0.9 * before["running_mean"] + 0.1 * x.mean((0, 2, 3)))
+
+
+def test_in_train_mode_it_is_what_it_was_to_the_bit():
+    norm, made, x = layer().train(), AdaptiveBatchNorm.of(layer()).train(), normal(5, 3, 4, 4, seed=5)
+    assert torch.equal(norm(x), made(x))
+    for name, value in norm.state_dict().items():
+        assert torch.equal(value, made.state_dict()[name])
+
+
+def test_a_single_value_takes_the_statistics_of_the_source():
+    norm, x = layer(0), normal(1, 3)
+    made = AdaptiveBatchNorm.of(norm).eval()
+    for statistics in ("batch", "mix"):
+        set_statistics(made, statistics, share=0.5)
+        torch.testing.assert_close(made(x), norm.eval()(x))
+
+
+def test_all_layers_are_exchanged_under_their_names_and_go_on_with_what_timm_puts_in_them():
+    class WithAct(nn.BatchNorm2d):
+        def __init__(self) -> None:
+            super().__init__(3)
+            self.drop, self.act = nn.Identity(), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.drop(super().forward(x)))
+
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), WithAct(), nn.GroupNorm(1, 3), nn.Sequential(nn.BatchNorm2d(3))).eval()
+    x, names = torch.randn(4, 3, 5, 5), list(net.state_dict())
+    before = net(x)
+    assert len(adapt_norms(net)) == 2
+    assert list(net.state_dict()) == names
+    assert torch.equal(net(x), before)
+    assert adapt_norms(net) == []
+    found = norm_parameters(net)
+    assert list(found) == ["1.weight", "1.bias", "2.weight", "2.bias", "3.0.weight", "3.0.bias"]
+    assert found["1.weight"] is net[1].weight
+
+
+def _in_two(rank: int, folder: str, statistics: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    made = AdaptiveBatchNorm.of(layer().float())
+    made.train(statistics == "train")
+    set_statistics(made, "batch" if statistics == "train" else statistics, share=0.4)
+    x = normal(7, 3, 4, 4, seed=5).float()
+    mine = (x[:5] if rank == 0 else x[5:]).clone().requires_grad_()
+    weights = normal(7, 3, 4, 4, seed=6).float()
+    out = made(mine)
+    (out * (weights[:5] if rank == 0 else weights[5:])).sum().backward()
+    parts = (out.detach(), mine.grad, made.weight.grad, made.running_mean, made.running_var)
+    torch.save([part.detach() for part in parts], f"{folder}/{rank}.pt")
+    total = sum_over_processes(torch.tensor([rank + 1.0], requires_grad=True))
+    assert total.item() == 3.0
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("statistics", ["train", "batch", "mix"])
+def test_two_processes_give_what_one_gives_with_gradient(tmp_path: Path, statistics: str):
+    mp.spawn(_in_two, (str(tmp_path), statistics), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    made = AdaptiveBatchNorm.of(layer().float())
+    made.train(statistics == "train")
+    set_statistics(made, "batch" if statistics == "train" else statistics, share=0.4)
+    x = normal(7, 3, 4, 4, seed=5).float().requires_grad_()
+    out = made(x)
+    (out * normal(7, 3, 4, 4, seed=6).float()).sum().backward()
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(torch.cat([first[0], second[0]]), out.detach(), **close)
+    torch.testing.assert_close(torch.cat([first[1], second[1]]), x.grad, **close)
+    torch.testing.assert_close(first[2] + second[2], made.weight.grad, **close)
+    for one, other, whole in zip(first[3:], second[3:], (made.running_mean, made.running_var), strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, whole, **close)

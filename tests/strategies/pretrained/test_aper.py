@@ -1,0 +1,64 @@
+from functools import partial
+
+import pytest
+import torch
+from support.pretrained import TinyViT, in_tasks, samples_right
+from support.runs import loop
+from torch.nn import functional as F
+
+from cl_lightning.models import SSF, VPT, Adapter, FiLM, LoRA
+from cl_lightning.strategies.pretrained.aper import APER
+from cl_lightning.strategies.pretrained.simplecil import SimpleCIL
+from cl_lightning.stream import ClassIncremental
+from cl_lightning.testing import Subject, check_strategy, small
+
+# SSF: the small net has no transformer blocks for an adapter.
+SUBJECTS = {
+    "APER": Subject(
+        small(APER, peft=SSF),
+        first_task_is_finetuning=False,
+        reason="the head is fitted in closed form when the session ends",
+    ),
+}
+
+still = partial(torch.optim.SGD, lr=0.0)
+sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+
+
+@pytest.mark.parametrize("peft", [Adapter, LoRA, FiLM])
+def test_before_anything_is_learnt_it_is_simplecil(peft):
+    plain = in_tasks(partial(SimpleCIL, backbone=TinyViT), 5)
+    made = in_tasks(partial(APER, backbone=TinyViT, peft=peft, optimizer=still), 5)
+    assert samples_right(made) == samples_right(plain)
+    torch.testing.assert_close(made.matrix.R_ci, plain.matrix.R_ci, equal_nan=True)
+    means = plain.strategy.prototypes.means
+    torch.testing.assert_close(made.strategy.prototypes.means, torch.cat([means, means], dim=1))
+
+
+@pytest.mark.parametrize("peft", [Adapter, partial(VPT, deep=False), VPT, SSF])
+def test_scores_are_cosines_of_both_features_side_by_side_and_old_means_stay(peft):
+    made = loop(
+        APER(backbone=TinyViT, peft=peft, optimizer=sgd),
+        data={"scenario": ClassIncremental(tasks=5)},
+        options={"stop_after_task": 0},
+        max_epochs=1,
+    )
+    made.fit()
+    strategy = made.strategy.eval()
+    old = strategy.prototypes.means.clone()
+    for task in made.stream.tasks[1:]:
+        made._run_task(task, None)
+    assert torch.equal(strategy.prototypes.means[: len(old)], old)
+    images = torch.randn(7, 1, 8, 8)
+    with torch.no_grad():
+        plain = TinyViT((1, 8, 8)).eval()(images)
+        tuned = strategy.network.backbone.base(images)
+        assert not torch.allclose(plain, tuned)
+        both = torch.cat([plain, tuned], dim=1)
+        expected = F.cosine_similarity(both[:, None], strategy.prototypes.means, dim=2)
+        torch.testing.assert_close(strategy.predict(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_transformer_with_an_adapter_passes_the_suite():
+    make = small(APER, backbone=TinyViT, peft=partial(Adapter, dropout=0.0))
+    check_strategy(make, checks=["trains", "resume", "restores", "options", "data", "bytes"])

@@ -1,0 +1,81 @@
+"""What the suite itself relies on: the choice of rotating tests, and the seconds of each method."""
+
+from types import SimpleNamespace
+
+import pytest
+from support import costs, rotation
+from support.subjects import METHOD_OF, SUBJECTS
+
+from cl_lightning.cli import discovery
+
+NAMES = [f"method {number}" for number in range(20)]
+
+
+def chosen(seed, count=4, each=None):
+    """Names that run, where a test of 20 names rotates."""
+    mark = pytest.mark.rotating(count, **({} if each is None else {"each": each})).mark
+    items = [
+        SimpleNamespace(
+            path="file",
+            originalname="test",
+            callspec=SimpleNamespace(id=name, params={"name": name}),
+            get_closest_marker=lambda _: mark,
+        )
+        for name in NAMES
+    ]
+    left_out = rotation.left_out(items, seed)
+    return {item.callspec.id for item in items if item not in left_out}
+
+
+def test_as_many_are_chosen_as_the_mark_says_and_the_same_each_time():
+    assert len(chosen("2026-11-30")) == 4
+    assert chosen("2026-11-30") == chosen("2026-11-30") != chosen("2026-12-01")
+    assert chosen("all") == set(NAMES)
+
+
+def test_all_have_their_turn():
+    assert set().union(*(chosen(f"2026-11-{day}") for day in range(40))) == set(NAMES)
+
+
+def test_each_group_has_as_many():
+    def tens(name):
+        return len(name)
+
+    found = chosen("2026-11-30", 2, tens)
+    assert sorted(map(len, found)) == [8, 8, 9, 9]
+
+
+def test_a_failure_says_how_to_repeat_it():
+    item = SimpleNamespace(nodeid="tests/test_x.py::test_y[er]@tests/test_x.py", get_closest_marker=lambda _: object())
+    expected = f"CL_LIGHTNING_ROTATION={rotation.ROTATION} python -m pytest 'tests/test_x.py::test_y[er]'"
+    assert rotation.how_to_repeat(item) == expected
+
+
+def test_a_method_above_the_limit_is_an_error_unless_its_file_says_why(monkeypatch):
+    monkeypatch.setattr(costs, "is_busy", lambda: False)
+    totals = costs.Totals()
+    for method, seconds in (("rehearsal/er", 5.0), ("rehearsal/er", 4.0), ("rehearsal/wa", 7.0), (None, 100.0)):
+        totals.add(SimpleNamespace(cost=seconds, method=method))
+    assert totals.too_slow() == ["rehearsal/er"]
+    lines = list(totals.summary())
+    assert "16 s for 2 methods, 8.0 s each; 100 s for the rest" in lines[0]
+    assert "rehearsal/er 9.0 s, rehearsal/wa 7.0 s" in lines[1]
+    assert lines[2].startswith("error: the tests of rehearsal/er take 9.0 s; the limit is 8 s")
+    assert totals.fails()
+    monkeypatch.setattr(costs, "is_busy", lambda: True)
+    assert not totals.fails()
+    assert list(totals.summary())[2].startswith("note: this machine is busy, but the tests of rehearsal/er take")
+    monkeypatch.setattr(costs, "is_busy", lambda: False)
+    monkeypatch.setattr(costs, "_reason", lambda method: "it has to")
+    assert not totals.fails()
+    totals.add(SimpleNamespace(cost=15.0, method="exemplar_free/efc"))  # two strategies
+    assert totals.too_slow() == []
+
+
+def test_every_strategy_is_a_subject():
+    assert {subject.factory.func for subject in SUBJECTS.values()} == set(discovery.strategies())
+    assert METHOD_OF["ER(replay_by=loader)"] == METHOD_OF["ER"] == "rehearsal/er"
+    assert METHOD_OF["PASS"] == "exemplar_free/pass"
+    assert SUBJECTS["ER"].name == "ER"
+    assert not SUBJECTS["ER"].first_task_is_finetuning
+    assert SUBJECTS["ER"].reason
