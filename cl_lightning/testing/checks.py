@@ -219,11 +219,11 @@ def check_data(case: Case) -> None:
         for task in set(step.tasks[known].tolist()):
             if not torch.isin(step.labels[known & (step.tasks == task)], columns[task]).all():
                 case.fail(name, f"labels that are not columns of task {task} at {step}")
-    told = any(getattr(callback, "test_data_use", None) is not None for callback in case.subject.callbacks())
+    uses_test_data = any(getattr(callback, "test_data_use", None) is not None for callback in case.subject.callbacks())
     for touch in outcome.touches:
         stage, task = touch.stage, touch.task
         if not touch.train:
-            allowed = stream.test[: task + 1] if stage == "evaluate" or told else ()
+            allowed = stream.test[: task + 1] if stage == "evaluate" or uses_test_data else ()
         elif stage == "validate":
             allowed = stream.val[: task + 1]
         elif stage == "train":
@@ -254,7 +254,7 @@ def check_bytes(case: Case) -> None:
     kept = outcome.kept
     exemplars, declared = kept.get("exemplars", 0), outcome.strategy.traits.keeps_exemplars
     if declared != (exemplars > 0):
-        case.fail(name, f"keeps_exemplars is {declared}, but bytes_kept tells of {exemplars} bytes of exemplars")
+        case.fail(name, f"keeps_exemplars is {declared}, but bytes_kept counts {exemplars} bytes of exemplars")
     extra = {
         key: value.nbytes
         for key, value in outcome.state.items()
@@ -264,8 +264,8 @@ def check_bytes(case: Case) -> None:
         largest = max(extra, key=lambda key: extra[key])
         case.fail(
             name,
-            f"the state holds {sum(extra.values())} bytes beside the network, {extra[largest]} of them in {largest}; "
-            f"bytes_kept tells of {kept}",
+            f"the state holds {sum(extra.values())} bytes besides the network, {extra[largest]} of them in {largest}; "
+            f"bytes_kept counts {kept}",
         )
 
 
