@@ -48,6 +48,11 @@ class ER(Replay):
         check_loss_classes(self)
         one_of(self, ("step", "loader"), replay_by=replay_by)
         one_of(self, ("joint", "sum"), reduction=reduction)
+        if replay_by == "loader" and (self.replay_size is not None or self.update_memory != "first"):
+            raise ValueError(
+                f"ER: replay_size={self.replay_size} and update_memory={self.update_memory!r} belong to replay_by="
+                "'step'; leave them out, since the loader mixes in the whole memory, and the task's end feeds it"
+            )
         self.replay_by, self.reduction = replay_by, reduction
 
     def prepare_batch(self, batch: Batch) -> Batch:

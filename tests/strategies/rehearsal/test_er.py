@@ -123,6 +123,8 @@ def test_the_joint_mean_and_the_sum_of_means_differ_as_told():
         {"replay_by": "epoch"},
         {"reduction": "max"},
         {"replay_size": 0},
+        {"replay_by": "loader", "replay_size": 5},
+        {"replay_by": "loader", "update_memory": "every"},
         {"memory_size": -1},
     ],
 )
