@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_lightning.batch import mix
+from cl_lightning.checks import one_of
 from cl_lightning.distributed import all_sum, rank, world_size
 from cl_lightning.models.heads import Head
 
@@ -317,8 +318,10 @@ class RidgeHead(ClosedFormHead):
 
         phi(f) = activation(P^T f),   W = (G + r I)^-1 Q,   G = sum phi phi^T,   Q = sum phi y^T,   scores phi(f)^T W
 
-    with P ~ N(0, 1), fixed, ``(d, E)``: RanPAC (McDonnell et al., NeurIPS 2023, arXiv:2307.02251, eq. 6-8) and analytic
-    continual learning (G-ACIL, Zhuang et al., NeurIPS 2024, arXiv:2403.15706). r -> ridge, E -> projection.
+    with P fixed and random, ``(d, E)``: RanPAC (McDonnell et al., NeurIPS 2023, arXiv:2307.02251, eq. 6-8) draws
+    P ~ N(0, 1), analytic continual learning (G-ACIL, Zhuang et al., NeurIPS 2024, arXiv:2403.15706) the initial weights
+    of ``nn.Linear``, P ~ U(-1/sqrt(d), 1/sqrt(d)), whose variance is 3 d times smaller. A ridge belongs to its P: with
+    ``relu`` and ``identity`` r for the uniform P acts as 3 d r for the normal P. r -> ridge, E -> projection.
 
     ``accumulate`` stores G and Q and solves at the end of a task; ``recursive`` stores ``(G + r I)^-1`` and W and
     updates them in chunks of samples (:func:`recursive_ridge`). Both give the same result. ``accumulate`` is cheaper if
@@ -334,6 +337,7 @@ class RidgeHead(ClosedFormHead):
         ridge: r, above 0, or a list of candidates.
         projection: E; None to use the features directly, without projection and activation.
         activation: ``relu``, ``tanh`` or ``identity``.
+        init: Distribution of P: ``normal`` for N(0, 1), ``uniform`` for U(-1/sqrt(d), 1/sqrt(d)).
         backend: ``accumulate`` or ``recursive``; ``recursive`` requires a single ridge.
 
     Attributes:
@@ -360,6 +364,7 @@ class RidgeHead(ClosedFormHead):
         ridge: float | list[float] = 1.0,
         projection: int | None = None,
         activation: Activation = "relu",
+        init: Literal["normal", "uniform"] = "normal",
         backend: Literal["accumulate", "recursive"] = "accumulate",
     ) -> None:
         super().__init__(num_features)
@@ -373,6 +378,7 @@ class RidgeHead(ClosedFormHead):
                 f"RidgeHead: activation={activation!r}, backend={backend!r}; use activation relu, tanh or identity, "
                 "backend accumulate or recursive"
             )
+        one_of(self, ("normal", "uniform"), init=init)
         if backend == "recursive" and len(self.ridges) > 1:
             raise ValueError(
                 f"RidgeHead: backend recursive with {len(self.ridges)} ridges; give one, or use accumulate"
@@ -381,7 +387,8 @@ class RidgeHead(ClosedFormHead):
         self.needs_all_rows = backend == "recursive" or len(self.ridges) > 1
         nothing = torch.zeros(0, 0, dtype=torch.float64)
         shape = (0, 0) if projection is None else (num_features, projection)
-        self.register_buffer("random", torch.randn(shape))
+        drawn = torch.randn(shape) if init == "normal" else (2 * torch.rand(shape) - 1) / num_features**0.5
+        self.register_buffer("random", drawn)
         for name in ("gram", "cross") if backend == "accumulate" else ("inverse",):
             self.register_buffer(name, nothing.clone())
         self.register_buffer("chosen", torch.zeros((), dtype=torch.float64))

@@ -1,4 +1,5 @@
 import itertools
+import math
 import os
 from functools import partial
 
@@ -179,6 +180,36 @@ def test_a_ridge_that_tends_to_infinity_leaves_the_sums_of_the_classes():
     assert torch.equal(head(features).argmax(1), (features @ sums.T).argmax(1))
 
 
+@pytest.mark.parametrize(
+    ("activation", "by_hand"),
+    [("relu", lambda value: max(value, 0.0)), ("identity", float), ("tanh", math.tanh)],
+)
+def test_inputs_are_the_activation_of_the_projected_features(activation, by_hand):
+    head = RidgeHead(2, projection=3, activation=activation)
+    head.random.copy_(torch.tensor([[1.0, -2.0, 1.0], [0.5, 3.0, 2.0]]))
+    found = head.expand(torch.tensor([[2.0, -1.0], [-0.75, 0.5]]))
+    projected = [[2 - 0.5, -4 - 3, 2 - 2], [-0.75 + 0.25, 1.5 + 1.5, -0.75 + 1]]
+    expected = torch.tensor([[by_hand(value) for value in row] for row in projected], dtype=torch.float64)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("init", "variance", "kurtosis"),
+    [("normal", 1.0, 3.0), ("uniform", 1 / (3 * 49), 1.8)],
+)
+def test_the_projection_has_the_law_of_its_init(init, variance, kurtosis):
+    torch.manual_seed(0)
+    values = RidgeHead(49, projection=4000, init=init).random.double()
+    assert values.shape == (49, 4000)
+    assert abs(float(values.mean())) < 4 * (variance / values.numel()) ** 0.5
+    assert float(values.var()) == pytest.approx(variance, rel=0.02)
+    centred = values - values.mean()
+    assert float(centred.pow(4).mean() / centred.square().mean() ** 2) == pytest.approx(kurtosis, rel=0.02)
+    if init == "uniform":  # the initial weights of a linear layer of 49 inputs
+        assert 0.999 / 7 < float(values.abs().max()) <= 1 / 7
+    assert torch.equal(RidgeHead(49, init=init).random, torch.zeros(0, 0))
+
+
 def test_an_identity_projection_is_plain_ridge():
     features, labels = samples()
     plain = learnt(RidgeHead, [(features, labels)])
@@ -280,6 +311,7 @@ def test_heads_are_made_of_buffers_alone():
         (partial(RidgeHead, ridge=[]), r"RidgeHead: ridge is \[\]"),
         (partial(RidgeHead, projection=0), "projection is 0"),
         (partial(RidgeHead, activation="sin"), "activation='sin'"),
+        (partial(RidgeHead, init="orthogonal"), "RidgeHead: init is 'orthogonal'"),
         (partial(RidgeHead, backend="recursive", ridge=[1.0, 2.0]), "give one, or use accumulate"),
     ],
 )

@@ -6,10 +6,14 @@ Ridge regression on a fixed random expansion of the features of a frozen backbon
     per batch (X rows of phi, Y one-hot):  K = (I + X R X^T)^-1,  R <- R - R X^T K X R,  W <- W + R X^T (Y - X W)
 
 for any classes in the batch. At any time W is the joint solution over all samples so far, also if classes recur in
-later tasks. r -> ridge, P ~ N(0, 1) with ``projection`` columns. If no class recurs, G-ACIL is ACIL (Zhuang et al.,
+later tasks. r -> ridge. P ~ U(-1/sqrt(d), 1/sqrt(d)) for d features, the initial weights of ``nn.Linear``, with
+``projection`` columns: the ridges of the paper belong to this scale. If no class recurs, G-ACIL is ACIL (Zhuang et al.,
 NeurIPS 2022). Each image is used once, without augmentation, when its task ends: predictions within a task, which the
 paper also scores (A_AUC), are therefore the predictions after the task before.
 Departs from the algorithm box of the paper, which initialises R = r I: here R = I / r, as in its text and its code.
+Departs from the published run, whose code updates R and W three times with each batch of the stream, as it arrives, and
+computes the rows of phi again for each update, from images that its training transform normalises and crops. Three
+updates with equal rows are a ridge of r / 3.
 For a backbone that is trained on the first task and then frozen, use ``FirstSessionAdaptation`` with ``RidgeHead``.
 """
 
@@ -24,7 +28,7 @@ class GACIL(ContinualStrategy):
     """Recursive ridge regression on a frozen backbone, equal to joint ridge regression on the data of all tasks.
 
     Args:
-        ridge: r, above 0. The default is the value of the paper for a ViT; it has 0.1 for a CNN.
+        ridge: r, above 0: 100 in the paper for a ViT, 0.1 for a CNN.
         projection: Number of random features: 5,000 in the paper for a ViT, 8,192 or 16,384 for a CNN; None to use the
             features of the backbone.
         backend: ``recursive``, or ``accumulate`` for sums that are solved once per task, with the same result.
@@ -41,7 +45,7 @@ class GACIL(ContinualStrategy):
         backend: Literal["accumulate", "recursive"] = "recursive",
         **kwargs: Any,
     ) -> None:
-        head = functools.partial(RidgeHead, ridge=ridge, projection=projection, backend=backend)
+        head = functools.partial(RidgeHead, ridge=ridge, projection=projection, init="uniform", backend=backend)
         head(1)  # so that an option out of range raises here, not when the network is built
         super().__init__(head=head, loss_classes="all", freeze_backbone=True, **kwargs)
 

@@ -30,14 +30,15 @@ def learnt(scenario, **options):
 
 
 def joint(made):
-    """The regression on the whole training set, at once, with the network of a run."""
+    """The regression on the whole training set, at once, on ReLUs of the projected features of a run."""
     strategy, data = made.strategy, made.datamodule
     indices = torch.arange(len(data.samples(train=True).labels))
     parts = [(b.images, b.raw, b.indices) for b in strategy.passes.batches(indices=indices)]
     images, indices = torch.cat([p[0] for p in parts]), torch.cat([p[2] for p in parts])
     labels = torch.as_tensor(made.stream.columns_of(data.samples(train=True).labels[indices.numpy()]))
     with torch.no_grad():
-        inputs = strategy.network.head.expand(strategy.network.backbone(images))
+        features = strategy.network.backbone(images).double()
+    inputs = (features @ strategy.network.head.random.double()).clamp(min=0)
     targets = F.one_hot(labels, 10).double()
     gram = inputs.T @ inputs + torch.eye(200, dtype=torch.float64)
     return torch.linalg.solve(gram, inputs.T @ targets)
@@ -50,6 +51,16 @@ def test_it_is_the_regression_on_all_data_at_once(scenario, backend: str):
     weight = made.strategy.network.head.weight().T
     # Features are float32, of batches of other sizes.
     torch.testing.assert_close(weight, joint(made), rtol=1e-3, atol=1e-4)
+
+
+def test_the_projection_is_the_initial_weight_of_a_linear_layer():
+    torch.manual_seed(0)
+    strategy = GACIL(backbone=random_features)  # 64 features
+    strategy.build((1, 8, 8))
+    projection = strategy.network.head.random.double()
+    assert projection.shape == (64, 5000)
+    assert float(projection.var()) == pytest.approx(1 / (3 * 64), rel=0.01)
+    assert 0.124 < float(projection.abs().max()) <= 1 / 8
 
 
 def test_what_is_right_in_the_end_does_not_depend_on_how_the_classes_are_dealt_out():

@@ -3,7 +3,9 @@ from functools import partial
 import pytest
 import torch
 from support.pretrained import TinyViT, in_tasks, samples_right
+from torch.nn import functional as F
 
+from cl_lightning.batch import mix
 from cl_lightning.measures import last_accuracy
 from cl_lightning.models import MLP, SSF, Adapter, RidgeHead
 from cl_lightning.strategies.baselines.finetune import Finetune
@@ -32,11 +34,41 @@ def test_without_phase_1_and_for_a_fixed_ridge_the_split_into_tasks_does_not_mat
         torch.testing.assert_close(other, first, rtol=1e-3, atol=1e-5)  # features are float32
 
 
-def test_the_ridge_is_one_of_the_candidates_and_the_projection_is_kept():
+class Noting(RanPAC):
+    """Notes the features that each task gives the head."""
+
+    def build(self, image_shape):
+        super().build(image_shape)
+        head, self.noted = self.network.head, []
+        fit = head.fit_features
+        head.fit_features = lambda features, labels: (self.noted.append((features, labels)), fit(features, labels))[1]
+
+
+def test_the_ridge_is_the_power_of_ten_of_least_error_on_a_held_out_fifth():
+    torch.manual_seed(0)
+    made = in_tasks(partial(Noting, backbone=random_features, projection=300, adapt=False), 2)
+    head, (features, labels) = made.strategy.network.head, made.strategy.noted[-1]
+    projection = head.random.double()
+    assert float(projection.var()) == pytest.approx(1.0, rel=0.05)  # 19,200 numbers of N(0, 1)
+    assert float(projection.abs().max()) > 3
+    inputs, targets = (features.double() @ projection).clamp(min=0), F.one_hot(labels, 10).double()
+    seen = sum(len(part) for part, _ in made.strategy.noted)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(mix(0x41D6E, seen)))
+    judged, fitted = order[: len(labels) // 5], order[len(labels) // 5 :]
+
+    def error(ridge):
+        gram = inputs[fitted].T @ inputs[fitted] + ridge * torch.eye(300, dtype=torch.float64)
+        weight = torch.linalg.solve(gram, inputs[fitted].T @ targets[fitted])
+        return float((inputs[judged] @ weight - targets[judged]).square().mean())
+
+    ridges = [10.0**power for power in range(-4, 9)]  # smaller ones make this plain solution inexact
+    assert float(head.chosen) == min(ridges, key=error)
+
+
+def test_the_ridge_and_the_projection_are_kept():
     strategy = in_tasks(SMALL, 2).strategy
     head = strategy.network.head.final
     assert isinstance(head, RidgeHead)
-    assert any(float(head.chosen) == 10.0**power for power in range(-8, 9))
     fresh = SMALL()
     fresh.build((1, 8, 8))
     fresh.load_state_dict(strategy.state_dict())
