@@ -432,6 +432,7 @@ class ContinualDataModule(LightningDataModule):
         memory: Memory | None = None,
         indices: Tensor | None = None,
         samples: int | None = None,
+        where: Callable[[Tensor, Tensor], Tensor | None] | None = None,
         batch_size: int | None = None,
         store: FeatureStore | None = None,
     ) -> PlannedLoader:
@@ -441,10 +442,11 @@ class ContinualDataModule(LightningDataModule):
             memory: Serve the samples of this memory instead, in its order.
             indices: Serve only these samples of the task, in this order.
             samples: Serve this number of samples of the task, drawn by seed and task; None for all.
+            where: Choose among the samples of the task, followed by the samples of ``memory``, as ``Phase.samples``.
             batch_size: Samples per batch, over all processes; None for ``eval_batch_size``.
             store: Stored features, which are served instead of images where it has them; None for none.
         """
-        if memory is not None:
+        if memory is not None and where is None:
             indices = self._rows_of(memory)
         elif indices is None:
             indices, _ = self._pool(self.stream.train, range(self.task.index, self.task.index + 1))
@@ -453,6 +455,11 @@ class ContinualDataModule(LightningDataModule):
             if samples is not None and samples < len(indices):
                 generator = torch.Generator().manual_seed(mix(self.seed or 0, 0x5A3, self.task.index))
                 indices = indices[torch.randperm(len(indices), generator=generator)[:samples].sort().values]
+        if where is not None:
+            memory = memory if memory is not None and len(memory) > 0 else None
+            indices = indices if memory is None else torch.cat([indices, self._rows_of(memory)])
+            chosen = where(*self._candidates(indices, memory))
+            indices = indices if chosen is None else indices[chosen]
         tasks = torch.full_like(indices, self.task.index)
         plan = self._plan(indices, tasks, batch_size=batch_size or self.eval_batch_size, shuffle=False)
         stored = None if store is None else self._identified("statistics", store)

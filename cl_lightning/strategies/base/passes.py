@@ -76,6 +76,7 @@ class Passes:
         memory: Memory | None = None,
         indices: Tensor | None = None,
         samples: int | None = None,
+        where: Callable[[Tensor, Tensor], Tensor | None] | None = None,
         augment: int | None = None,
         batch_size: int | None = None,
         store: FeatureStore | None = None,
@@ -88,13 +89,15 @@ class Passes:
             memory: Pass over the samples of this memory instead.
             indices: Pass over these samples of the task only, in this order: indices into the data set, int64.
             samples: Pass over this number of samples of the task, drawn by seed and task; None for all samples.
+            where: Choose among the samples of the task, followed by the samples of ``memory``, as ``Phase.samples``.
             augment: Key of the random numbers of the augmentation; None for no augmentation.
             batch_size: Number of samples per batch, over all processes; None for the batch size of evaluations.
             store: Store whose features, where present, replace the images.
         """
         strategy, datamodule = self._strategy, self._strategy.data.module
-        options = {"memory": memory, "indices": indices, "samples": samples, "batch_size": batch_size, "store": store}
-        loader = datamodule.statistics_dataloader(**options)
+        loader = datamodule.statistics_dataloader(
+            memory=memory, indices=indices, samples=samples, where=where, batch_size=batch_size, store=store
+        )
         device = strategy.trainer.strategy.root_device
         for number, batch in enumerate(loader):
             if self.on_batch is not None:

@@ -1,7 +1,10 @@
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
+import scipy.optimize
+import scipy.special
 import torch
 from lightning.pytorch import Callback
 from support.fakes import normal, task_of
@@ -9,17 +12,21 @@ from support.runs import NormNet, assert_same, plain_net, run, sgd
 from support.teaching import losses
 from torch.nn import functional as F
 
+from cl_lightning.batch import Draw, mix
+from cl_lightning.data import RandomCrop
 from cl_lightning.strategies.baselines.finetune import Finetune
-from cl_lightning.strategies.rehearsal.bic import BiC, correct, held_out
+from cl_lightning.strategies.rehearsal.bic import BiC, correct, fit_pair, held_out
 from cl_lightning.strategy import PhaseOptions
 from cl_lightning.stream import ClassIncremental, RotatedDomains
 from cl_lightning.testing import Subject, check_strategy, small
 
 SUBJECTS = {
-    "BiC": Subject(small(BiC, bias_options=PhaseOptions(epochs=2))),
+    "BiC": Subject(small(BiC)),
+    "BiC sgd": Subject(small(BiC, solver="sgd", bias_options=PhaseOptions(epochs=2))),
 }
 
-SMALL = partial(BiC, backbone=plain_net, optimizer=sgd, memory_size=60, bias_options=PhaseOptions(epochs=2))
+SGD = {"solver": "sgd", "bias_options": PhaseOptions(epochs=2)}
+SMALL = partial(BiC, backbone=plain_net, optimizer=sgd, memory_size=60, **SGD)
 
 
 def pair(alpha, beta):
@@ -50,34 +57,65 @@ def test_the_order_within_old_and_within_new_classes_stays():
         assert torch.equal(logits[:, part].argsort(1), corrected[:, part].argsort(1))
 
 
-@pytest.mark.parametrize(("scale", "shift"), [(1.5, 2.0), (0.7, -1.0), (3.0, 0.5)])
-def test_the_second_stage_recovers_what_was_done_to_the_new_logits(scale, shift):
-    true = 2 * normal(4000, 6)  # calibrated: the labels are drawn from their softmax
-    gumbel = -(-torch.rand(4000, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log()).log()
-    labels = (true + gumbel).argmax(1)
+def objective(pair, logits, labels, num_new, ridge):
+    """Of stage 2, in numpy."""
+    new = np.arange(logits.shape[1]) >= logits.shape[1] - num_new
+    q = np.where(new, pair[0] * logits + pair[1], logits)
+    loss = scipy.special.logsumexp(q, axis=1) - q[np.arange(len(q)), labels]
+    return loss.mean() + ridge / 2 * ((pair[0] - 1) ** 2 + pair[1] ** 2)
 
-    def fitted(logits):
-        newest = pair(1.0, 0.0).requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [newest], max_iter=200, tolerance_grad=1e-13, tolerance_change=1e-15, line_search_fn="strong_wolfe"
-        )
 
-        def loss():
-            optimizer.zero_grad()
-            value = F.cross_entropy(correct(logits, [pair(1.0, 0.0), newest], [4, 2]), labels)
-            value.backward()
-            return value
-
-        optimizer.step(loss)
-        return newest.detach()
-
-    best = fitted(true)  # (1, 0), but for the chance in the labels
-    torch.testing.assert_close(best, pair(1.0, 0.0), rtol=0, atol=0.1)
-    biased = torch.cat([true[:, :4], scale * true[:, 4:] + shift], 1)
-    found = fitted(biased)  # alpha' (s z + c) + beta' = alpha z + beta
-    torch.testing.assert_close(
-        found, torch.stack([best[0] / scale, best[1] - best[0] * shift / scale]), rtol=1e-5, atol=1e-5
+def minimum(logits, labels, num_new, ridge):
+    """By a simplex search, which uses no gradient."""
+    arguments = (logits.double().numpy(), labels.numpy(), num_new, ridge)
+    options = {"xatol": 1e-10, "fatol": 1e-15, "maxiter": 4000, "maxfev": 4000}
+    return torch.from_numpy(
+        scipy.optimize.minimize(objective, [1.0, 0.0], arguments, method="Nelder-Mead", options=options).x
     )
+
+
+def drawn_labels(true):
+    """Drawn from the softmax of the logits, so that these are calibrated."""
+    gumbel = -(-torch.rand(true.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log()).log()
+    return (true + gumbel).argmax(1)
+
+
+@pytest.mark.parametrize(("scale", "shift", "ridge"), [(1.5, 2.0, 1e-4), (0.7, -1.0, 0.3), (3.0, 8.0, 1e-9)])
+def test_the_exact_pair_is_the_minimum_that_scipy_finds(scale, shift, ridge):
+    true = 2 * normal(500, 6)
+    labels = drawn_labels(true)
+    biased = torch.cat([true[:, :4], scale * true[:, 4:] + shift], 1)
+    found = fit_pair(biased, labels, 2, ridge=ridge)
+    torch.testing.assert_close(found, minimum(biased, labels, 2, ridge), rtol=0, atol=1e-6)
+    if ridge == 1e-9:  # alpha' (s z + c) + beta' = alpha z + beta
+        best = minimum(true, labels, 2, 0.0)
+        expected = torch.stack([best[0] / scale, best[1] - best[0] * shift / scale])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_exact_pair_is_finite_where_a_threshold_separates_the_samples():
+    logits = torch.tensor([[0.0, 1.0], [0.5, 3.0]], dtype=torch.float64)  # an old sample, then a new one
+    labels = torch.tensor([0, 1])
+    for ridge in (1e-2, 1e-4):
+        found = fit_pair(logits, labels, 1, ridge=ridge)
+        torch.testing.assert_close(found, minimum(logits, labels, 1, ridge), rtol=0, atol=1e-5)
+    assert found.abs().max() < 20
+
+
+@pytest.mark.parametrize(("start", "large"), [(5.0, False), (30.0, True)])
+def test_newton_converges_from_logits_far_from_calibrated(start, large):
+    logits = torch.cat([normal(60, 8), (50.0 if large else 5.0) * normal(60, 4, seed=2) + start], 1)
+    labels = torch.randint(12, (60,), generator=torch.Generator().manual_seed(0))
+    found = fit_pair(logits.float(), labels, 4, ridge=1e-4)
+    arguments = (logits.float().double().numpy(), labels.numpy(), 4, 1e-4)
+    search = scipy.optimize.minimize(objective, found.numpy(), arguments, method="Nelder-Mead", tol=1e-12)
+    assert objective(found.numpy(), *arguments) < search.fun + 1e-12  # the minimum is the only one
+
+
+def test_without_bias_the_exact_pair_is_close_to_one_and_zero():
+    true = 2 * normal(4000, 6)
+    found = fit_pair(true, drawn_labels(true), 2, ridge=1e-4)
+    torch.testing.assert_close(found, pair(1.0, 0.0), rtol=0, atol=0.1)  # but for the chance in the labels
 
 
 def test_equally_many_of_each_class_are_held_out_but_never_all_of_one():
@@ -112,6 +150,48 @@ def test_the_loss_is_that_of_corrected_logits_and_of_the_corrected_teacher():
 
 
 # ---------------------------------------------------------------------- the two stages
+
+
+class Held(BiC):
+    """Notes the labels and the corrected logits of the held-out share before the exact solution, and the pair."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.noted = {}
+
+    def _solve(self):
+        data, task = self.data.module, self.task
+        indices = torch.as_tensor(data.stream.train[task.index].copy())
+        new = torch.as_tensor(data.stream.columns_of(data.samples(train=True).labels[indices.numpy()]))
+        labels = torch.cat([new, self.memory.labels])
+        mask = held_out(labels, self._count(task), mix(self.seed, 0xB1C, task.index))
+        chosen = list(self.passes.batches(indices=indices[mask[: len(indices)]]))
+        raw = self.memory.images[mask[len(indices) :]]
+        images = torch.cat(
+            [
+                *(batch.images for batch in chosen),
+                self.data.finish(chosen[0].replace(raw=raw, draw=Draw.of(len(raw), 0))).images,
+            ]
+        )
+        logits = correct(self.network(images).logits.double(), list(self.pairs.values), [4, 3, 3][: task.index + 1])
+        assert torch.equal(self.pairs.values[-1], torch.tensor([1.0, 0.0]))
+        super()._solve()
+        self.noted[task.index] = (logits.detach(), labels[mask], self.pairs.values[-1].detach().double())
+
+
+def test_the_pair_of_a_task_is_the_minimum_on_its_unaugmented_held_out_share():
+    made = run(
+        Held(backbone=NormNet, optimizer=sgd, memory_size=60, held_out=0.5, bias_ridge=1e-2),
+        data={"transforms": [RandomCrop(2)]},
+        max_epochs=2,
+    )
+    assert [task.epochs for task in made.meter.tasks] == [{"train": 2}] * 3
+    assert set(made.strategy.noted) == {1, 2}
+    for logits, labels, found in made.strategy.noted.values():
+        counts = labels.bincount()
+        assert counts.min() == counts.max()
+        assert not found.equal(pair(1.0, 0.0))
+        torch.testing.assert_close(found, minimum(logits, labels, 3, 1e-2), rtol=1e-4, atol=1e-4)
 
 
 class Watch(Callback):
@@ -150,7 +230,11 @@ def test_samples_of_the_second_stage_are_balanced_and_unseen_in_the_first():
 
 def test_the_second_stage_changes_the_newest_pair_and_nothing_else():
     watch = Watch()
-    run(BiC(backbone=NormNet, optimizer=sgd, memory_size=60, bias_options=PhaseOptions(epochs=3)), watch, max_epochs=1)
+    run(
+        BiC(backbone=NormNet, optimizer=sgd, memory_size=60, solver="sgd", bias_options=PhaseOptions(epochs=3)),
+        watch,
+        max_epochs=1,
+    )
     for task in (1, 2):
         before, after = watch.states[task, "train"], watch.states[task, "bias"]
         changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
@@ -173,7 +257,7 @@ def test_validation_in_the_second_stage_leaves_the_network_as_it_is_to_the_bit()
             validated.append((strategy.task.index, strategy.phase.name))
 
     watch = Validated()
-    strategy = BiC(backbone=NormNet, optimizer=sgd, memory_size=60, bias_options=PhaseOptions(epochs=3))
+    strategy = BiC(backbone=NormNet, optimizer=sgd, memory_size=60, solver="sgd", bias_options=PhaseOptions(epochs=3))
     run(strategy, watch, data={"val_fraction": 0.2}, max_epochs=2)
     for task in (1, 2):
         assert validated.count((task, "bias")) == 3
@@ -206,9 +290,10 @@ def test_predictions_are_those_of_corrected_logits():
         assert not torch.equal(expected, logits)
 
 
-def test_a_share_that_is_not_there_is_told_and_the_bias_stays():
+@pytest.mark.parametrize("options", [{}, {"solver": "exact", "bias_options": PhaseOptions(epochs=100)}])
+def test_a_share_that_is_not_there_is_told_and_the_bias_stays(options):
     with pytest.warns(UserWarning, match="give a larger memory_size; at task . a class has fewer than two"):
-        made = run(SMALL(memory_size=7), max_epochs=1)
+        made = run(SMALL(memory_size=7, **options), max_epochs=1)
     # Seven classes have one exemplar each before the last task, and four had one each before that.
     assert_same(
         {str(i): value.detach() for i, value in enumerate(made.strategy.pairs.values)},
@@ -223,8 +308,8 @@ def test_the_second_stage_lifts_what_the_first_leaves():
         made = [
             run(strategy, max_epochs=3, data=five).matrix.measures()["average_accuracy"]
             for strategy in (
-                BiC(backbone=plain_net, memory_size=100, bias_options=PhaseOptions(epochs=60)),
-                BiC(backbone=plain_net, memory_size=100, bias_options=PhaseOptions(epochs=1)),
+                BiC(backbone=plain_net, memory_size=100),
+                BiC(backbone=plain_net, memory_size=100, solver="sgd", bias_options=PhaseOptions(epochs=1)),
                 Finetune(backbone=plain_net),
             )
         ]
@@ -241,7 +326,7 @@ def test_domains_without_new_classes_have_no_second_stage():
 
 
 def test_it_resumes_at_every_place_of_both_stages():
-    check_strategy(small(BiC, bias_options=PhaseOptions(epochs=2)), checks=("resume",), every_place=True)
+    check_strategy(small(BiC, **SGD), checks=("resume",), every_place=True)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +337,10 @@ def test_it_resumes_at_every_place_of_both_stages():
         {"distill_weight": -0.5},
         {"held_out": 0.0},
         {"held_out": 1.0},
-        {"bias_options": PhaseOptions(epochs=0)},
+        {"solver": "sgd", "bias_options": PhaseOptions(epochs=0)},
+        {"bias_options": PhaseOptions(epochs=5)},
+        {"solver": "newton"},
+        {"bias_ridge": 0.0},
         {"memory_size": -1},
     ],
 )
