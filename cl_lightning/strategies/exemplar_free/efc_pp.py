@@ -6,50 +6,45 @@ With the terms of :class:`~cl_lightning.strategies.exemplar_free.efc.EFC` apart 
     phase ``rebalance``   L = CE over all classes              trains all heads; the backbone is frozen
 
 Between the phases the means of old classes are corrected for the drift of the features. Each epoch of the second phase
-consists of the features of the task's images, with a new augmentation, and of n_c pseudo-features f~ ~ N(p_c, Sigma_c)
-of each old class c, where n_c is the number of samples that the class had.
+consists of the features of the task's images and of n_c pseudo-features f~ ~ N(p_c, Sigma_c) of each old class c, where
+n_c is the number of samples that the class had.
+Departs from the released code, which takes augmented images for the features of the task and for N(p_c, Sigma_c): here
+both are of un-augmented images, as in ``EFC``, so that new and old classes are balanced on the same kind of features,
+and one pass over the images serves all epochs.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cl_lightning.batch import Draw, mix
+from cl_lightning.batch import Draw
 from cl_lightning.data import FeaturePool
 from cl_lightning.losses import cross_entropy
 from cl_lightning.memory import GaussianPrototypes
 from cl_lightning.strategies.exemplar_free.efc import EFC
 from cl_lightning.strategy import Batch, ContinualStrategy, Output, Phase, PhaseOptions, Task
 
-_NOISE, _VIEWS = 0xEFC3, 0xEFC4  # salts
+_NOISE = 0xEFC3  # salt
 
 
 class RebalancingFeatures(FeaturePool):
-    """Features of the task, with a new augmentation in each epoch, and n_c pseudo-features of each old class c.
+    """Features of the task, and n_c pseudo-features of each old class c, drawn anew for each step.
 
     Args:
+        features, labels: Features ``(n, d)`` and columns ``(n,)`` of the samples of the task.
         gaussians: Normal distributions of the classes, with their numbers of samples n_c.
-        views: Returns features ``(n, d)`` and columns ``(n,)`` of the augmented images of an epoch.
-        epoch: Epoch whose features are computed first.
     """
 
-    def __init__(
-        self, gaussians: GaussianPrototypes, views: Callable[[int], tuple[Tensor, Tensor]], epoch: int
-    ) -> None:
-        super().__init__(*views(epoch))
-        self.gaussians, self.views, self.epoch = gaussians, views, epoch
-        counts = gaussians.counts * (self.labels.bincount(minlength=len(gaussians))[: len(gaussians)] == 0)
+    def __init__(self, features: Tensor, labels: Tensor, gaussians: GaussianPrototypes) -> None:
+        super().__init__(features, labels)
+        self.gaussians = gaussians
+        counts = gaussians.counts * (labels.bincount(minlength=len(gaussians))[: len(gaussians)] == 0)
         self.old = torch.arange(len(counts)).repeat_interleave(counts.cpu())
 
     def __len__(self) -> int:
         return len(self.labels) + len(self.old)
-
-    def begin_epoch(self, epoch: int) -> None:
-        if epoch != self.epoch:
-            (self.features, self.labels), self.epoch = self.views(epoch), epoch
 
     def take(self, rows: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         size, device = len(self.labels), self.labels.device
@@ -100,13 +95,7 @@ class EFCpp(EFC):
         return super().losses(batch, output)
 
     def rebalancing_features(self) -> RebalancingFeatures:
-        def views(epoch: int) -> tuple[Tensor, Tensor]:
-            return self.passes.all_features(augment=mix(self.seed, _VIEWS, self.task.index, epoch))
-
-        if self.data.is_augmented:
-            return RebalancingFeatures(self.gaussians, views, self.epoch)
-        same = self.passes.all_features()  # one pass for all epochs
-        return RebalancingFeatures(self.gaussians, lambda epoch: same, self.epoch)
+        return RebalancingFeatures(*self.passes.all_features(), self.gaussians)  # un-augmented, like the Gaussians
 
     def end_phase(self, phase: Phase) -> None:
         if self.teacher and phase.features is None:  # the rebalancing phase needs corrected means

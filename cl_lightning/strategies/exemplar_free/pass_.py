@@ -16,7 +16,8 @@ tau -> temperature, lambda -> prototype_weight, gamma -> distill_weight.
 With several processes the norm is over the rows of all processes; if a batch has fewer rows than there are processes,
 each process takes the norm over its own rows. With accumulated gradients the norm is of each batch, which is smaller
 than the norm over all n of them by a factor of sqrt(n).
-Departs from the paper: predictions are not averaged over the rotations; the ResNet-18 has no CBAM.
+Departs from the paper: predictions are not averaged over the rotations; the ResNet-18 has no CBAM. p_c and r are
+computed from un-augmented images, where the released code takes augmented images, whose variance is larger.
 """
 
 from collections.abc import Iterable, Sequence

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_lightning.batch import Draw, ImageShape
+from cl_lightning.data import RandomCrop
 from cl_lightning.losses import feature_distillation
 from cl_lightning.measures import last_accuracy
 from cl_lightning.memory import GaussianPrototypes
@@ -273,19 +274,11 @@ def test_balanced_features_are_of_classes_drawn_uniformly_and_new_ones_of_the_ba
 
 
 def test_the_pool_holds_the_task_and_as_many_draws_of_each_old_class_as_it_had_samples():
-    gaussians, asked = GaussianPrototypes(3), []
+    gaussians = GaussianPrototypes(3)
     gaussians.update(normal(9, 3).float(), torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2]), num_classes=4)
     labels = torch.tensor([3, 3, 2])  # class 2 comes again
-
-    def views(epoch: int) -> tuple[Tensor, Tensor]:
-        asked.append(epoch)
-        return torch.full((3, 3), float(epoch)), labels
-
-    pool = RebalancingFeatures(gaussians, views, 5)
+    pool = RebalancingFeatures(torch.full((3, 3), 6.0), labels, gaussians)
     assert len(pool) == 3 + 4 + 2
-    pool.begin_epoch(5)
-    pool.begin_epoch(6)
-    assert asked == [5, 6]
     rows = torch.tensor([8, 0, 3, 2, 4])
     features, columns = pool.take(rows, Draw.of(5, 1))
     assert columns.tolist() == [3, 2, 1, 0, 0]
@@ -293,6 +286,40 @@ def test_the_pool_holds_the_task_and_as_many_draws_of_each_old_class_as_it_had_s
     # A process that has some of the rows draws for them what one process draws.
     share, _ = pool.take(rows[3:], Draw(Draw.of(5, 1).key, 3, 5, 5))
     assert torch.equal(share, torch.cat([features[1:2], features[4:]]))
+
+
+def test_statistics_and_balancing_are_of_images_without_augmentation():
+    """With shifts of the training images, the same features make the Gaussian of a class and balance it."""
+    balanced, gaussians = [], []
+
+    class Look(EFCpp):
+        def losses(self, batch, output):
+            if self.phase.features is not None:
+                new = batch.labels >= self.task.num_seen - self.task.num_new
+                balanced.append((self.task.index, self.epoch, batch.labels[new], output.features[new].double()))
+            return super().losses(batch, output)
+
+        def end_task(self, task):
+            super().end_task(task)
+            parts = [(self.network.backbone(b.images).double(), b.labels) for b in self.passes.batches()]
+            features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+            for column in task.columns:
+                mine = features[labels == column]
+                torch.testing.assert_close(self.gaussians.means[column].double(), mine.mean(0), rtol=1e-4, atol=1e-4)
+                gaussians.append((task.index, column, mine))
+
+    options = {"rebalance_options": PhaseOptions(epochs=2, batch_size=64, optimizer=SGD)}
+    run(Look(backbone=plain_net, optimizer=SGD, **options), data={"transforms": [RandomCrop(2)]}, max_epochs=1)
+    for task, column, plain in gaussians:
+        if task == 0:
+            continue
+        for epoch in range(2):
+            parts = [rows[y == column] for t, e, y, rows in balanced if (t, e) == (task, epoch)]
+            rows = torch.cat(parts)
+            assert len(rows) == len(plain)
+            nearest = torch.cdist(rows, plain).min(dim=1)
+            assert nearest.values.max() < 1e-4  # each row is a feature of an image without augmentation
+            torch.testing.assert_close(rows.T.cov().trace(), plain.T.cov().trace(), rtol=1e-4, atol=1e-6)
 
 
 def test_old_heads_stay_while_the_backbone_learns_and_all_learn_afterwards():
