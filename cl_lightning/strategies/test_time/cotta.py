@@ -88,7 +88,7 @@ class View(NamedTuple):
         order: Order in which brightness, contrast, saturation, hue and gamma (0 to 4) are applied.
         angle: Rotation in degrees, counter-clockwise.
         scale: Scale factor of the image; 1 for no change.
-        shift: Translation to the right and down, as shares of width and height.
+        shift: Translation to the right and down, after rotation and scaling, as shares of width and height.
         blur: Standard deviation of the Gaussian kernel, in pixels.
         mirrored: Whether the image is flipped horizontally.
     """
@@ -142,8 +142,11 @@ class View(NamedTuple):
                 images = images.clamp(min=1e-8) ** self.gamma
         turn = math.radians(self.angle)
         cos, sin = math.cos(turn) / self.scale, math.sin(turn) / self.scale
-        x, y = (-2 * share for share in self.shift)  # the grid holds source positions of pixels, in half sides
-        back = torch.tensor([[cos, -sin, x], [sin, cos, y]], dtype=torch.float64)
+        # The grid holds source positions of pixels, in half sides: x' = R^-1 (x - t), since t follows the rotation.
+        x, y = (2 * share for share in self.shift)
+        ratio = images.shape[2] / images.shape[3]
+        first, second = (cos, -sin * ratio), (sin / ratio, cos)
+        back = torch.tensor([[*row, -row[0] * x - row[1] * y] for row in (first, second)], dtype=torch.float64)
         back = back.to(images, non_blocking=True).expand(len(images), 2, 3)
         grid = F.affine_grid(back, list(images.shape), align_corners=False)
         images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -6,6 +6,8 @@ from support.adaptation import adapt, batches, scores, source_network, stream, t
 from support.fakes import normal
 from torch import nn
 from torch.nn import functional as F
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation, affine
 
 from cl_lightning.batch import Draw
 from cl_lightning.strategies.test_time import cotta
@@ -95,6 +97,32 @@ def test_each_part_of_a_view_is_what_it_says():
     torch.testing.assert_close(PLAIN._replace(scale=0.9, angle=12.0, blur=0.5).of(flat), flat, **close)
     turned = PLAIN._replace(hue=1 / 3).of(torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8))
     torch.testing.assert_close(turned[0, :, 4, 4], torch.tensor([0.0, 1.0, 0.0]), **close)  # red to green
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 40)])
+@pytest.mark.parametrize(
+    ("angle", "scale", "across", "down"), [(15.0, 1.1, 3, -2), (-90.0, 0.9, -3, 1), (0.0, 1.0, 2, 1)]
+)
+def test_the_affine_map_is_that_of_torchvision(height, width, angle, scale, across, down):
+    images = torch.zeros(2, 3, height, width, dtype=torch.float64)  # black at the edge, which both repeat outside
+    images[..., 2:-2, 2:-2] = torch.rand(2, 3, height - 4, width - 4, generator=torch.Generator().manual_seed(0))
+    view = PLAIN._replace(angle=angle, scale=scale, shift=(across / width, down / height))
+    expected = affine(  # clockwise
+        images, -angle, [across, down], scale, [0.0, 0.0], interpolation=InterpolationMode.BILINEAR
+    )
+    torch.testing.assert_close(view.of(images), expected, rtol=0, atol=1e-6)
+
+
+def test_contrast_and_saturation_are_those_of_torchvision():
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for found, expected in (
+        (PLAIN._replace(contrast=0.7), adjust_contrast(images, 0.7)),
+        (PLAIN._replace(saturation=1.5), adjust_saturation(images, 1.5)),
+        (PLAIN._replace(brightness=1.4), adjust_brightness(images, 1.4)),
+    ):
+        torch.testing.assert_close(found.of(images), expected, rtol=0, atol=1e-6)
+    both = PLAIN._replace(contrast=0.7, saturation=1.5, order=(2, 0, 1, 3, 4)).of(images)
+    torch.testing.assert_close(both, adjust_contrast(adjust_saturation(images, 1.5), 0.7), rtol=0, atol=1e-6)
 
 
 def test_a_blurred_point_is_the_kernel():
