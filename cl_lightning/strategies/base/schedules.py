@@ -63,11 +63,23 @@ class CosineOverPhase(PhaseSchedule):
 class QuarterCosineOverPhase(PhaseSchedule):
     """The first quarter of a cosine: slow decay at first, to 0.016 of the base rate (CODA-Prompt, arXiv:2211.13218).
 
-    factor(e) = cos( 0.99 pi / 2 * e / (E - 1) ),   e = 0 .. E - 1
+        factor(e) = cos( 0.99 pi / 2 * max(e - late, 0) / (E - 1) ),   e = 0 .. E - 1
+
+    The code of CODA-Prompt steps its schedule at the start of each epoch: ``late`` is 1, and the last of 20 epochs has
+    the factor 0.097.
+
+    Args:
+        optimizer: Optimizer whose learning rates are scheduled.
+        late: Number of epochs by which the schedule is delayed, at least 0.
     """
 
+    def __init__(self, optimizer: Optimizer, *, late: int = 0) -> None:
+        at_least(self, 0, late=late)
+        self.late = late
+        super().__init__(optimizer)
+
     def factor(self, epoch: int) -> float:
-        return math.cos(0.99 * math.pi / 2 * min(epoch / max(self.epochs - 1, 1), 1.0))
+        return math.cos(0.99 * math.pi / 2 * min(max(epoch - self.late, 0) / max(self.epochs - 1, 1), 1.0))
 
 
 class StepsOverPhase(PhaseSchedule):

@@ -10,7 +10,8 @@ Each task adds components, initialised orthogonal to all earlier components, and
 Earlier components are used but not trained. mu -> ortho_weight; q * A_m is the product entry by entry.
 The paper has 100 components in total, 10 for each of 10 tasks; here a task adds ``components``, so the number of tasks
 need not be known. The authors recommend mu = 0 since they initialise components orthogonally. Their first release had
-0.1 in its script and a factor of 1e-6 in its penalty: 0.1 here is 10^6 times as much.
+0.1 in its script and a factor of 1e-6 in its penalty: 0.1 here is 10^6 times as much. The learning rate of the released
+code follows ``QuarterCosineOverPhase`` one epoch late (``late=1``): its factors are 1, 1, 0.997, ..., 0.097.
 Departs from the code, which subtracts the projections onto the old components one after the other: here new components
 are orthogonal to the span of the old ones. Both are the same until components are trained. Components beyond the number
 of dimensions are random.
