@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization as AutomaticOptimization
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import RunningStage
 
 __all__ = [
     "HOOK_NAME",
     "AutomaticOptimization",
+    "carry_timer",
     "clip_gradients",
     "forget_wandb_run",
     "has_wandb_run",
@@ -33,6 +36,12 @@ HOOK_NAME = "_current_fx_name"
 def set_hook(module: LightningModule, name: str | None) -> None:
     """Set the name of the running hook; None if no hook runs."""
     setattr(module, HOOK_NAME, name)
+
+
+def carry_timer(timer: Timer) -> None:
+    """Add the time of the last fit to the time before it, so that the timer measures all fits of a run together."""
+    timer._offset = timer.time_elapsed()  # type: ignore[assignment]
+    timer._start_time[RunningStage.TRAINING] = timer._end_time[RunningStage.TRAINING] = None
 
 
 def clip_gradients(trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:

@@ -1,5 +1,6 @@
-"""Stops a run after a signal, on all processes at the same step."""
+"""Stops a run after a signal or a stop of the Trainer, on all processes at the same step."""
 
+import inspect
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
 from cl_lightning import distributed
 from cl_lightning.lightning_private import ignore_signals
@@ -20,12 +22,19 @@ from cl_lightning.lightning_private import ignore_signals
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 """Signals that SLURM can send before the time limit of a job (``#SBATCH --signal=SIGUSR1@90``: 90 seconds before)."""
+NO_SIGNAL = 0
+"""In the place of a signal number: the run was stopped by ``trainer.should_stop``."""
 _SECONDS_TO_AGREE = 0.5
 _LOST = re.compile(r"connection (was )?(closed|reset)|broken pipe|remote process exited", re.IGNORECASE)
 
 
 class Interrupted(Exception):  # noqa: N818  # not an error
-    """A signal stopped the run, and a checkpoint was written."""
+    """A signal, or ``trainer.should_stop``, stopped the run, and a checkpoint was written.
+
+    Attributes:
+        path: The checkpoint.
+        signum: Number of the signal; ``NO_SIGNAL`` if the Trainer was stopped by a callback or by ``max_time``.
+    """
 
     def __init__(self, path: Path, signum: int) -> None:
         self.path, self.signum = path, signum
@@ -34,6 +43,9 @@ class Interrupted(Exception):  # noqa: N818  # not an error
 
 class StopRequest:
     """Records the first stop signal, so that the run can stop between two steps; a second signal ends the process.
+
+    ``trainer.should_stop = True`` is such a request too, unless a method of ``EarlyStopping`` sets it: early stopping
+    ends the phase, every other stop (``max_time``, ``Timer``, a callback) ends the run.
 
     Several processes have to agree on the step at which they stop. They exchange the signal about every half second;
     an exchange at every step would synchronise the processes each time.
@@ -49,6 +61,7 @@ class StopRequest:
         self._every, self._steps = 1, 0
         self._asked = time.monotonic()
         ignore_signals(trainer)
+        _hand_over_stops(trainer, self)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -56,7 +69,7 @@ class StopRequest:
         before: dict[int, Any] = {}
 
         def note(signum: int, frame: FrameType | None) -> None:
-            if self.signum is not None:
+            if self.signum:
                 signal.signal(signum, before[signal.Signals(signum)] or signal.SIG_DFL)
                 raise KeyboardInterrupt
             self.signum = signum
@@ -72,6 +85,11 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 
+    def by_trainer(self) -> None:
+        """Record that ``trainer.should_stop`` was set on this process."""
+        if self.signum is None:
+            self.signum = NO_SIGNAL
+
     def made(self, *, now: bool = False) -> bool:
         """Whether any process received a stop signal; all processes call this at each step and get the same answer.
 
@@ -85,11 +103,37 @@ class StopRequest:
             return False
         passed, self._asked = time.monotonic() - self._asked, time.monotonic()
         steps_to_agree = max(1.0, min(100.0, _SECONDS_TO_AGREE * self._steps / max(passed, 1e-6)))
-        exchanged = torch.tensor([float(self.signum or 0), -steps_to_agree], device=self._trainer.strategy.root_device)
+        number = -1 if self.signum is None else self.signum
+        exchanged = torch.tensor([float(number), -steps_to_agree], device=self._trainer.strategy.root_device)
         torch.distributed.all_reduce(exchanged, torch.distributed.ReduceOp.MAX)  # the shortest interval of all
         signum, every = exchanged.tolist()
-        self._steps, self._every, self.signum = 0, int(-every), int(signum) or None
+        self._steps, self._every, self.signum = 0, int(-every), None if signum < 0 else int(signum)
         return self.signum is not None
+
+
+def _hand_over_stops(trainer: Trainer, request: StopRequest) -> None:
+    """Make ``should_stop`` of this Trainer end a phase if ``EarlyStopping`` sets it, and the run otherwise.
+
+    A property of a subclass, because ``should_stop`` may be set in any hook of a fit or an evaluation, and Lightning
+    would end the epoch before the next hook of the loop.
+    """
+    ends_phase = trainer.should_stop
+
+    def get(_: Trainer) -> bool:
+        return ends_phase
+
+    def set_(_: Trainer, value: bool) -> None:
+        nonlocal ends_phase
+        caller = inspect.currentframe().f_back  # type: ignore[union-attr]
+        if not value or isinstance(caller and caller.f_locals.get("self"), EarlyStopping):
+            ends_phase = bool(value)
+        elif not ends_phase:  # ``should_stop = should_stop or ...`` sets it again after early stopping
+            request.by_trainer()
+
+    kind = type(trainer)
+    trainer.__class__ = type(
+        kind.__name__, (kind,), {"should_stop": property(get, set_), "__module__": kind.__module__}
+    )
 
 
 def is_lost_peer(error: BaseException) -> bool:

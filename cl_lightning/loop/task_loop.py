@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -21,6 +21,7 @@ from cl_lightning.batch import Batch, mix
 from cl_lightning.callback import AddsLosses, ContinualCallback, Progress
 from cl_lightning.data import FeatureCache, FeatureLoader, PlannedLoader
 from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.lightning_private import carry_timer
 from cl_lightning.loop import checkpoint as checkpoints
 from cl_lightning.loop import results
 from cl_lightning.loop.fast_step import install_fast_steps
@@ -72,6 +73,7 @@ class TaskLoop:
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.seed, self.config = seed, results.without_secrets(config)
         self.epochs = check_trainer(trainer, self.options)
+        self._min_epochs = trainer.min_epochs
         trainer.strategy.checkpoint_io = self._files
         self.position = Position()
         self.matrix = AccuracyMatrix()
@@ -118,7 +120,8 @@ class TaskLoop:
 
         Raises:
             ValueError: Before training starts, if data, configuration or checkpoint do not fit together.
-            Interrupted: After SIGINT or SIGTERM, when a checkpoint was written.
+            Interrupted: After SIGINT or SIGTERM, or after a stop of the Trainer by ``max_time`` or a callback, when a
+                checkpoint was written.
         """
         path = self._path_of(ckpt_path) if ckpt_path is not None else None
         saved = self._files.read(path) if path is not None else None
@@ -215,6 +218,8 @@ class TaskLoop:
             if isinstance(callback, EarlyStopping) and resume is None:
                 callback.wait_count, callback.stopped_epoch = 0, 0
                 callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+            elif isinstance(callback, Timer):
+                carry_timer(callback)
         self.position = Position(task.index, index, running=True, origin=origin)
         self._seed(task.index, index)
         self.strategy.trainer = trainer
@@ -235,6 +240,7 @@ class TaskLoop:
         )
         self._compile()
         trainer.fit_loop.max_epochs = origin + epochs
+        trainer.fit_loop.min_epochs = origin + self._min_epochs if self._min_epochs else None
         path = str(resume) if resume is not None else None
         trainer.fit(self.strategy, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
 
