@@ -1,10 +1,12 @@
 """Options of the task loop, and checks of options, Trainer, strategy and callbacks before training starts."""
 
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 from lightning.pytorch import Trainer
@@ -19,6 +21,7 @@ from cl_lightning.strategy import ContinualStrategy
 from cl_lightning.stream import Stream
 
 _CXX = ((os.environ.get("CXX") or "g++").split()[0], "clang++")
+_OWN_NAME = re.compile(r"last(-\d+)?|task_\d+")
 _PRECISIONS = ("32-true", "32", "bf16-mixed", "16-mixed")
 
 
@@ -208,4 +211,28 @@ def check_watched(trainer: Trainer, strategy: ContinualStrategy, stream: Stream)
         if not any(len(part) for part in stream.val):
             raise ValueError(
                 f"{name}: monitor is {watched!r}, but there are no validation samples; give --data.val_fraction 0.1"
+            )
+
+
+def check_names(trainer: Trainer, folder: Path) -> None:
+    """Check that no ``ModelCheckpoint`` writes files with the names of the run's own checkpoints into their folder.
+
+    Args:
+        trainer: Trainer of the run.
+        folder: Folder of the run's own checkpoints, in which ``ModelCheckpoint`` writes by default.
+
+    Raises:
+        ValueError: If a ``ModelCheckpoint`` could replace a checkpoint from which the run is resumed.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        if callback.dirpath is not None and Path(callback.dirpath).resolve() != folder.resolve():
+            continue
+        names = [callback.filename or "", *([callback.CHECKPOINT_NAME_LAST] if callback.save_last else [])]
+        if (name := next((name for name in names if _OWN_NAME.fullmatch(name)), None)) is not None:
+            remedy = "filename" if name == callback.filename else "dirpath, or leave save_last out"
+            raise ValueError(
+                f"{type(callback).__name__}: {name}.ckpt is a name of the run's own checkpoints, which are written in "
+                f"any case; give another {remedy}"
             )

@@ -27,7 +27,7 @@ from cl_lightning.loop import results
 from cl_lightning.loop.fast_step import install_fast_steps
 from cl_lightning.loop.logging import RunLogging
 from cl_lightning.loop.nan_guard import NanGuard
-from cl_lightning.loop.options import LoopOptions, check_fit, check_phases, check_trainer, check_watched
+from cl_lightning.loop.options import LoopOptions, check_fit, check_names, check_phases, check_trainer, check_watched
 from cl_lightning.loop.run import Position, _class_path, flops_per_image, restore
 from cl_lightning.loop.stopping import Interrupted, StopRequest
 from cl_lightning.loop.warning_filters import ignore_lightning_warnings
@@ -88,6 +88,7 @@ class TaskLoop:
             folder = None if self.options.feature_cache == "memory" else self.options.feature_cache
             self._feature_cache = FeatureCache(folder, int(self.options.feature_cache_gb * 1e9))
         self._last_save = time.monotonic()
+        self._is_saving = False
         self._driver = LoopHooks(self)
         self.stop_request = StopRequest(trainer)
         self.run_logging = RunLogging(self)
@@ -125,6 +126,11 @@ class TaskLoop:
         """
         path = self._path_of(ckpt_path) if ckpt_path is not None else None
         saved = self._files.read(path) if path is not None else None
+        if saved is not None and not saved["cl_lightning"].get("exact", True):
+            raise ValueError(
+                f"checkpoint {path}: a callback wrote it inside a step or an epoch (ModelCheckpoint does), so a run "
+                "cannot be resumed from it exactly; use --ckpt_path last, and this file for test and predict"
+            )
         if saved is None and self.run_dir is not None and checksums.candidates(self._last):
             raise ValueError(
                 f"{self.run_dir} holds a run already; add --ckpt_path last to resume it, or give another --run_dir"
@@ -136,6 +142,8 @@ class TaskLoop:
         check_fit(self.strategy, self.datamodule, self.stream)
         check_phases(self.strategy, self.stream, self.options.phase_epochs)
         check_watched(self.trainer, self.strategy, self.stream)
+        if self.run_dir is not None:
+            check_names(self.trainer, self._last.parent)
         with (
             ignore_lightning_warnings(),
             self.stop_request.listening(),
@@ -400,6 +408,7 @@ class TaskLoop:
             "config": self.config,
             "seed": self.seed,
             "versions": results.versions(),
+            "exact": self._is_saving,  # ModelCheckpoint and others save in the middle of the hooks of a step
         }
 
     def save(self, *, needed: bool = True) -> Path | None:
@@ -421,7 +430,11 @@ class TaskLoop:
             self.nan_guard.check(self.strategy)
         before = self.meter.enter("saving")
         distributed.average_batch_statistics(self.strategy)  # one process writes for all
-        self.trainer.save_checkpoint(self._last)
+        self._is_saving = True
+        try:
+            self.trainer.save_checkpoint(self._last)
+        finally:
+            self._is_saving = False
         self.meter.enter(before)
         self._last_save = time.monotonic()
         failure = self.trainer.strategy.broadcast(self._files.failure and _in_words(self._files.failure))

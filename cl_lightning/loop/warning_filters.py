@@ -9,6 +9,7 @@ _MESSAGES = (
     r"You're resuming from a checkpoint .* your dataloader is not resumable",  # the loop gives the loader its step
     r"Total length of `list` across ranks is zero",  # there are no validation samples
     r"The number of training batches \(\d+\) is smaller than the logging interval",  # tasks may be small
+    r"Checkpoint directory .* exists and is not empty",  # each phase is a fit of its own
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # by Lightning itself
 )
 
