@@ -11,18 +11,18 @@ from typing import Any, get_args
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy
 
 from cl_lightning.checks import above, at_least, one_of
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.lightning_private import is_spawned, keep_buffers_local, use_own_sampler
+from cl_lightning.lightning_private import keep_buffers_local, use_own_sampler
+from cl_lightning.loop.lightning_support import check_support
 from cl_lightning.loop.nan_guard import NanLoss
 from cl_lightning.strategy import ContinualStrategy
 from cl_lightning.stream import Stream
 
 _CXX = ((os.environ.get("CXX") or "g++").split()[0], "clang++")
 _OWN_NAME = re.compile(r"last(-\d+)?|task_\d+")
-_PRECISIONS = ("32-true", "32", "bf16-mixed", "16-mixed")
 
 
 @dataclass(frozen=True)
@@ -104,40 +104,16 @@ def check_trainer(trainer: Trainer, options: LoopOptions) -> int:
     Raises:
         ValueError: If an option of the Trainer does not work with a stream.
     """
-    if trainer.max_epochs is None or trainer.max_epochs < 1:
-        raise ValueError(f"trainer.max_epochs is {trainer.max_epochs}; it is the number of epochs per task, at least 1")
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        raise ValueError(
-            "trainer.fast_dev_run does not work with a stream; for a short run use trainer.max_epochs 1 and "
-            "trainer.limit_train_batches 2"
-        )
-    if trainer.max_steps != -1:
-        raise ValueError(
-            f"trainer.max_steps is {trainer.max_steps}; it would count over the whole stream: use "
-            "trainer.max_epochs, or trainer.limit_train_batches for fewer steps per epoch"
-        )
-    if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
-        raise ValueError("trainer.reload_dataloaders_every_n_epochs must stay 0: loaders are created for each phase")
-    if str(trainer.precision) not in _PRECISIONS:
-        raise ValueError(
-            f"trainer.precision is {trainer.precision!r}; images are normalised in single precision, so use one of "
-            f"{', '.join(_PRECISIONS)}"
-        )
+    check_support(trainer)
     cpu = trainer.strategy.root_device.type == "cpu"
     if options.compile == "inductor" and cpu and not any(map(shutil.which, _CXX)):
         raise ValueError("loop: compile is 'inductor', which needs a C++ compiler on the CPU, such as g++; set CXX")
-    kind = trainer.strategy
-    spawned = isinstance(kind, DDPStrategy) and is_spawned(kind)
-    if spawned or not isinstance(kind, (DDPStrategy, SingleDeviceStrategy)):
-        raise ValueError(
-            f"trainer.strategy {type(kind).__name__} does not keep its state in this process, where the next task "
-            "needs it; use 'auto' or 'ddp' (also 'ddp_find_unused_parameters_true')"
-        )
-    if isinstance(kind, DDPStrategy):
+    if isinstance(trainer.strategy, DDPStrategy):
         # Statistics of normalisation layers are averaged between epochs instead (see LoopHooks). A broadcast of
         # buffers at every forward pass would include prototypes, and overwrite the buffers of all other processes.
-        keep_buffers_local(kind)
+        keep_buffers_local(trainer.strategy)
     use_own_sampler(trainer)
+    assert trainer.max_epochs is not None
     return trainer.max_epochs
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -25,6 +25,7 @@ from cl_lightning.lightning_private import carry_timer
 from cl_lightning.loop import checkpoint as checkpoints
 from cl_lightning.loop import results
 from cl_lightning.loop.fast_step import install_fast_steps
+from cl_lightning.loop.lightning_support import begin_anew, count_steps_per_fit
 from cl_lightning.loop.logging import RunLogging
 from cl_lightning.loop.nan_guard import NanGuard
 from cl_lightning.loop.options import LoopOptions, check_fit, check_names, check_phases, check_trainer, check_watched
@@ -76,6 +77,7 @@ class TaskLoop:
         self._min_epochs = trainer.min_epochs
         trainer.strategy.checkpoint_io = self._files
         self.position = Position()
+        self._origin = 0  # epoch of the Trainer at which the last fit began
         self.matrix = AccuracyMatrix()
         self.measured: list[dict[str, float]] = []  # measures of each finished task, filled by ``results.collect``
         self.meter = CostMeter()
@@ -106,6 +108,7 @@ class TaskLoop:
         # Tensors created under no_grad can be used in later gradients; tensors of inference mode cannot.
         trainer.test_loop.inference_mode = trainer.validate_loop.inference_mode = False
         install_fast_steps(trainer)
+        count_steps_per_fit(trainer, lambda: self._origin)
 
     # ------------------------------------------------------------------ public methods
 
@@ -219,14 +222,12 @@ class TaskLoop:
     def _run_phase(self, task: Task, index: int, resume: Path | None) -> None:
         phase, trainer = self._phases[index], self.trainer
         epochs = self._epochs(task, phase)
-        origin = self.position.origin if resume is not None else trainer.current_epoch
-        # Early stopping must not compare with the metric of an earlier phase.
+        origin = self._origin = self.position.origin if resume is not None else trainer.current_epoch
         trainer.should_stop = False
+        if resume is None:
+            begin_anew(trainer.callbacks)  # type: ignore[attr-defined]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EarlyStopping) and resume is None:
-                callback.wait_count, callback.stopped_epoch = 0, 0
-                callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
-            elif isinstance(callback, Timer):
+            if isinstance(callback, Timer):
                 carry_timer(callback)
         self.position = Position(task.index, index, running=True, origin=origin)
         self._seed(task.index, index)
