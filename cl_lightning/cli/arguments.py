@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 
 from cl_lightning import checksums, renamed
+from cl_lightning.escape_control import printable
 
 PROGRAM = "python -m cl_lightning"
 COMMANDS = {
@@ -140,29 +141,49 @@ DEFAULTS = {"model": "ER", "data": "Digits"}
 """Classes that are used if neither an option nor a config names one: the quickstart."""
 
 
-def complete(arguments: list[str]) -> list[str]:
-    """The arguments with the configuration of the checkpoint and the default classes added.
+OF_A_CALL = ("ckpt_path", "config", "images", "output", "skip_unreadable", "task", "run_dir", "trust_checkpoint")
+"""Options of one call of the program, which no configuration of a checkpoint contains."""
 
+
+def complete(arguments: list[str]) -> tuple[list[str], dict[str, Any] | None]:
+    """The arguments with the configuration of the checkpoint and the default classes added, and this configuration.
+
+    The configuration is None where it is not used, because there is no checkpoint or the user gives a configuration.
     A default class is added only if no other class is named. As a default of the parser, its arguments would be passed
     on to the class that replaces it, if that class has arguments of the same names.
     """
     command, rest = arguments[0], arguments[1:]
     path = value_of(arguments, "--ckpt_path")
-    saved = ""
+    saved, content = "", None
     if path is not None:
         from cl_lightning.loop import checkpoint as checkpoints  # torch takes seconds to import
 
         saved = checkpoints.load(path)["cl_lightning"]["config"]
     if saved and not configs_of(rest):
-        content = renamed.config(yaml.safe_load(saved))
-        if command != "fit":  # the hardware of the fit does not matter for evaluation
+        content = _of_checkpoint(saved, str(path))
+        if command != "fit" and isinstance(trainer := content.get("trainer"), dict):
+            # The hardware of the fit does not matter for evaluation.
             for key in ("accelerator", "devices", "num_nodes", "strategy", "plugins", "logger", "profiler"):
-                content["trainer"].pop(key, None)
+                trainer.pop(key, None)
         rest = [f"--config={json.dumps(content)}", *rest]
     for key, default in DEFAULTS.items():
         if class_of(rest, key) is None:
             rest = [f"--{key}", default, *rest]
-    return [command, *with_current_names(rest)]
+    return [command, *with_current_names(rest)], content
+
+
+def _of_checkpoint(text: Any, path: str) -> dict[str, Any]:
+    """The configuration of a checkpoint with current names, without options of one call such as files to write."""
+    try:
+        content = renamed.config(yaml.safe_load(text) if isinstance(text, str) else None)
+    except yaml.YAMLError as error:
+        reason = printable(" ".join(str(error).split()))
+        raise ValueError(
+            f"checkpoint {printable(path)}: give --config; its configuration cannot be read: {reason}"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"checkpoint {printable(path)}: give --config; its configuration is not a mapping")
+    return {key: value for key, value in content.items() if key not in OF_A_CALL}
 
 
 def with_current_names(arguments: list[str]) -> list[str]:

@@ -7,12 +7,13 @@ import shlex
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -21,8 +22,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from cl_lightning import distributed, report
 from cl_lightning.callbacks.stream_progress import StreamProgress
-from cl_lightning.cli import discovery, prediction
-from cl_lightning.cli.arguments import COMMANDS, PROGRAM, complete, fail
+from cl_lightning.cli import discovery, prediction, trust
+from cl_lightning.cli.arguments import COMMANDS, OF_A_CALL, PROGRAM, complete, fail, value_of
 from cl_lightning.cli.parsing import Parser, explain, shorten
 from cl_lightning.cli.processes import _was_started_by_another, is_follower, process_arguments, quiet, shown
 from cl_lightning.datamodules.base import ContinualDataModule
@@ -38,9 +39,14 @@ class ContinualCLI(LightningCLI):
     """LightningCLI whose ``fit`` trains on a whole stream.
 
     The constructor parses the arguments of the process and builds the objects; ``act`` runs the command.
+
+    Args:
+        saved: Configuration of a checkpoint among the arguments, to be checked; None if it is trusted or not used.
+        path: The checkpoint.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, saved: Mapping[str, Any] | None = None, path: str = "") -> None:
+        self.saved, self.path = saved, path
         self.loop: TaskLoop | None = None
         self.run_dir = Path()
         self.text = ""
@@ -105,6 +111,12 @@ class ContinualCLI(LightningCLI):
             help="Folder of the run: configuration, manifest, results, checkpoints, logs. By default the folder "
             "of the checkpoint, or the next runs/METHOD/NUMBER.",
         )
+        parser.add_argument(
+            trust.FLAG,
+            action="store_true",
+            help="Build whatever the configuration in the checkpoint names. This can run any code: only for files of "
+            "people you trust.",
+        )
         parser.add_argument("--images", type=str | None, default=None, help="predict: image file, or folder of images.")
         parser.add_argument("--output", type=str, default="predictions.csv", help="predict: CSV file to write.")
         parser.add_argument(
@@ -117,10 +129,23 @@ class ContinualCLI(LightningCLI):
             help="predict: index of the task that the images belong to, for a method that makes use of it.",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        if self.saved is None:
+            super().parse_arguments(parser, args)
+            return
+        command, *given = sys.argv[1:]
+        trust.check(self.saved, trust.option_types(self._subcommand_parsers[command]), self.path, given)
+        super().parse_arguments(parser, args)
+
+    def trust_option(self) -> str:
+        """The option, after a space, without which the checkpoints of this run are refused; empty if none is needed."""
+        types = trust.option_types(self._subcommand_parsers[str(self.subcommand)])
+        return "" if trust.problem(yaml.safe_load(self.text), types) is None else f" {trust.FLAG}"
+
     def configuration(self) -> str:
         """The resolved configuration as YAML, without the options of this call alone."""
         config = self.config[self.subcommand].clone()
-        for key in ("ckpt_path", "config", "images", "output", "skip_unreadable", "task", "run_dir"):
+        for key in OF_A_CALL:
             config.pop(key, None)
         text: str = self._parser(self.subcommand).dump(config, skip_unset=False, skip_validation=True)
         return text
@@ -284,15 +309,19 @@ def run(arguments: list[str]) -> int:
         find()  # imports the classes, so that their short names are known
     cli: ContinualCLI | None = None
     try:
-        with process_arguments(complete(arguments)):
-            cli = ContinualCLI()
+        completed, saved = complete(arguments)
+        trusted = saved is None or trust.FLAG in arguments
+        with process_arguments(completed):
+            with nullcontext() if trusted else trust.only_allowed_imports(arguments):
+                cli = ContinualCLI(None if trusted else saved, value_of(arguments, "--ckpt_path") or "")
             _LostProcessReporter(cli)
             with _ends_with_parent(cli):
                 cli.act()
     except Interrupted as stop:
         if not is_follower():
             path = shlex.quote(str(shown(stop.path)))
-            print(f"stopped; resume with: {PROGRAM} fit --ckpt_path {path}", file=sys.stderr)
+            trusting = cli.trust_option() if cli is not None else ""
+            print(f"stopped; resume with: {PROGRAM} fit --ckpt_path {path}{trusting}", file=sys.stderr)
             if (outcome := requeue(stop.signum)) is not None:
                 print(outcome, file=sys.stderr)
         # Lightning kills the first process if a process that it started exits with another code.
@@ -316,7 +345,8 @@ def run(arguments: list[str]) -> int:
 
 def _lost(cli: ContinualCLI | None) -> str:
     where = f" --run_dir {shlex.quote(str(shown(cli.run_dir)))}" if cli is not None else ""
-    return f"error: another process of this run has ended; resume with: {PROGRAM} fit{where} --ckpt_path last"
+    where += " --ckpt_path last" + (cli.trust_option() if cli is not None else "")
+    return f"error: another process of this run has ended; resume with: {PROGRAM} fit{where}"
 
 
 @contextmanager

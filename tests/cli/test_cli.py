@@ -168,7 +168,7 @@ def test_a_class_of_the_working_directory_goes_by_its_path(run):
     assert said.code == 0
     assert said.out.startswith("task 1/2")
     assert json.loads(Path("r/results.json").read_text())["strategy"] == "my_method_here.MyMethod"
-    assert run("test --ckpt_path r/checkpoints/last.ckpt").code == 0
+    assert run("test --ckpt_path r/checkpoints/last.ckpt --trust_checkpoint").code == 0
     wrong = run("fit --model my_method_here.MyMethod --model.strenght 2")
     assert wrong.err == "error: model: MyMethod takes no 'strenght'; did you mean 'strength'?\n"
 

@@ -69,7 +69,7 @@ def test_options_of_another_strategy_keep_their_names():
 def test_options_and_configs_of_the_command_line_get_the_names_of_today(tmp_path, capsys):
     path = tmp_path / "old.yaml"
     path.write_text(yaml.safe_dump({"model": {"class_path": "ER", "init_args": {"mix": "loader"}}}))
-    arguments = complete(["fit", "--config", str(path), "--model.visible", "task", "--data", "Digits"])
+    arguments, _ = complete(["fit", "--config", str(path), "--model.visible", "task", "--data", "Digits"])
     (config,) = [value for option, value in itertools.pairwise(arguments) if option == "--config"]
     assert json.loads(config) == {"model": {"class_path": "ER", "init_args": {"replay_by": "loader"}}}
     assert arguments[arguments.index("--model.loss_classes") + 1] == "task"
