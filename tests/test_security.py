@@ -219,6 +219,49 @@ def test_keys_of_accounts_are_in_no_file_of_a_run(hostile_run: Path) -> None:
         ({"class_token": "cls", "keys": ["a"], "tokens": 3}, {"class_token": "cls", "keys": ["a"], "tokens": 3}),
         ({"x": 'it\'s "quoted" and ' + "long " * 40}, {"x": "(removed)"}),
         ({"x": [1.5, float("inf"), "1"]}, {"x": [1.5, float("inf"), "1"]}),
+        *(
+            ({"a": {name: "v"}}, {"a": {name: "(removed)"}})
+            for name in (
+                *("token", "TOKEN", "github_token", "bot-token", "hf_token", "accessToken", "wandb.token", "passwd"),
+                *("PASSWORD", "db_password", "dbpassword", "passphrase", "pwd", "credentials", "aws_credential", "PAT"),
+                *("github_pat", "DATABASE_URL", "redis_url", "postgres_uri", "dsn", "connection_string", "api_key"),
+                *("apikey", "apiKey", "ssh_key", "client_secret", "authorization", "private_key", "secret_access_key"),
+            )
+        ),
+        ({"credentials": {"a": "b"}, "passwords": ["x", "y"]}, {"credentials": "(removed)", "passwords": "(removed)"}),
+        *(
+            ({name: "v"}, {name: "v"})
+            for name in ("path", "pattern", "patience", "passes", "one_pass", "num_tokens", "cls_token", "mask_token")
+        ),
+        *(
+            ({name: "v"}, {name: "v"})
+            for name in (
+                "key",
+                "keys",
+                "prompt_tokens",
+                "url",
+                "tracking_uri",
+                "author",
+                "repeat",
+                "tokenizer",
+                "max_tokens",
+            )
+        ),
+        ({"u": "postgres://me:p%40ss:w@host:5432/db"}, {"u": "postgres://me:(removed)@host:5432/db"}),
+        ({"u": ["a http://:pw@host b redis://u:p@h"]}, {"u": ["a http://:(removed)@host b redis://u:(removed)@h"]}),
+        ({"u": "https://ghp_0123456789abcdefghij@github.com/x"}, {"u": "https://(removed)@github.com/x"}),
+        ({"u": "https://x.org/?a=1&token=t&b=2"}, {"u": "https://x.org/?a=1&token=(removed)&b=2"}),
+        *(
+            ({"u": text}, {"u": text})
+            for text in (
+                "https://host:8080/a@b",
+                "git@github.com:x/y",
+                "http://me@host/x",
+                "a: b@c",
+                "s3://bucket/k?v=1",
+            )
+        ),
+        ({'it\'s "quoted" and ' + "long " * 40: 1}, {"(removed)": 1}),
     ],
 )
 def test_values_that_give_access_are_removed_and_no_others(
@@ -226,10 +269,22 @@ def test_values_that_give_access_are_removed_and_no_others(
 ) -> None:
     monkeypatch.setenv("MY_SECRET", 'it\'s "quoted" and ' + "long " * 40)  # YAML writes it over several lines
     monkeypatch.setenv("SHORT_TOKEN", "1")
+    monkeypatch.setenv("PWD", "v" * 8)
     text = yaml.safe_dump(config)
     clean = results.without_secrets(text)
     assert yaml.safe_load(clean) == expected
     assert clean == text or expected != config
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["GITHUB_PAT", "DATABASE_URL", "PGPASSWORD", "DB_PASS", "MY_TOKEN", "AWS_SECRET_ACCESS_KEY", "ORG_CREDENTIALS"],
+)
+def test_values_of_secret_variables_are_removed_wherever_they_are(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "abcdefgh-and-more")
+    monkeypatch.setenv("A_TOKEN", "abcdefgh")  # a part of the other
+    text = yaml.safe_dump({"x": ["- abcdefgh-and-more -"]})
+    assert yaml.safe_load(results.without_secrets(text)) == {"x": ["- (removed) -"]}
 
 
 def test_hostile_names_do_nothing_on_the_page(hostile_run: Path) -> None:

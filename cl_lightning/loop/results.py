@@ -35,8 +35,22 @@ SCHEMA = 2
 """Version of ``results.json``; ``docs/results_schema.md`` lists the changes in each version."""
 _OLD_NAMES = {"NanGuard": "FiniteLoss"}  # the key in results.json keeps the name of earlier releases
 _LARGEST_CONFUSION = 1000  # classes; with more, the confusion matrix would be most of the file
-_SECRET = re.compile(r"(?i)((api|access|auth|secret|private|hub|hf)[_-]?(key|token)|password|secret)$")
-_SECRET_VARIABLE = re.compile(r"(?i)(^|_)(api_?key|(access|secret|private)_?key|token|secret|password)$")
+_SECRET = re.compile(
+    r"(?i)(^|[._-])("
+    r"pass(word|wd|phrase)s?|pwd|secrets?|credentials?|pat|authorization|cookie|dsn|connection_?string|"
+    r"(api|access|account|auth|client|deploy|encryption|master|private|secret|service|signing|ssh)[_-]?keys?|"
+    r"(database|db|redis|mongo(db)?|mysql|postgres(ql)?|amqp|broker|sentry)_ur[il]"
+    r")$"
+)
+_TOKEN = re.compile(r"(?i)([a-z0-9]*)[._-]?tokens?$")
+_TOKENS_OF_MODELS = (
+    *("bos", "cls", "class", "dist", "eos", "image", "mask", "max", "min", "n", "num", "pad", "patch", "prefix"),
+    *("prompt", "reg", "register", "sep", "special", "text", "unk"),
+)
+"""Words before "token" in options of models, such as ``class_token``; any other token gives access to something."""
+# user:password@, and names before @ that are as long as a token.
+_LOGIN = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)(?:([^\s/?#:@]*):[^\s/?#]*|[^\s/?#:@]{20,})(?=@)")
+_QUERY = re.compile(r"(?<=[?&;])([\w.-]+)=([^&;#\s]+)")
 _LEAST_SECRET = 8  # characters; a shorter value of a variable may be an ordinary word
 _REMOVED = "(removed)"
 _PACKAGES = ("cl-lightning", "torch", "lightning", "torchmetrics", "torchvision", "timm", "numpy", "scikit-learn")
@@ -236,10 +250,12 @@ def _indented(value: Any, start: str = "\n") -> str:
 def without_secrets(config: str) -> str:
     """The configuration without credentials.
 
-    Removed are the values of keys such as ``api_key`` and ``password``, and, wherever they occur, the values of
-    environment variables with such names (``WANDB_API_KEY``, ``HF_TOKEN``).
+    Removed are the values of keys such as ``api_key``, ``token``, ``password`` and ``DATABASE_URL``, passwords in URLs
+    (``scheme://user:password@host``, ``?token=...``), and, wherever they occur, the values of environment variables
+    with such names (``WANDB_API_KEY``, ``HF_TOKEN``).
     """
-    known = [v for name, v in os.environ.items() if len(v) >= _LEAST_SECRET and _SECRET_VARIABLE.search(name)]
+    secret = {v for name, v in os.environ.items() if len(v) >= _LEAST_SECRET and _is_secret_variable(name)}
+    known = sorted(secret, key=len, reverse=True)  # one may contain another
     content = yaml.safe_load(config)  # parsed, because in the text a long or quoted value may be written differently
     cleaned = _cleaned(content, known)
     return config if cleaned == content else str(yaml.safe_dump(cleaned, sort_keys=False))
@@ -247,17 +263,37 @@ def without_secrets(config: str) -> str:
 
 def _cleaned(value: Any, known: Sequence[str]) -> Any:
     if isinstance(value, dict):
-        return {key: _REMOVED if _is_secret(key, item) else _cleaned(item, known) for key, item in value.items()}
+        return {
+            _cleaned(key, known): _REMOVED if _is_secret(key, item) else _cleaned(item, known)
+            for key, item in value.items()
+        }
     if isinstance(value, list):
         return [_cleaned(item, known) for item in value]
-    for secret in known if isinstance(value, str) else ():
+    if not isinstance(value, str):
+        return value
+    for secret in known:
         value = value.replace(secret, _REMOVED)
-    return value
+    value = _LOGIN.sub(lambda found: f"{found[1]}{found[2] + ':' if found[2] is not None else ''}{_REMOVED}", value)
+    return _QUERY.sub(lambda found: f"{found[1]}={_REMOVED}" if _is_secret_name(found[1]) else found[0], value)
+
+
+def _is_secret_name(name: str) -> bool:
+    """Whether an option of this name gives access to something."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)  # apiKey
+    token = _TOKEN.search(name)
+    if token is not None:
+        return token[1].lower() not in _TOKENS_OF_MODELS and (token[1] != "" or not name.lower().endswith("s"))
+    return bool(_SECRET.search(name) or re.search(r"(?i)(password|passwd|secret|apikey)$", name))
+
+
+def _is_secret_variable(name: str) -> bool:
+    # PWD and OLDPWD are the working directory.
+    return name not in ("PWD", "OLDPWD") and (_is_secret_name(name) or bool(re.search(r"(?i)_pass$", name)))
 
 
 def _is_secret(key: Any, value: Any) -> bool:
-    plain = isinstance(value, str | int | float) and not isinstance(value, bool) and value != ""
-    return plain and bool(_SECRET.search(str(key)))
+    given = value is not None and not isinstance(value, bool) and value not in ("", [], {})
+    return given and _is_secret_name(str(key))
 
 
 def _free_key(name: str, content: Mapping[str, Any]) -> str:
