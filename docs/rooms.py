@@ -27,7 +27,11 @@ class Room(NamedTuple):
 
 
 ROOMS = (
-    Room("cli", "the command line", "main, arguments, processes, commands, parsing, trust, prediction, discovery"),
+    Room(
+        "cli",
+        "the command line",
+        "main, arguments, configs, processes, commands, parsing, trust, prediction, discovery",
+    ),
     Room("testing", "the conformance suite, for our methods and users' own", "checks, bench, pair, compare"),
     Room(
         "loop",

@@ -9,9 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from cl_lightning import checksums, renamed
+from cl_lightning.cli import configs
 from cl_lightning.escape_control import printable
 
 PROGRAM = "python -m cl_lightning"
@@ -155,6 +154,8 @@ def complete(arguments: list[str]) -> tuple[list[str], dict[str, Any] | None]:
     command, rest = arguments[0], arguments[1:]
     path = value_of(arguments, "--ckpt_path")
     saved, content = "", None
+    for config in configs_of(rest):
+        configs.read(config)
     if path is not None:
         from cl_lightning.loop import checkpoint as checkpoints  # torch takes seconds to import
 
@@ -174,13 +175,9 @@ def complete(arguments: list[str]) -> tuple[list[str], dict[str, Any] | None]:
 
 def _of_checkpoint(text: Any, path: str) -> dict[str, Any]:
     """The configuration of a checkpoint with current names, without options of one call such as files to write."""
-    try:
-        content = renamed.config(yaml.safe_load(text) if isinstance(text, str) else None)
-    except yaml.YAMLError as error:
-        reason = printable(" ".join(str(error).split()))
-        raise ValueError(
-            f"checkpoint {printable(path)}: give --config; its configuration cannot be read: {reason}"
-        ) from error
+    content = renamed.config(
+        configs.parse(text if isinstance(text, str) else "", f"configuration in checkpoint {path}")
+    )
     if not isinstance(content, Mapping):
         raise ValueError(f"checkpoint {printable(path)}: give --config; its configuration is not a mapping")
     return {key: value for key, value in content.items() if key not in OF_A_CALL}
@@ -231,6 +228,6 @@ def class_of(arguments: Sequence[str], key: str) -> str | None:
 def _content(config: str) -> Any:
     """Content of a config file, or of YAML given in its place; None if it cannot be read."""
     try:
-        return yaml.safe_load(Path(config).read_text(encoding="utf-8") if Path(config).is_file() else config)
-    except (OSError, ValueError, yaml.YAMLError):
+        return configs.read(config)
+    except ValueError:
         return None  # the parser reports it
