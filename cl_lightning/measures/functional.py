@@ -9,6 +9,8 @@ Conventions of all functions in ``functional`` and ``curves``; all tensors are o
   pooled test data.
 - Results are Python floats. If an entry that a measure needs is nan, the measure is nan. The mean of no values is nan:
   every measure of forgetting and transfer is nan at T = 1. Weighted means ignore tasks without samples.
+- ``tested`` says which tasks have test samples, bool ``(T,)``; None for all. Means over tasks ignore the others, whose
+  columns of R are nan. For an unweighted mean, a function with ``totals`` takes ``tested`` in its place.
 - ``curve`` is ``(N,)``, ``curves`` is ``(N, T)``: accuracies at N successive evaluations during training, on T tasks.
   In a curve, nan means that the task was not evaluated at that point; it is ignored.
 
@@ -84,7 +86,8 @@ def average_incremental_accuracy(R: Tensor, totals: Tensor | None = None) -> flo
     R = _square(R)
     weights = torch.ones(len(R), dtype=torch.float64) if totals is None else totals.double()
     terms = (R * weights).where(~_past(R).T & (weights > 0), 0.0)  # [t, i]: w_i R[t, i] for i <= t, else 0
-    return float((terms.sum(1) / weights.cumsum(0)).mean())
+    total = weights.cumsum(0)
+    return float((terms.sum(1) / total)[total > 0].mean())
 
 
 def learning_accuracy(R: Tensor, totals: Tensor | None = None) -> float:
@@ -155,42 +158,45 @@ def expected_calibration_error(totals: Tensor, correct: Tensor, confidence: Tens
     return (correct.double() - confidence.double()).abs().sum(-1) / totals.sum(-1)
 
 
-def forgetting_max(R: Tensor) -> float:
+def forgetting_max(R: Tensor, tested: Tensor | None = None) -> float:
     """F = 1/(T-1) sum_{i < T-1} (max_{i <= l <= T-2} R[l, i] - R[T-1, i]) (Chaudhry et al. 2018, arXiv:1801.10112).
 
     In [-1, 1]; negative if the final accuracy on old tasks exceeds all earlier ones. nan at T = 1.
     """
     R = _square(R)
-    return _mean(R.masked_fill(_past(R).T, -torch.inf)[:-1, :-1].amax(0) - R[-1, :-1]) if len(R) > 1 else _NAN
+    if len(R) == 1:
+        return _NAN
+    return _mean_of_old(R.masked_fill(_past(R).T, -torch.inf)[:-1].amax(0) - R[-1], tested)
 
 
-def forgetting_last(R: Tensor) -> float:
+def forgetting_last(R: Tensor, tested: Tensor | None = None) -> float:
     """1/(T-1) sum_{i < T-1} (R[i, i] - R[T-1, i]); in [-1, 1], nan at T = 1.
 
     Local forgetting (arXiv:2203.17269) for the task-aware matrix; mean cumulative forgetting (arXiv:2106.11930) for the
     matrix of cumulative accuracies.
     """
     R = _square(R)
-    return _mean((R.diagonal() - R[-1])[:-1])
+    return _mean_of_old(R.diagonal() - R[-1], tested)
 
 
-def backward_transfer(R: Tensor) -> float:
+def backward_transfer(R: Tensor, tested: Tensor | None = None) -> float:
     """BWT = 1/(T-1) sum_{i < T-1} (R[T-1, i] - R[i, i]) (Lopez-Paz & Ranzato 2017, arXiv:1706.08840).
 
     In [-1, 1], negative if tasks are forgotten; nan at T = 1. The mean of the paper; the authors' code divides by T.
     """
     R = _square(R)
-    return _mean((R[-1] - R.diagonal())[:-1])
+    return _mean_of_old(R[-1] - R.diagonal(), tested)
 
 
-def forward_transfer(R: Tensor, baseline: Tensor) -> float:
+def forward_transfer(R: Tensor, baseline: Tensor, tested: Tensor | None = None) -> float:
     """FWT = 1/(T-1) sum_{i >= 1} (R[i-1, i] - b_i) (arXiv:1706.08840, the paper's mean); in [-1, 1], nan at T = 1.
 
     Args:
         R: The accuracy matrix, with its entries directly above the diagonal.
         baseline: b, the accuracies of the untrained network, ``(T,)``; the first entry is not used.
+        tested: Which tasks have test samples, bool ``(T,)``; None for all.
     """
-    return _mean(_square(R).diagonal(1) - baseline[1:].double())
+    return _mean(_square(R).diagonal(1) - baseline[1:].double(), None if tested is None else tested[1:])
 
 
 def intransigence(R: Tensor, reference: Tensor) -> float:
@@ -280,6 +286,11 @@ def _square(matrix: Tensor) -> Tensor:
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
         raise ValueError(f"measures: matrix has shape {tuple(matrix.shape)}; expected (T, T) with T at least 1")
     return matrix.double()
+
+
+def _mean_of_old(values: Tensor, tested: Tensor | None) -> float:
+    """Mean over all tasks but the last."""
+    return _mean(values[:-1], None if tested is None else tested[:-1])
 
 
 def _mean(values: Tensor, weights: Tensor | None = None) -> float:

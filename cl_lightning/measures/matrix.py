@@ -94,7 +94,7 @@ class AccuracyMatrix:
         """Measures after task ``t`` (None: after the last task learnt), by name; undefined measures (nan) are left out.
 
         Names without prefix: class-incremental, average accuracies weighted by test samples. ``task_aware/...``:
-        task-aware, unweighted over tasks, as published.
+        task-aware, unweighted over tasks, as published. Tasks without test samples are left out of all means.
 
         Raises:
             ValueError: If no evaluation after task ``t`` was entered.
@@ -104,21 +104,23 @@ class AccuracyMatrix:
             raise ValueError(
                 f"AccuracyMatrix: no measures after task {size - 1}; {self.learned} tasks are filled in; evaluate first"
             )
+        samples = self.totals[:size]
+        tested = samples > 0
         values = {
-            "cumulative_forgetting": forgetting_last(self.R_prefix[:size, :size]),
+            "cumulative_forgetting": forgetting_last(self.R_prefix[:size, :size], tested),
             "mean_online_error": mean_online_error(self.online_error[:size]),
         }
         for mark, matrix, start, totals in (
-            ("", self.R_ci, self.start_ci, self.totals[:size]),
-            ("task_aware/", self.R_ti, self.start_ti, None),
+            ("", self.R_ci, self.start_ci, samples),
+            ("task_aware/", self.R_ti, self.start_ti, tested),
         ):
             R = matrix[:size, :size]
             values[f"{mark}average_accuracy"] = average_accuracy(R, totals=totals)
             values[f"{mark}average_incremental_accuracy"] = average_incremental_accuracy(R, totals)
-            values[f"{mark}forgetting"] = forgetting_max(R)
-            values[f"{mark}backward_transfer"] = backward_transfer(R)
-            values[f"{mark}forward_transfer"] = forward_transfer(R, start[:size])
-            values[f"{mark}learning_accuracy"] = learning_accuracy(R)
+            values[f"{mark}forgetting"] = forgetting_max(R, tested)
+            values[f"{mark}backward_transfer"] = backward_transfer(R, tested)
+            values[f"{mark}forward_transfer"] = forward_transfer(R, start[:size], tested)
+            values[f"{mark}learning_accuracy"] = learning_accuracy(R, tested)
             values[f"{mark}old_accuracy"], values[f"{mark}new_accuracy"] = old_new_accuracy(R, totals=totals)
         return {name: value for name, value in values.items() if value == value}
 

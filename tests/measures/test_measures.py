@@ -470,6 +470,42 @@ def test_measures_by_name_delegate_and_leave_out_what_is_undefined():
         AccuracyMatrix(3).measures()
 
 
+@pytest.mark.parametrize("empty", [0, 1, 2, 3])
+def test_a_task_without_test_samples_is_left_out_of_all_measures(empty: int):
+    accuracies = [[0.9, 0.3, 0.2, 0.1], [0.6, 0.8, 0.2, 0.3], [0.5, 0.4, 0.7, 0.2], [0.2, 0.3, 0.5, 0.6]]
+    counts = [20 * (task != empty) for task in range(4)]
+    matrix, others = AccuracyMatrix(), AccuracyMatrix()
+    matrix.fill(-1, row_of([0.25] * 4, totals=counts))
+    for task, values in enumerate(accuracies):
+        row = row_of(values, totals=counts)
+        prefix = [sum(values[: k + 1]) - (values[empty] if k >= empty else 0) for k in range(task + 1)]
+        row.prefix = torch.tensor([NAN if empty == k == 0 else value for k, value in enumerate(prefix)]).double()
+        matrix.fill(task, row)
+        if task != empty:
+            rest = row_of([value for index, value in enumerate(values) if index != empty])
+            rest.prefix = row.prefix[[k for k in range(task + 1) if k != empty]]
+            others.fill(task - (task > empty), rest)
+    assert matrix.R_ci[3, empty].isnan()
+    found, expected = matrix.measures(), others.measures()
+    left_out = {"average_incremental_accuracy", "forward_transfer"}  # the row after the empty task takes part in them
+    if empty == 3:  # the last task: nothing is new after it, and all that was learnt is old
+        left_out |= {"new_accuracy", "old_accuracy", "average_accuracy", "learning_accuracy", "forgetting"}
+        left_out |= {"backward_transfer", "cumulative_forgetting"}
+        assert {"new_accuracy", "task_aware/new_accuracy"}.isdisjoint(found)
+        for name in ("average_accuracy", "old_accuracy", "task_aware/average_accuracy", "task_aware/old_accuracy"):
+            close(found[name], (0.2 + 0.3 + 0.5) / 3)
+        close(found["forgetting"], (0.7 + 0.5 + 0.2) / 3)
+        close(found["learning_accuracy"], (0.9 + 0.8 + 0.7) / 3)
+    for name in expected:
+        if name.removeprefix("task_aware/") not in left_out:
+            close(found[name], expected[name])
+    before = [accuracies[i - 1][i] for i in range(1, 4) if i != empty]
+    close(matrix.measures()["task_aware/forward_transfer"], sum(before) / len(before) - 0.25)
+    lines = [sum(a for i, a in enumerate(row[: t + 1]) if i != empty) for t, row in enumerate(accuracies)]
+    means = [line / n for t, line in enumerate(lines) if (n := t + 1 - (empty <= t))]
+    close(found["average_incremental_accuracy"], sum(means) / len(means))
+
+
 def test_cumulative_forgetting_comes_from_the_prefix_rows():
     matrix = AccuracyMatrix(2)
     for task, prefix in enumerate(([0.9], [0.6, 0.5])):
