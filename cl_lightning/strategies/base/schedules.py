@@ -65,8 +65,8 @@ class QuarterCosineOverPhase(PhaseSchedule):
 
         factor(e) = cos( 0.99 pi / 2 * max(e - late, 0) / (E - 1) ),   e = 0 .. E - 1
 
-    The code of CODA-Prompt steps its schedule at the start of each epoch: ``late`` is 1, and the last of 20 epochs has
-    the factor 0.097.
+    In the released code of CODA-Prompt the schedule is one epoch late (``late=1``): the last of 20 epochs has the
+    factor 0.097.
 
     Args:
         optimizer: Optimizer whose learning rates are scheduled.

@@ -74,7 +74,7 @@ def test_a_quarter_of_a_cosine_falls_late():
 def test_a_late_quarter_of_a_cosine_has_the_released_factors_of_coda_prompt():
     found, _ = rates(QuarterCosineOverPhase, 20, late=1)
     factors = [rate / 2 for rate in found]
-    assert factors[:3] == pytest.approx([1.0, 1.0, 0.99665], abs=1e-5)  # cos(89.1 / 19 degrees)
-    assert factors[-1] == pytest.approx(0.09745, abs=1e-5)  # cos(89.1 * 18 / 19 degrees)
+    assert factors[:3] == pytest.approx([1.0, 1.0, 0.996652], abs=1e-6)  # cos(89.1 / 19 degrees)
+    assert factors[-1] == pytest.approx(0.097400, abs=1e-6)  # cos(89.1 * 18 / 19 degrees)
     with pytest.raises(ValueError, match="QuarterCosineOverPhase: late is -1"):
         rates(QuarterCosineOverPhase, 4, late=-1)
