@@ -27,6 +27,7 @@ LOUD = {
     "vpt of a block": partial(VPT, blocks=[1]),
     "prefix": Prefix,
     "prefix, compensated": partial(Prefix, compensate=True),
+    "prefix of lae": partial(Prefix, low=0.0, high=0.01, compensate=True, learn_scale=True),
 }
 ALL = SILENT | LOUD
 MERGED = {"lora", "lora of keys and values", "ssf", "film", "ssf without spread"}
@@ -181,6 +182,11 @@ def test_it_runs_in_mixed_precision(name):
         (partial(Adapter, bottleneck=64), 12 * (768 * 64 * 2 + 64 + 768)),
         (partial(Adapter, bottleneck=16), 12 * (768 * 16 * 2 + 16 + 768)),
         (partial(LoRA, rank=5, parts="kv", targets=[f"blocks.{i}.attn.qkv" for i in range(5)]), 5 * 2 * 2 * 5 * 768),
+        (  # of LAE, with a scale for keys and one for values
+            partial(LoRA, rank=5, parts="kv", learn_scale=True, targets=[f"blocks.{i}.attn.qkv" for i in range(5)]),
+            5 * (2 * 2 * 5 * 768 + 2),
+        ),
+        (partial(Prefix, length=10, learn_scale=True, blocks=range(5)), 5 * (2 * 10 * 768 + 2)),
         (VPT, 12 * 5 * 768),
         (partial(VPT, deep=False, length=3), 3 * 768),
         (Prefix, 12 * 2 * 5 * 768),
@@ -222,6 +228,47 @@ def test_a_prefix_is_more_keys_and_values(fused):
     q, k, v = (part.unflatten(2, (3, 8)).transpose(1, 2) for part in (q, k, v))
     mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(attention(x), attention.proj(mixed))
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+def test_scales_of_a_prefix_multiply_its_keys_and_its_values(images, compensate):
+    net = model()
+    torch.manual_seed(0)
+    peft = Prefix(net, low=0.0, high=0.01, compensate=compensate, learn_scale=True).double()
+    rows = torch.cat([getattr(site, name) for site in peft.sites for name in ("keys", "values")])
+    assert 0 <= rows.min() < 0.001
+    assert 0.009 < rows.max() <= 0.01
+    with torch.no_grad():
+        initial = net(images)
+        for site in peft.sites:
+            assert site.scales.tolist() == [1.0, 1.0]
+            site.scales.copy_(torch.tensor([50.0, -200.0]))
+        scaled = net(images)
+        peft.remove()
+        plain = Prefix(net, compensate=compensate).double()
+        for site, origin in zip(plain.sites, peft.sites, strict=True):
+            site.keys.copy_(50 * origin.keys)
+            site.values.copy_(-200 * origin.values)
+        torch.testing.assert_close(scaled, net(images))
+    assert (scaled - initial).abs().max() > 0.01
+
+
+def test_lora_of_keys_and_values_has_a_scale_for_each():
+    net = model()
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    layer = net.blocks[0].attn.qkv
+    q, k, v = layer(x).chunk(3, dim=-1)
+    peft = disturbed(partial(LoRA, parts="kv", learn_scale=True), net)
+    site = peft.sites[0]
+    with torch.no_grad():
+        site.factor.copy_(torch.tensor([3.0, -0.5]))
+    k = k + 3.0 * x @ site.down[0].T @ site.up[0].T
+    v = v - 0.5 * x @ site.down[1].T @ site.up[1].T
+    torch.testing.assert_close(layer(x), torch.cat([q, k, v], dim=-1))
+    state = peft.state_dict()
+    state["sites.0.factor"] = torch.tensor(0.25, dtype=torch.float64)  # of a checkpoint with one scale
+    peft.load_state_dict(state)
+    assert site.factor.tolist() == [0.25, 0.25]
 
 
 @pytest.mark.parametrize("fused", [True, False])

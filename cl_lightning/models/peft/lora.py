@@ -1,7 +1,7 @@
 """Low-rank adaptation of linear layers."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +21,20 @@ class _LowRank(Site):
         self.up = nn.Parameter(torch.zeros(count, size, rank))
         for matrix in self.down:
             nn.init.kaiming_uniform_(matrix, a=5**0.5)
-        self.factor: Tensor
+        self.factor: Tensor  # one for each part
         if learn_scale:
-            self.factor = nn.Parameter(torch.tensor(float(scale)))
+            self.factor = nn.Parameter(torch.full((count,), float(scale)))
         else:
-            self.register_buffer("factor", torch.tensor(float(scale)), persistent=False)
+            self.register_buffer("factor", torch.full((count,), float(scale)), persistent=False)
         self.hook_output(host, self.add)
 
     def add(self, inputs: Tensor, output: Tensor) -> Tensor:
-        maps = iter(zip(self.down, self.up, strict=True))
+        maps = iter(zip(self.factor, self.down, self.up, strict=True))
         pieces = list(output.chunk(len(self.parts), dim=-1))
         for number, chosen in enumerate(self.parts):
             if chosen:
-                down, up = next(maps)
-                change = self.factor * F.linear(F.linear(inputs, down), up)
+                factor, down, up = next(maps)
+                change = factor * F.linear(F.linear(inputs, down), up)
                 pieces[number] = pieces[number] + change.to(output.dtype)
         return torch.cat(pieces, dim=-1)
 
@@ -42,8 +42,14 @@ class _LowRank(Site):
         weight = self.host[0].weight
         places = [number for number, chosen in enumerate(self.parts) if chosen]
         size = len(weight) // len(self.parts)
-        for number, down, up in zip(places, self.down, self.up, strict=True):
-            weight[number * size : (number + 1) * size] += self.factor * up @ down
+        for number, factor, down, up in zip(places, self.factor, self.down, self.up, strict=True):
+            weight[number * size : (number + 1) * size] += factor * up @ down
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(f"{prefix}factor")
+        if saved is not None and saved.ndim == 0:  # earlier releases had one scale for all parts
+            state_dict[f"{prefix}factor"] = saved.expand(len(self.factor))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class LoRA(Peft):
@@ -53,13 +59,13 @@ class LoRA(Peft):
 
     r -> rank, s -> scale (alpha / r in the paper). Initially the output of the model is unchanged. ``parts`` selects
     which thirds q, k and v of a fused layer are adapted, each with its own A and B. LAE (Gao et al., ICCV 2023,
-    arXiv:2303.10070) uses ``kv``, rank 5, a learnt scale and the first five blocks as ``targets``.
+    arXiv:2303.10070) uses ``kv``, rank 5, learnt scales and the first five blocks as ``targets``.
 
     Args:
         model: Any model with linear layers.
         rank: r, at least 1.
         scale: s.
-        learn_scale: Whether s is a parameter, one per layer.
+        learn_scale: Whether s is a parameter, one for each adapted part of each layer.
         targets: Patterns of names of linear layers.
         parts: ``qkv`` or some of its letters, for layers with ``d_out = 3 d``; None to adapt the whole output.
 

@@ -101,8 +101,13 @@ class PrefixSite(Site):
     def append(self, sequence: Tensor) -> Tensor:
         return F.pad(sequence, (0, 0, 0, self.keys.shape[-2]))
 
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as they enter the attention."""
+        return self.keys, self.values
+
     def fill(self, inputs: Tensor, output: Tensor) -> Tensor:
-        rows = torch.cat([torch.zeros_like(self.keys), self.keys, self.values], dim=-1).to(output.dtype)
+        keys, values = self.rows()
+        rows = torch.cat([torch.zeros_like(keys), keys, values], dim=-1).to(output.dtype)
         return torch.cat([output[:, : -rows.shape[-2]], rows.expand(len(output), -1, -1)], dim=1)
 
     def take_off(self, inputs: Tensor, output: Tensor) -> Tensor:
@@ -112,16 +117,24 @@ class PrefixSite(Site):
 class _Prefix(PrefixSite):
     """Learnt keys and values; with ``compensate``, the attention to them is normalised to sum to 1."""
 
-    def __init__(self, attention: nn.Module, length: int, low: float, high: float, compensate: bool) -> None:
+    def __init__(
+        self, attention: nn.Module, length: int, low: float, high: float, compensate: bool, learn_scale: bool
+    ) -> None:
         super().__init__(attention)
         qkv = cast(nn.Linear, _part(attention, "qkv"))
         self.keys, self.values = (
             nn.Parameter(torch.empty(length, qkv.out_features // 3).uniform_(low, high)) for _ in range(2)
         )
+        self.scales = nn.Parameter(torch.ones(2)) if learn_scale else None  # of keys and of values
         self.compensate, self.host = compensate, (attention,)  # in a tuple, so that it is not a registered submodule
         self._queries: list[Tensor] = []
         if compensate:
             self.hook_input(_part(attention, "proj"), self.add)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        if self.scales is None:
+            return self.keys, self.values
+        return self.scales[0] * self.keys, self.scales[1] * self.values
 
     def fill(self, inputs: Tensor, output: Tensor) -> Tensor:
         filled = super().fill(inputs, output)
@@ -140,7 +153,7 @@ class _Prefix(PrefixSite):
 
         # A copy per sample: without gradients, the FLOP counter does not support views of parameters.
         queries = self._queries.pop()
-        keys, values = (rows.to(mixed.dtype).repeat(len(queries), 1, 1) for rows in (self.keys, self.values))
+        keys, values = (rows.to(mixed.dtype).repeat(len(queries), 1, 1) for rows in self.rows())
         queries, keys = attention.q_norm(heads(queries.contiguous())), attention.k_norm(heads(keys))
         of_prefix = F.scaled_dot_product_attention(queries, keys, heads(values))
         return mixed + of_prefix.transpose(1, 2).flatten(2)
@@ -149,7 +162,7 @@ class _Prefix(PrefixSite):
 class Prefix(Peft):
     """Prefix tuning: learnt keys and values in each attention layer (Li & Liang, ACL 2021, arXiv:2101.00190).
 
-        K' = [K; p_K],   V' = [V; p_V],   p ~ U(low, high),   queries unchanged
+        K' = [K; s_K p_K],   V' = [V; s_V p_V],   p ~ U(low, high),   queries unchanged
 
     The order of the keys has no effect. The output of the model changes from the beginning. In an attention layer that
     normalises its keys, p_K is normalised too. With ``compensate`` (LAE: Gao et al., ICCV 2023, arXiv:2303.10070) the
@@ -158,6 +171,8 @@ class Prefix(Peft):
 
         output = sum_i a_i v_i + 1/lambda sum_p a_p p_V     i: tokens of the image, whose attention sums to 1 - lambda
 
+    LAE learns the scales s_K and s_V of each block, initially 1 (``learn_scale``), and draws p from U(0, 0.01).
+
     Args:
         model: Contains the blocks of a ViT of timm.
         length: Number of keys, and of values.
@@ -165,6 +180,7 @@ class Prefix(Peft):
         high: Upper bound of the uniform initialisation.
         blocks: Indices of blocks; None for all.
         compensate: Whether to divide by lambda; for attention layers without a gate or a norm of their output.
+        learn_scale: Whether s_K and s_V are parameters of each block; otherwise they are 1.
 
     Raises:
         ValueError: If an option is out of range or the model has no such blocks.
@@ -179,9 +195,10 @@ class Prefix(Peft):
         high: float = 1.0,
         blocks: Sequence[int] | None = None,
         compensate: bool = False,
+        learn_scale: bool = False,
     ) -> None:
         super().__init__()
         if length < 1 or low > high:
             raise ValueError(f"Prefix: length={length}, low={low}, high={high}; length must be at least 1, low <= high")
         for block in blocks_of(model, blocks, "Prefix"):
-            self.sites.append(_Prefix(_part(block, "attn"), length, low, high, compensate))
+            self.sites.append(_Prefix(_part(block, "attn"), length, low, high, compensate, learn_scale))

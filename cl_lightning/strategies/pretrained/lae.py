@@ -10,9 +10,10 @@ A frozen pretrained backbone has two copies of a parameter-efficient module, onl
 
 over all classes seen so far. Both copies share the head W. The default module is an adapter parallel to the attention
 of the first five blocks; the paper also has LoRA on keys and values (rank 5, ``learn_scale``, ``parts: kv``) and
-prefixes (length 10, ``compensate``). Scores are returned as logarithms. During the first task only online predicts.
-After n steps the weight of online in offline is 1 - momentum^n: with the momentum of the paper, 0.9999, and 1,000 steps
-per task it is 10 % per task. If a task has fewer steps, choose a smaller momentum.
+prefixes (length 10, drawn from U(0, 0.01), ``compensate``, ``learn_scale``). Scores are returned as logarithms. During
+the first task only online predicts. After n steps the weight of online in offline is 1 - momentum^n: with the momentum
+of the paper, 0.9999, and 1,000 steps per task it is 10 % per task. If a task has fewer steps, choose a smaller
+momentum.
 Departs from the code, where the head alone is trained in the first epochs of a task, and the same optimizer trains the
 remaining epochs: here these epochs are a phase of ``freeze_epochs`` with its own optimizer, followed by ``max_epochs``
 of the Trainer. 3 of 5 epochs are ``freeze_epochs=3``, ``trainer.max_epochs=2`` and ``loop.first_task_epochs=5``. For a
