@@ -16,6 +16,8 @@ shrink -> mean_shrink (0.1: means of the first task are multiplied by 0.9 + 0.1 
 The aligned heads predict, by z without normalisation. When the next task begins, the heads are reset to their state
 before the alignment. Statistics of old classes are not corrected for the drift of the features. If a class recurs, its
 statistics are computed again, and t_c is the last task that contains it.
+The released code discards the last LayerNorm of the pretrained transformer, and trains a fresh one at the learning rate
+of the backbone: ``fresh_norm``. By default the pretrained one is kept.
 Departs from the code, whose float32 covariances can be singular: Sigma is factorised in float64, once per class.
 """
 
@@ -24,7 +26,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl_lightning.batch import ImageShape
 from cl_lightning.checks import above, at_least, within
@@ -78,6 +80,7 @@ class SLCA(ContinualStrategy):
         align_temperature: tau, above 0.
         mean_shrink: shrink, in [0, 1]; 0 leaves the means unchanged.
         jitter: Variance that is added in each direction, above 0.
+        fresh_norm: Whether the last LayerNorm of the backbone is reset to weights 1, biases 0 and PyTorch's eps.
         head: Builds the head; None for ``LinearHead`` with initial rows of standard deviation 0.02.
         kwargs: Options of the base class.
     """
@@ -93,6 +96,7 @@ class SLCA(ContinualStrategy):
         align_temperature: float = 0.1,
         mean_shrink: float = 0.1,
         jitter: float = 1e-4,
+        fresh_norm: bool = False,
         head: HeadFactory | None = None,
         **kwargs: Any,
     ) -> None:
@@ -107,7 +111,7 @@ class SLCA(ContinualStrategy):
         within(self, "[0, 1]", mean_shrink=mean_shrink)
         GaussianPrototypes(1, jitter=jitter)  # so that a jitter out of range raises here
         self.align_samples, self.align_temperature = align_samples, align_temperature
-        self.mean_shrink, self.jitter = mean_shrink, jitter
+        self.mean_shrink, self.jitter, self.fresh_norm = mean_shrink, jitter, fresh_norm
         sgd = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4)
         self.align_options = align_options.filled(sgd, CosineOverPhase)
         self.gaussians: GaussianPrototypes
@@ -116,8 +120,18 @@ class SLCA(ContinualStrategy):
     def build(self, image_shape: ImageShape) -> None:
         super().build(image_shape)
         num_features = self.network.head.num_features
+        if self.fresh_norm:
+            self._reset_last_norm()
         self.gaussians = GaussianPrototypes(num_features, jitter=self.jitter)
         self.unaligned_head = self.build_head(num_features)
+
+    def _reset_last_norm(self) -> None:
+        norms = [module for module in self.network.backbone.modules() if isinstance(module, nn.LayerNorm)]
+        if not norms:
+            name = type(self.network.backbone).__name__
+            raise ValueError(f"SLCA: fresh_norm is True, but {name} has no LayerNorm; remove fresh_norm")
+        norms[-1].reset_parameters()
+        norms[-1].eps = nn.LayerNorm(1).eps
 
     def begin_task(self, task: Task) -> None:
         if self.unaligned_head.num_columns:

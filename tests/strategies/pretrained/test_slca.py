@@ -2,7 +2,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.pretrained import TinyViT, in_tasks, samples_right
+from support.pretrained import PretrainedViT, TinyViT, in_tasks, samples_right
 from support.runs import loop, plain_net
 from torch.nn import functional as F
 
@@ -142,8 +142,35 @@ def test_alignment_raises_old_classes_and_beats_fine_tuning():
 
 
 def test_a_transformer_passes_the_suite():
-    make = small(SLCA, backbone=TinyViT, align_options=PhaseOptions(epochs=2, batch_size=24), align_samples=8)
+    make = small(
+        SLCA, backbone=TinyViT, fresh_norm=True, align_options=PhaseOptions(epochs=2, batch_size=24), align_samples=8
+    )
     check_strategy(make, checks=["trains", "resume", "restores", "options", "data", "bytes"])
+
+
+def test_a_fresh_norm_replaces_the_pretrained_one_alone_and_is_trained():
+    kept, fresh = SLCA(backbone=PretrainedViT), SLCA(backbone=PretrainedViT, fresh_norm=True)
+    for strategy in (kept, fresh):
+        strategy.build((1, 8, 8))
+    before, after = kept.network.backbone.state_dict(), fresh.network.backbone.state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {"model.norm.weight", "model.norm.bias"}
+    images = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    tokens = []
+    handle = fresh.network.backbone.model.norm.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]))
+    with torch.no_grad():
+        features = fresh.network.backbone.eval()(images)
+    handle.remove()
+    centred = tokens[0][:, 0] - tokens[0][:, 0].mean(1, keepdim=True)  # the class token, with weights 1 and biases 0
+    expected = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+    made = in_tasks(partial(SLCA, backbone=PretrainedViT, fresh_norm=True), 5, options={"stop_after_task": 0})
+    assert not torch.equal(made.strategy.network.backbone.model.norm.weight, torch.ones(24))
+
+
+def test_a_backbone_without_layer_norm_has_no_norm_to_reset():
+    with pytest.raises(ValueError, match="SLCA: fresh_norm is True, but MLP has no LayerNorm"):
+        SLCA(backbone=plain_net, fresh_norm=True).build((1, 8, 8))
 
 
 @pytest.mark.parametrize(
