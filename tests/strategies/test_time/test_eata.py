@@ -1,8 +1,10 @@
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from support.adaptation import adapt, normalised, scores, source_network, stream, tiny_resnet, watching
 from support.fakes import normal
 from support.runs import assert_same
@@ -172,3 +174,13 @@ def test_a_reset_takes_the_mean_back():
     alone = watching(EATA, margin=1.0, diversity=2.0, reset="domain", fisher_weight=0.0, optimizer=adam)
     adapt(alone, stream(corruptions=["contrast"]))
     assert_same({"mean": strategy.mean}, {"mean": alone.mean})
+
+
+def test_the_weight_of_the_benchmarks_comes_with_their_batches_of_200():
+    config = Path(__file__).parents[3] / "experiments/methods/test_time/eata.yaml"
+    options = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["init_args"]
+    for weight, size in (
+        (options["fisher_weight"], options["fisher_batch_size"]),
+        (EATA().fisher_weight, EATA().fisher_batch_size),
+    ):
+        assert (weight, size) == (1.0, 200)
