@@ -37,7 +37,7 @@ ROOMS = (
         "loop",
         "the task loop, checkpoints and results",
         "task_loop, run (position, restore), options, lightning_support, checkpoint, stopping, nan_guard, "
-        "fast_step, warning_filters, logging, results",
+        "fast_step, warning_filters, run_lock, logging, results",
     ),
     Room("callbacks", "mechanisms that cut across methods, one file each", "(top-level folder)"),
     Room("datamodules", "sources of data, one file each, over one base", "(top-level folder)"),

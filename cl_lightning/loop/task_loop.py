@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +23,7 @@ from cl_lightning.data import FeatureCache, FeatureLoader, PlannedLoader
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.lightning_private import carry_timer
 from cl_lightning.loop import checkpoint as checkpoints
-from cl_lightning.loop import results
+from cl_lightning.loop import results, run_lock
 from cl_lightning.loop.fast_step import install_fast_steps
 from cl_lightning.loop.lightning_support import begin_anew, count_steps_per_fit
 from cl_lightning.loop.logging import RunLogging
@@ -134,10 +134,7 @@ class TaskLoop:
                 f"checkpoint {path}: a callback wrote it inside a step or an epoch (ModelCheckpoint does), so a run "
                 "cannot be resumed from it exactly; use --ckpt_path last, and this file for test and predict"
             )
-        if saved is None and self.run_dir is not None and checksums.candidates(self._last):
-            raise ValueError(
-                f"{self.run_dir} holds a run already; add --ckpt_path last to resume it, or give another --run_dir"
-            )
+        self._check_is_free(saved)
         self._prepare(saved)
         stop, count = self.options.stop_after_task, len(self.stream)
         if stop is not None and stop >= count:
@@ -147,12 +144,15 @@ class TaskLoop:
         check_watched(self.trainer, self.strategy, self.stream)
         if self.run_dir is not None:
             check_names(self.trainer, self._last.parent)
+        held = self.run_dir if self.trainer.is_global_zero else None
         with (
+            run_lock.hold(held) if held is not None else nullcontext(),
             ignore_lightning_warnings(),
             self.stop_request.listening(),
             self.run_logging,
             closing(self.datamodule),
         ):
+            self._check_is_free(saved)  # a run may have ended there since
             self._write_start(path, saved)
             for task in self.stream.tasks[self.position.task + self.position.done :]:
                 self._run_task(task, path if saved is not None and task.index == self.position.task else None)
@@ -368,6 +368,12 @@ class TaskLoop:
         self.matrix.load_state_dict(part["matrix"])
         self.meter.load_state_dict(part["costs"])
         strategy.task = self.stream.tasks[self.position.task]
+
+    def _check_is_free(self, saved: Mapping[str, Any] | None) -> None:
+        if saved is None and self.run_dir is not None and checksums.candidates(self._last):
+            raise ValueError(
+                f"{self.run_dir} holds a run already; add --ckpt_path last to resume it, or give another --run_dir"
+            )
 
     @property
     def _last(self) -> Path:
