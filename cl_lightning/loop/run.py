@@ -45,6 +45,7 @@ class Position:
         running: Whether the phase has begun, so that its fit is resumed and not started.
         origin: Epoch of the Trainer at which the phase began.
         done: Whether the task is over and evaluated.
+        learnt: Whether ``end_task`` is over, so that the evaluation comes next.
     """
 
     task: int = 0
@@ -52,6 +53,7 @@ class Position:
     running: bool = False
     origin: int = 0
     done: bool = False
+    learnt: bool = False
 
 
 def restore(strategy: ContinualStrategy, trainer: Trainer, saved: Mapping[str, Any]) -> None:

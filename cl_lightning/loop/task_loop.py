@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +91,7 @@ class TaskLoop:
             self._feature_cache = FeatureCache(folder, int(self.options.feature_cache_gb * 1e9))
         self._last_save = time.monotonic()
         self._is_saving = False
+        self.newest: Path | None = None  # checkpoint from which the run can be resumed now
         self._driver = LoopHooks(self)
         self.stop_request = StopRequest(trainer)
         self.run_logging = RunLogging(self)
@@ -153,13 +154,16 @@ class TaskLoop:
             closing(self.datamodule),
         ):
             self._check_is_free(saved)  # a run may have ended there since
+            self.newest = path
             self._write_start(path, saved)
             for task in self.stream.tasks[self.position.task + self.position.done :]:
                 self._run_task(task, path if saved is not None and task.index == self.position.task else None)
                 saved = None
                 self._files.forget()
-                if task.index == self.options.stop_after_task:
+                if task.index in (self.options.stop_after_task, count - 1):
                     break
+                if self.stop_request.made(now=True):
+                    self._interrupt()
         return self.matrix
 
     def test(self, ckpt_path: str | Path) -> AccuracyMatrix:
@@ -260,6 +264,21 @@ class TaskLoop:
         assert self.strategy.evaluation.result is not None
         self.matrix.fill(task.index, self.strategy.evaluation.result)
 
+    def _stoppable(self, batches: Callable[..., Iterator[Batch]]) -> Callable[..., Iterator[Batch]]:
+        """Passes that end the run at the next batch after a request to stop, if there is a checkpoint to resume from.
+
+        The state inside a pass is not saved: the run is resumed from the newest checkpoint. Several processes do not
+        have the same number of batches; they look at the request after the pass.
+        """
+
+        def watched(**options: Any) -> Iterator[Batch]:
+            for batch in batches(**options):
+                if self.newest is not None and not distributed.is_distributed() and self.stop_request.made():
+                    self._interrupt()
+                yield batch
+
+        return watched
+
     def _compile(self) -> None:
         """Compile the backbones that are not compiled yet, in place; names of parameters do not change."""
         if self.options.compile is None:
@@ -316,6 +335,7 @@ class TaskLoop:
         self.strategy.seed = self.seed
         self.datamodule.whole_batches = self.strategy.traits.transductive
         self.strategy.passes.cache = self._feature_cache
+        self.strategy.passes.batches = self._stoppable(self.strategy.passes.batches)  # type: ignore[method-assign]
         self.stream = self._match(saved) if saved is not None else self.datamodule.make_stream(self.seed)
         self.fingerprints = [self.datamodule.fingerprint(task.index) for task in self.stream.tasks]
         if not self.strategy.is_built:
@@ -446,6 +466,7 @@ class TaskLoop:
         self._last_save = time.monotonic()
         failure = self.trainer.strategy.broadcast(self._files.failure and _in_words(self._files.failure))
         if failure is None:
+            self.newest = self._last
             return self._last
         message = f"checkpoint {self._last}: cannot be written ({failure}); "
         if needed:
@@ -488,8 +509,12 @@ class TaskLoop:
 
     def stop(self) -> NoReturn:
         """Write a checkpoint and raise ``Interrupted``; called on all processes after they agreed to stop."""
+        self.save()
+        self._interrupt()
+
+    def _interrupt(self) -> NoReturn:
         assert self.stop_request.signum is not None
-        raise Interrupted(self.save() or Path("nowhere"), self.stop_request.signum)
+        raise Interrupted(self.newest or Path("nowhere"), self.stop_request.signum)
 
 
 class LoopHooks(Callback):
@@ -574,16 +599,30 @@ class LoopHooks(Callback):
         loop.meter.enter(None)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.closing is not None:
-            self.loop.started = True
-            self.loop.meter.enter("statistics")
-            self.loop._seed(self.closing.index, len(self.loop._phases), 2)
-            self.loop._call("on_task_learnt", self.closing)
-            self.loop.strategy.end_task(self.closing)
-            self.loop._call("on_task_end", self.closing)
-        self.loop.meter.enter("evaluation")
+        loop, task = self.loop, self.closing
+        if task is not None:
+            if not loop.position.learnt:
+                loop.started = True
+                if loop.newest is None and not loop._phases:  # a stop in the first pass needs a checkpoint
+                    loop.save(needed=False)
+                loop.meter.enter("statistics")
+                loop._seed(task.index, len(loop._phases), 2)
+                loop._call("on_task_learnt", task)
+                loop.strategy.end_task(task)
+                loop._call("on_task_end", task)
+                loop.position = replace(loop.position, learnt=True)
+            loop._seed(task.index, len(loop._phases), 3)
+        loop.meter.enter("evaluation")
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.closing is not None and not distributed.is_distributed() and self.loop.stop_request.made():
+            self.loop.stop()
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.closing is not None and self.loop.stop_request.made(now=True):
+            self.loop.stop()
         self.loop.strategy.evaluation.begin(confusion=True)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
