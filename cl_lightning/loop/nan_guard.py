@@ -21,8 +21,8 @@ class NotFiniteError(RuntimeError):
 class NanGuard(ContinualCallback):
     """Stops a run whose loss is NaN or infinite, or skips optimizer steps whose gradients are not finite.
 
-    With ``stop`` losses are kept on the device and checked every 50 steps and before each checkpoint. No step
-    synchronises with the device, and no checkpoint is written of a network with such a loss.
+    With ``stop`` losses are kept on the device and checked every 50 steps and before each checkpoint, with the
+    weights. No step synchronises with the device, and no checkpoint is written of a network that is lost.
     With ``skip`` the gradients, reduced over all processes, are checked before each optimizer step, which synchronises
     with the device. Other effects of a skipped step are not undone: statistics of normalisation layers, samples that
     were added to a memory.
@@ -78,6 +78,30 @@ class NanGuard(ContinualCallback):
             raise NotFiniteError(
                 f"the loss is {value} {_place(pl_module, *places[index])}; lower the learning rate, clip gradients "
                 "(--trainer.gradient_clip_val 1), or skip such steps (--loop.nan_loss skip)"
+            )
+
+    def check_weights(self, pl_module: LightningModule) -> None:
+        """Check the parameters, and the running statistics of normalisation layers; called on all processes.
+
+        The loss of a step shows what the steps before it have done; the weights show what this step has done.
+
+        Raises:
+            NotFiniteError: On all processes, if a weight of any process is not finite.
+        """
+        weights: dict[str, Tensor] = dict(pl_module.named_parameters())
+        weights |= {name: value for name, value in pl_module.named_buffers() if "running_" in name}
+        names = [name for name, value in weights.items() if value.is_floating_point()]
+        finite = torch.stack([weights[name].isfinite().all() for name in names]) if names else torch.ones(1).bool()
+        lost = finite.all().logical_not().to(pl_module.device, torch.float32)
+        if distributed.is_distributed():
+            torch.distributed.all_reduce(lost, torch.distributed.ReduceOp.MAX)
+        if lost:
+            bad = [name for name, good in zip(names, finite.tolist(), strict=False) if not good]
+            where = bad[0] if bad else "a weight of another process"
+            raise NotFiniteError(
+                f"{where} is not finite in task {pl_module.task.index}, so no checkpoint is written of this network; "
+                "resume from the last one with a lower learning rate, or clip gradients "
+                "(--trainer.gradient_clip_val 1)"
             )
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:

@@ -453,8 +453,10 @@ class TaskLoop:
         """
         if self.run_dir is None:
             return None
-        if self.nan_guard is not None and self.position.running:
-            self.nan_guard.check(self.strategy)
+        if self.nan_guard is not None:
+            if self.position.running:
+                self.nan_guard.check(self.strategy)
+            self.nan_guard.check_weights(self.strategy)
         before = self.meter.enter("saving")
         distributed.average_batch_statistics(self.strategy)  # one process writes for all
         self._is_saving = True

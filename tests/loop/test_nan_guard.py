@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from support import forks
-from support.runs import assert_same, loop, plain_net, run, sgd
+from support.runs import NormNet, assert_same, loop, plain_net, run, sgd
 
 from cl_lightning.callbacks.importance_penalty import ImportancePenalty
 from cl_lightning.loop import LoopOptions, NotFiniteError
@@ -53,6 +53,33 @@ def test_no_checkpoint_is_written_of_a_network_that_is_lost(tmp_path):
     with pytest.raises(NotFiniteError, match="task 2"):
         made.fit()
     for path in (tmp_path / "checkpoints").glob("*.ckpt"):
+        saved = torch.load(path, weights_only=True)["state_dict"]
+        assert all(value.isfinite().all() for value in saved.values()), path
+
+
+class BreaksWeights(Callback):
+    """The last update makes a weight, or a statistic of a normalisation layer, infinite; no loss shows it yet."""
+
+    def __init__(self, name, batch):
+        self.name, self.batch = name, batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if pl_module.task.index == 1 and pl_module.epoch == 1 and batch_idx == self.batch:
+            pl_module.state_dict()[self.name].view(-1)[0] = math.inf
+
+
+@pytest.mark.parametrize("name", ["network.backbone.layers.1.weight", "network.backbone.layers.2.running_var"])
+@pytest.mark.parametrize("batch", [2, -1])
+def test_weights_are_checked_before_a_checkpoint_and_not_the_losses_alone(tmp_path, name, batch):
+    options = {"save_every_n_steps": 1, "save_every_seconds": 0.0, "keep_last": 5}
+    epoch = len(run(Finetune(backbone=NormNet, optimizer=sgd), max_epochs=1).datamodule.stream.train[1]) // 64
+    broken = BreaksWeights(name, batch if batch >= 0 else epoch)
+    made = loop(Finetune(backbone=NormNet, optimizer=sgd), broken, folder=tmp_path, options=options)
+    with pytest.raises(NotFiniteError, match=f"{name} is not finite in task 1, .* lower learning rate"):
+        made.fit()
+    files = list((tmp_path / "checkpoints").glob("*.ckpt"))
+    assert len(files) > 2
+    for path in files:
         saved = torch.load(path, weights_only=True)["state_dict"]
         assert all(value.isfinite().all() for value in saved.values()), path
 
