@@ -500,7 +500,7 @@ class TaskLoop:
         if last is not None and self.trainer.is_global_zero:
             if self.options.keep_tasks != 0:
                 checksums.link(last, last.with_name(f"task_{task.index:03d}.ckpt"))
-            kept = sorted(last.parent.glob("task_*.ckpt"))
+            kept = sorted(last.parent.glob("task_[0-9]*.ckpt"), key=_task_of)
             for old in kept[: -self.options.keep_tasks] if self.options.keep_tasks else []:
                 old.unlink()
             results.write(last.parents[1] / "results.json", self.results())
@@ -657,6 +657,12 @@ class LoopHooks(Callback):
 def _effort(phase: Phase) -> float:
     """Cost of one row of a phase, relative to a forward and backward pass of an image; for the remaining time."""
     return 0.02 if phase.features is not None else 1.0
+
+
+def _task_of(path: Path) -> int:
+    """Task of a file ``task_7.ckpt``; by number, because as text task_1000 comes before task_999."""
+    number = path.stem.removeprefix("task_")
+    return int(number) if number.isdecimal() else -1
 
 
 def _in_words(error: OSError) -> str:

@@ -1,5 +1,6 @@
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -272,3 +273,18 @@ def test_data_that_changed_since_the_checkpoint_are_told(tmp_path):
     remade(tmp_path, {"known": 4}).fit()
     with pytest.raises(ValueError, match=r"task 0 .* has other classes or other samples"):
         remade(tmp_path, {"known": 6, "changed": True}).fit("last")
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(1, [1002]), (2, [1001, 1002]), (None, [998, 999, 1000, 1001, 1002])])
+def test_the_newest_tasks_are_kept_also_in_streams_of_more_than_a_thousand(tmp_path, keep, expected):
+    folder = tmp_path / "checkpoints"
+    made = loop(Finetune(backbone=plain_net, optimizer=sgd), folder=tmp_path, options={"keep_tasks": keep})
+    made.save = lambda **_: folder / "last.ckpt"
+    made.results = dict
+    made.run_logging.task_done = lambda task: None
+    folder.mkdir()
+    (folder / "last.ckpt").write_bytes(b"state")
+    for index in (998, 999, 1000, 1001, 1002):
+        made._write_task(SimpleNamespace(index=index))
+    names = {path.name for path in folder.glob("task_*.ckpt")}
+    assert names == {f"task_{index}.ckpt" for index in expected}
