@@ -16,3 +16,15 @@ def printable(text: str) -> str:
         text: Any text, such as ``"cat\\x1b[2J"``, which would clear the screen.
     """
     return _CONTROL.sub("\ufffd", text)
+
+
+def spreadsheet_cell(text: str) -> str:
+    """A text for a cell of a CSV file: without control characters, and an apostrophe before what would be a formula."""
+    text = printable(text)
+    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
+
+
+def spreadsheet_path(path: str) -> str:
+    """A path for a cell of a CSV file: without control characters, and ``./`` before what would be a formula."""
+    text = printable(path)
+    return f"./{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text

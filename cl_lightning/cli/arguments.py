@@ -26,7 +26,7 @@ COMMANDS = {
 
 def fail(message: str) -> NoReturn:
     """Print one line on standard error and exit with code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -68,13 +68,13 @@ def resolve_last(arguments: list[str]) -> list[str]:
         last = Path(run_dir) / "checkpoints" / "last.ckpt" if run_dir is not None else last_of_newest_run()
         found, problems = checksums.newest(last) if last is not None else (None, [])
         for problem in problems:
-            print(problem, file=sys.stderr)
+            print(printable(problem), file=sys.stderr)
         if found is None:
             where = run_dir or "runs"
             which = "no undamaged checkpoint" if problems else "no checkpoint"
             fail(f"--ckpt_path last: there is {which} under {where}; give --run_dir, or the path of a .ckpt file")
         path = str(found)
-        print(f"checkpoint: {path}", file=sys.stderr)
+        print(f"checkpoint: {printable(path)}", file=sys.stderr)
     elif not Path(path).is_file():
         fail(f"--ckpt_path {path}: there is no such file; give the path of a .ckpt file, 'last' or 'auto'")
     rest = without(arguments, "--ckpt_path")
@@ -187,7 +187,7 @@ def with_current_names(arguments: list[str]) -> list[str]:
     """The arguments with the names of earlier releases replaced by current names; prints a note for each."""
 
     def note(line: str) -> None:
-        print(f"note: {line}", file=sys.stderr)
+        print(f"note: {printable(line)}", file=sys.stderr)
 
     current = list(arguments)
     for index, argument in enumerate(arguments):

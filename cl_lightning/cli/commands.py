@@ -27,6 +27,7 @@ from cl_lightning.cli.arguments import COMMANDS, OF_A_CALL, PROGRAM, complete, f
 from cl_lightning.cli.parsing import Parser, explain, shorten
 from cl_lightning.cli.processes import _was_started_by_another, is_follower, process_arguments, quiet, shown
 from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.escape_control import printable
 from cl_lightning.loop import Interrupted, LoopOptions, NotFiniteError, TaskLoop, is_lost_peer, requeue, results
 from cl_lightning.loop import checkpoint as checkpoints
 from cl_lightning.strategy import ContinualStrategy
@@ -285,7 +286,7 @@ class ContinualCLI(LightningCLI):
                 task=config.task,
             )
             for reason in skipped:
-                print(f"skipped {reason}", file=sys.stderr)
+                print(f"skipped {printable(str(reason))}", file=sys.stderr)
             print(f"{count} images: {config.output}")
 
         self._action = action

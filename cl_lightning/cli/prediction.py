@@ -25,7 +25,7 @@ from cl_lightning.data import FileSource, Plan, PlannedLoader, StreamLoader
 from cl_lightning.data.images import IMAGE_SUFFIXES, pixels
 from cl_lightning.data.sources import checked
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.escape_control import printable
+from cl_lightning.escape_control import printable, spreadsheet_cell, spreadsheet_path
 from cl_lightning.loop import restore
 from cl_lightning.measures import AccuracyMatrix
 from cl_lightning.strategy import ContinualStrategy
@@ -139,7 +139,7 @@ def file_source(paths: list[Path], root: Path, shape: Sequence[int], *, skip_unr
         name="predict",
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*They are left out.*")  # the caller reports them
+        warnings.filterwarnings("ignore", "(?s).*They are left out.*")  # the caller reports them
         return checked(source)
 
 
@@ -173,6 +173,7 @@ class _Writer(Callback):
     """Writes the probabilities of each batch when it is predicted."""
 
     def __init__(self, file: TextIO, paths: list[Path], names: list[str]) -> None:
+        names = [spreadsheet_cell(name) for name in names]
         self.rows, self.paths, self.names = csv.writer(file), iter(paths), names
         self.rows.writerow(["path", "prediction", *names])
 
@@ -181,7 +182,8 @@ class _Writer(Callback):
     ) -> None:
         best: list[int] = outputs.argmax(1).tolist()
         for row, column in zip(outputs.tolist(), best, strict=True):
-            self.rows.writerow([next(self.paths), self.names[column], *(f"{value:.6f}" for value in row)])
+            path = spreadsheet_path(str(next(self.paths)))
+            self.rows.writerow([path, self.names[column], *(f"{value:.6f}" for value in row)])
 
 
 class _NormalisedLoader:

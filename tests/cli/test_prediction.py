@@ -1,6 +1,8 @@
 """``predict``: a checkpoint classifies new image files."""
 
+import contextlib
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -140,6 +142,26 @@ def test_an_unreadable_image_is_named_and_nothing_is_written(colours, capsys):
     assert said.err == "skipped new/bad.png\n"
     assert said.out == "1 images: predictions.csv\n"
     assert [row[0] for row in rows_of("predictions.csv")[1]] == ["new/good.png"]
+
+
+def test_names_of_files_do_nothing_in_the_terminal_and_in_a_spreadsheet(colours, capsys, recwarn):
+    for name in ("=1+1.png", "-a.png", "@b.png", "+c.png", "d\x1b[2J\n.png"):
+        paint(Path("new") / name, COLOURS["red"])
+    Path("new/bad\x1b[2J\x1b]0;owned\x07\nfake line.png").write_bytes(b"x")
+    with contextlib.chdir("new"):
+        assert predict(colours, "--images", ".", "--output", "../found.csv", "--skip_unreadable") == 0
+    said = capsys.readouterr()
+    assert said.err == "skipped bad\ufffd[2J\ufffd]0;owned\ufffd\ufffdfake line.png\n"
+    assert not [warning for warning in recwarn if "left out" in str(warning.message)]
+    paths = [row[0] for row in rows_of("found.csv")[1]]
+    assert paths == ["./+c.png", "./-a.png", "./=1+1.png", "./@b.png", "d\ufffd[2J\ufffd.png"]
+    assert all((Path("new") / path).exists() for path in paths[:4])
+
+
+def test_names_of_classes_do_nothing_in_a_spreadsheet():
+    file = io.StringIO()
+    prediction._Writer(file, [], ["=1+1", "@x", " +y", "a\x1b[0m", "-", "plain"])
+    assert next(csv.reader([file.getvalue()]))[2:] == ["'=1+1", "'@x", "' +y", "a\ufffd[0m", "'-", "plain"]
 
 
 def test_a_file_that_turns_out_damaged_half_way_leaves_the_earlier_output_as_it_was(colours, capsys):
