@@ -24,7 +24,7 @@ from cl_lightning import distributed, report
 from cl_lightning.callbacks.stream_progress import StreamProgress
 from cl_lightning.cli import discovery, prediction, trust
 from cl_lightning.cli.arguments import COMMANDS, OF_A_CALL, PROGRAM, complete, fail, value_of
-from cl_lightning.cli.parsing import Parser, explain, shorten
+from cl_lightning.cli.parsing import Parser, explain, single_line
 from cl_lightning.cli.processes import _was_started_by_another, is_follower, process_arguments, quiet, shown
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.escape_control import printable
@@ -392,7 +392,7 @@ def one_line(error: Exception) -> str:
     text = str(error)
     if text.startswith("Caught ") and (worker := re.search(r"^\w*Error: (.*)\Z", text, re.MULTILINE | re.DOTALL)):
         text = worker.group(1)  # a worker process of a DataLoader adds its traceback
-    return explain(text) if "\n" in text else shorten(text)
+    return explain(text) if "\n" in text else single_line(text)
 
 
 def needed(value: str | None, option: str) -> str:

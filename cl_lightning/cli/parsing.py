@@ -16,9 +16,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cl_lightning.escape_control import printable
 
-LIMIT = 300
-"""Longest message, in characters."""
-
 
 class Parser(LightningArgumentParser):
     """Parser whose errors are a ValueError with a message of one line."""
@@ -92,7 +89,7 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
         known: Keys of the parser.
 
     Returns:
-        At most ``LIMIT`` characters, without line breaks.
+        One line. What to do stands before a list of names.
     """
     text = message.strip("\n")
     if match := re.match(r"unrecognized arguments: (.+)", text, re.DOTALL):
@@ -113,10 +110,12 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
         if top.subject in names:  # an option of a base class that the class sets
             line += f"{taker} sets {top.subject!r} itself; leave it out"
         else:
-            line += f"{taker} takes no {top.subject!r}" + _nearest(top.subject.partition(".")[0], names, "it takes")
+            line += f"{taker} takes no {top.subject!r}" + _nearest(
+                top.subject.partition(".")[0], names, "leave it out, or use"
+            )
     elif top.kind == "class":
         line = f"{where}: there is no class {top.subject!r}" + _nearest(
-            top.subject, class_names(top.types), "there are"
+            top.subject, class_names(top.types), "give an import path, or one of"
         )
     elif top.kind == "type":
         same = [problem for problem in problems if (problem.kind, problem.depth) == (top.kind, top.depth)]
@@ -126,13 +125,12 @@ def explain(message: str, known: Sequence[str] = ()) -> str:
         )
     else:
         line = f"{where}: {top.subject}" if where else top.subject
-    return shorten(line)
+    return single_line(line)
 
 
-def shorten(text: str) -> str:
-    """The text in one line of at most ``LIMIT`` characters."""
-    line = printable(" ".join(text.split()))
-    return line if len(line) <= LIMIT else line[: LIMIT - 3].rstrip() + "..."
+def single_line(text: str) -> str:
+    """The text without line breaks and control characters; nothing is cut."""
+    return printable(" ".join(text.split()))
 
 
 def unknown_option(option: str, known: Sequence[str]) -> str:
@@ -149,7 +147,7 @@ def unknown_option(option: str, known: Sequence[str]) -> str:
             name for name in known if name.rpartition(".")[2] in _close(last, {n.rpartition(".")[2] for n in known})
         ]
     hint = f"; did you mean {_alternatives([dashes + name for name in near[:3]])}?" if near else ""
-    return shorten(f"unknown {'option' if dashes else 'key or argument'} {option!r}{hint}")
+    return single_line(f"unknown {'option' if dashes else 'key or argument'} {option!r}{hint}")
 
 
 def _close(name: str, names: Iterable[str]) -> list[str]:
