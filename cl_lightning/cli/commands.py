@@ -243,15 +243,28 @@ class ContinualCLI(LightningCLI):
         def action() -> None:
             loop = self._make_loop()
             loop.fit(ckpt_path)
-            if self.trainer.is_global_zero:
-                results.show(loop.results())
-                try:
-                    print(f"report: {shown(report.write([self.run_dir], self.run_dir / 'report.html'))}")
-                except ValueError as error:  # the run is complete without its page
-                    print(f"no report: {error}", file=sys.stderr)
-                print(f"results, checkpoints and logs are in {shown(self.run_dir)}")
+            if self.trainer.is_global_zero and not self._show(loop):
+                raise SystemExit(130)
 
         self._action = action
+
+    def _show(self, loop: TaskLoop) -> bool:
+        """Print the results and write the report of a complete run; whether this was not interrupted."""
+        try:
+            results.show(loop.results())
+            try:
+                print(f"report: {shown(report.write([self.run_dir], self.run_dir / 'report.html'))}")
+            except ValueError as error:  # the run is complete without its page
+                print(f"no report: {error}", file=sys.stderr)
+            print(f"results, checkpoints and logs are in {shown(self.run_dir)}")
+        except KeyboardInterrupt:
+            folder = shlex.quote(str(shown(self.run_dir)))
+            print(
+                f"stopped; the run is complete and saved, without its report; write it with: {PROGRAM} report {folder}",
+                file=sys.stderr,
+            )
+            return False
+        return True
 
     def test(self, ckpt_path: str | None = None, **_: Any) -> None:
         def action() -> None:

@@ -56,10 +56,10 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except KeyboardInterrupt:
-        return stopped_at_once()
+        return stopped_at_once(*arguments[:1])
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning converts it to SystemExit
-            return stopped_at_once()
+            return stopped_at_once(*arguments[:1])
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -99,9 +99,10 @@ def _run(arguments: list[str]) -> int:
     return run(arguments)
 
 
-def stopped_at_once() -> int:
-    """Report that nothing was saved; returns the exit code."""
-    print("stopped; the steps since the last checkpoint are lost", file=sys.stderr)
+def stopped_at_once(command: str = "fit") -> int:
+    """Report that a command was stopped, and what a fit loses; returns the exit code."""
+    lost = "; the steps since the last checkpoint are lost" if command == "fit" else ""
+    print(f"stopped{lost}", file=sys.stderr)
     return 130
 
 

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from support import ROOT
 
-from cl_lightning import cli
+from cl_lightning import cli, report
 from cl_lightning.cli import main
 from cl_lightning.loop import TaskLoop, results
 
@@ -483,6 +483,30 @@ def test_missing_gpus_are_an_error(run, monkeypatch):
         said = run(f"fit {options}")
         assert is_one_line(said), said
         assert message in said.err
+
+
+@pytest.mark.parametrize("place", ["show", "write"])
+def test_ctrl_c_while_the_report_is_drawn_loses_nothing_and_says_so(run, monkeypatch, place):
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results if place == "show" else report, place, stop)
+    said = run("fit --run_dir 'r 1'", *SHORT)
+    assert said.code == 130
+    assert said.err == (
+        "stopped; the run is complete and saved, without its report; write it with: "
+        "python -m cl_lightning report 'r 1'\n"
+    )
+    monkeypatch.undo()
+
+
+def test_ctrl_c_says_that_steps_are_lost_for_fit_alone(run, monkeypatch):
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["cl_lightning.cli.main"], "check_required", stop)
+    assert run("fit").err == "stopped; the steps since the last checkpoint are lost\n"
+    assert run("test --config x.yaml") == (130, "", "stopped\n")
 
 
 def test_a_bug_in_a_users_class_keeps_its_traceback(run):
