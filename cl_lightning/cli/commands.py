@@ -1,5 +1,6 @@
 """The commands ``fit``, ``test``, ``validate`` and ``predict``, on LightningCLI."""
 
+import dis
 import logging
 import os
 import re
@@ -351,8 +352,13 @@ def run(arguments: list[str]) -> int:
         return 1
     except (ValueError, OSError, MisconfigurationException) as error:
         started = cli is not None and cli.loop is not None and cli.loop.started
-        if (started and not isinstance(error, MisconfigurationException)) or os.environ.get("CL_LIGHTNING_TRACEBACK"):
+        if os.environ.get("CL_LIGHTNING_TRACEBACK"):
             raise
+        if started and not isinstance(error, MisconfigurationException):
+            if not is_own_message(error):
+                raise
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            return 1
         fail(one_line(error))
     return 0
 
@@ -398,6 +404,21 @@ class _LostProcessReporter(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if "terminated with code" in record.getMessage():
             print(_lost(self._cli), file=sys.stderr, flush=True)
+
+
+def is_own_message(error: Exception) -> bool:
+    """Whether a ``raise`` statement of this package raised a ValueError, whose message therefore is for the user.
+
+    An error that a function of Python or torch raises inside of this package is a defect, and needs its traceback.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or not isinstance(error, ValueError):
+        return False
+    code, module = trace.tb_frame.f_code, trace.tb_frame.f_globals.get("__name__", "")
+    raised = code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raised and str(module).partition(".")[0] == "cl_lightning"
 
 
 def one_line(error: Exception) -> str:

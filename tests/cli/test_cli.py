@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -483,6 +484,24 @@ def test_missing_gpus_are_an_error(run, monkeypatch):
         said = run(f"fit {options}")
         assert is_one_line(said), said
         assert message in said.err
+
+
+def test_a_step_with_one_image_under_batch_normalisation_is_an_error_of_one_line(run):
+    said = run("fit --model Finetune --model.backbone ResNet18 --data.batch_size 1 --run_dir r")
+    assert said.code == 1
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("error: task 'task 0': a step has one image")
+    assert "give --data.drop_last true" in said.err
+
+
+def test_an_error_of_python_inside_of_the_package_keeps_its_traceback(run, monkeypatch):
+    def wrong(*_: Any) -> Any:
+        return int("not a number")
+
+    wrong = types.FunctionType(wrong.__code__, {"__name__": "cl_lightning.wrong", "int": int})
+    monkeypatch.setattr("cl_lightning.strategies.rehearsal.er.ER.prepare_batch", wrong)
+    with pytest.raises(ValueError, match="not a number"):
+        run("fit", *SHORT)
 
 
 @pytest.mark.parametrize("place", ["show", "write"])
