@@ -168,7 +168,7 @@ class _Check:
             if isinstance(key, str):
                 self.reference(key, place)
         if "class_path" in keys:
-            types = types_of(self.name(value["class_path"], takes, place))
+            types = types_of(self.name(value["class_path"], takes, place, called=True))
             self.options(value.get("init_args"), types, place)
             self.options(value.get("dict_kwargs"), types, place)
             for key in keys - {"class_path", "init_args", "dict_kwargs"}:
@@ -213,7 +213,7 @@ class _Check:
         self.name(f"{member.__module__}.{member.__qualname__}", takes, place)
         return member
 
-    def name(self, path: Any, takes: _Wanted, place: str) -> Any:
+    def name(self, path: Any, takes: _Wanted, place: str, *, called: bool = False) -> Any:
         """The allowed object of this import path; None for the short name of a class."""
         if not isinstance(path, str) or not all(part.isidentifier() for part in path.split(".")):
             raise _RefusedError(f"{place} names {path!r}, which is not an import path")
@@ -222,7 +222,7 @@ class _Check:
         if "." not in path:
             return self.short(path, takes, place)
         try:
-            return allowed(path, takes)
+            return allowed(path, takes, called=called)
         except _RefusedError as error:
             raise _RefusedError(f"{place} names {path!r}, {error}") from None
 
@@ -238,8 +238,10 @@ def _members(takes: _Wanted) -> set[type]:
     return found
 
 
-def allowed(path: str, takes: _Wanted) -> Any:
+def allowed(path: str, takes: _Wanted, *, called: bool = False) -> Any:
     """The class or function of an import path, if a checkpoint may name it for such an option.
+
+    A function that is called with arguments of the configuration returns what the option takes.
 
     Nothing outside of ``PACKAGES`` is imported, and no private module that is not imported already.
 
@@ -251,6 +253,8 @@ def allowed(path: str, takes: _Wanted) -> Any:
     found = _import(path)
     if found is None:
         raise _RefusedError("which is not there")
+    if not isinstance(found, type) and not callable(found):
+        raise _RefusedError("which is not a class")
     home = str(getattr(found, "__module__", ""))
     full = f"{home}.{getattr(found, '__qualname__', '')}"
     if home.partition(".")[0] not in PACKAGES or _import(full) is not found:
@@ -267,12 +271,10 @@ def allowed(path: str, takes: _Wanted) -> Any:
         return found
     if not own or not isinstance(found, FunctionType) or "." in found.__qualname__:
         raise _RefusedError("which is not a class" if own else f"which is not a class; of functions, only {_OWN}'s are")
-    if takes.bases and not takes.callables:
+    if called or not takes.callables:
         result = typing.get_type_hints(found).get("return")
         if not isinstance(result, type) or not issubclass(result, takes.bases):
-            raise _RefusedError("which does not return what the option takes")
-    elif not takes.callables:
-        raise _RefusedError("which is a function, where a class is taken")
+            raise _RefusedError("which is a function that does not return what the option takes")
     return found
 
 

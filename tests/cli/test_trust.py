@@ -174,6 +174,10 @@ def test_no_argument_of_a_class_takes_foreign_classes_and_functions(types: dict[
         nested("model.optimizer", "torch.nn.Linear"),
         nested("model.scheduler", "torch.optim.SGD"),
         nested("model.head", "cl_lightning.models.MLP.forward"),
+        nested("model.scheduler", {"class_path": "torch.optim.lr_scheduler.LambdaLR",
+                                   "init_args": {"lr_lambda": {"class_path": "cl_lightning.checksums.seal",
+                                                               "init_args": {"path": "x"}}}}),
+        nested("model.optimizer", {"class_path": "cl_lightning.checksums.seal", "init_args": {"path": "x"}}),
     ],
 )  # fmt: skip
 def test_other_ways_to_a_class_a_file_or_a_variable_are_refused(
@@ -182,6 +186,25 @@ def test_other_ways_to_a_class_a_file_or_a_variable_are_refused(
     monkeypatch.chdir(tmp_path)
     Path("file_here").write_text("class_path: os.system")
     assert trust.problem(content, types) is not None
+
+
+def test_functions_of_the_package_and_classes_of_known_packages_are_allowed(types: dict[str, Any]) -> None:
+    function = "cl_lightning.strategies.base.optimizers.fuse"
+    schedule = {"class_path": "torch.optim.lr_scheduler.LambdaLR", "init_args": {"lr_lambda": function}}
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "a.b"}}
+    for content in (
+        nested("model.scheduler", schedule),
+        nested("model.optimizer", {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1, "betas": [0.9, 0.99]}}),
+        nested("model.optimizer", "torch.optim.SGD"),
+        nested("model.optimizer", "SGD"),
+        {"trainer": {"strategy": "ddp", "accelerator": "cpu", "profiler": "simple", "precision": "16-mixed"}},
+        {"trainer": {"plugins": ["lightning.pytorch.plugins.io.AsyncCheckpointIO"]}},
+        {"trainer": {"logger": logger}},
+        {"trainer": {"callbacks": {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                                   "init_args": {"filename": "{epoch}-{loss:.2f}"}}}},
+        {"trainer": {"callbacks": [{"class_path": "cl_lightning.callbacks.ema_ensemble.EMAEnsemble"}]}},
+    ):  # fmt: skip
+        assert trust.problem(content, types) is None, content
 
 
 def test_what_the_user_names_for_an_option_is_allowed_there_alone(
