@@ -156,6 +156,8 @@ def complete(arguments: list[str]) -> tuple[list[str], dict[str, Any] | None]:
     saved, content = "", None
     for config in configs_of(rest):
         configs.read(config)
+    for argument in rest:  # the parser opens a file that is given in place of options
+        configs.refuse_pipe(argument.partition("=")[2] or argument)
     if path is not None:
         from cl_lightning.loop import checkpoint as checkpoints  # torch takes seconds to import
 

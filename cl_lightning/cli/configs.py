@@ -44,6 +44,16 @@ def read(config: str) -> Any:
     return content
 
 
+def refuse_pipe(value: str) -> None:
+    """Raise if there is a named pipe at a path, because reading it would wait for ever."""
+    try:
+        kind = os.stat(value).st_mode
+    except (OSError, ValueError):
+        return  # no path
+    if stat.S_ISFIFO(kind):
+        raise ValueError(f"{printable(value)} is a named pipe; give a file")
+
+
 def _text(path: str) -> str:
     if not os.path.isfile(path):
         raise ValueError(f"config {printable(path)}: not a regular file; give the path of a YAML file")

@@ -72,7 +72,11 @@ def test_a_configuration_in_a_checkpoint_is_a_mapping(
 
 
 @pytest.mark.parametrize(
-    "arguments", ["fit --config pipe", "fit --config=pipe", "fit --config part.yaml", "test --ckpt_path pipe"]
+    "arguments",
+    [
+        *("fit --config pipe", "fit --config=pipe", "fit --config part.yaml", "test --ckpt_path pipe"),
+        *("fit --trainer pipe", "fit --model=pipe", "fit --model.optimizer pipe"),
+    ],
 )
 def test_a_named_pipe_is_not_opened(
     arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
