@@ -37,7 +37,11 @@ All methods on the same protocols: mean and half-width of the 95 % interval over
 of the fastest run, with evaluation; it depends on the load of the machine. A run is
 `python -m cl_lightning fit METHOD OWN SHARED --seed_everything SEED`, with the options listed below each table.
 `python -m benchmarks.comparison run PROTOCOL --data DIR` runs all methods; with `table` in place of `run` it writes
-this page."""
+this page.
+
+Some rows are older than the present code and will be measured again: G-ACIL (P was normal), BiC (stage 2 by steps of
+Adam), EFC++ with augmented images, CoTTA (a view was shifted before its rotation), LAE and SLCA; and, in tables with
+bf16-mixed, methods that compare cosines, which were computed in bfloat16."""
 
 
 def parts(protocol: str, method: str, data: str) -> tuple[str, str, str]:
