@@ -605,10 +605,6 @@ class LoopHooks(Callback):
         if task is not None:
             if not loop.position.learnt:
                 loop.started = True
-                if (
-                    loop.run_dir is not None and loop.newest is None and not loop._phases
-                ):  # a stop in the first pass needs a checkpoint
-                    loop.save(needed=False)
                 loop.meter.enter("statistics")
                 loop._seed(task.index, len(loop._phases), 2)
                 loop._call("on_task_learnt", task)
