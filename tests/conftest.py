@@ -52,6 +52,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     report.cost = costs.lap()
     report.method = costs.method_of(item)
+    report.piece = costs.piece_now_and_then() if report.when == "teardown" else None
     if report.failed and (command := rotation.how_to_repeat(item)) is not None:
         report.sections.append(("rotation", f"to repeat this: {command}"))
     return report

@@ -634,7 +634,7 @@ def test_a_damaged_configuration_is_accepted_or_told_in_a_line(built, content: A
             "refer to another key by its full name, such as ${loop.keep_tasks}",
         ),
         ("model: !!python/object/apply:os.mkdir ['hacked']", "could not determine a constructor for the tag"),
-        ("trainer: {logger: {class_path: Nosuch}}", "there is no class 'Nosuch'; give an import path, or one of CSVLogger"),
+        ("trainer: {logger: {class_path: Nosuch}}", "no class 'Nosuch'; give an import path, or one of CSVLogger"),
         ('model: "a\\e[31m.b"', "model: "),
     ],
 )

@@ -1,32 +1,42 @@
-"""What the tests of each method cost: seconds of processor time.
+"""What the tests of each method cost: seconds of processor time, as on the machine for which the limit was set.
 
-Processor time, of the worker and of the processes that work for it, is what a test would take on a machine that does
-nothing else, whatever else this machine does. Tests that rotate are a part of the suite whose size does not depend on
-the number of methods, and count for none.
+Processor time, of the worker and of the processes that work for it, depends on the processor and on what else runs on
+it. Between the tests each worker therefore times the same small piece of work, and all seconds are divided by the time
+that it takes here, relative to ``PIECE``. Tests that rotate are a part of the suite whose size does not depend on the
+number of methods, and count for none.
 """
 
 import os
 import re
+import statistics
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from support.subjects import METHOD_OF, SUBJECTS, TESTS, method_of_file
 
 LIMIT = 8.0
-"""Seconds for a method; more is an error unless its test file says why: ``SLOW = "reason"``."""
+"""Seconds for a method; more is reported, and half as much again is an error, unless its test file says why:
+``SLOW = "reason"``."""
+TOLERANCE = 1.5
+"""The same test takes up to 1.3 times as long in another run."""
+PIECE = 0.0143
+"""Seconds of :func:`piece` on the machine for which the limit was set, with nothing else to do."""
+EVERY = 20
+"""Tests between two measurements of :func:`piece`."""
 METHODS = frozenset(METHOD_OF.values())
 STRATEGIES = {
     method: len({SUBJECTS[name].factory.func for name, other in METHOD_OF.items() if other == method})
     for method in METHODS
 }
 """How many strategies a test file is about; each has its seconds."""
-BUSY = 2.5
-"""Load for each processor, above which other programs make processor time long, so that the limit is only reported."""
 _elsewhere = 0.0
 _last = 0.0
+_calls = 0
 
 
 def spent_elsewhere(seconds: float) -> None:
@@ -44,6 +54,21 @@ def lap() -> float:
     return seconds
 
 
+def piece() -> float:
+    """Seconds of processor time of a fixed piece of work: small operations of torch, and Python."""
+    begin, values = time.process_time(), torch.ones(32, 32)
+    for number in range(2000):
+        values = (values @ values).clamp(max=1.0) + number % 2
+    return time.process_time() - begin
+
+
+def piece_now_and_then() -> float | None:
+    """Every so many calls, :func:`piece`; its time is counted for no test."""
+    global _calls
+    _calls += 1
+    return piece() if _calls % EVERY == 0 else None
+
+
 def method_of(item: pytest.Item) -> str | None:
     """The method that a test belongs to: by its file, or by its parameter ``name`` in a suite for all methods."""
     if item.get_closest_marker("rotating") is not None:
@@ -52,11 +77,6 @@ def method_of(item: pytest.Item) -> str | None:
         method = method_of_file(item.path)
         return method if method in METHODS else None
     return METHOD_OF.get(getattr(item, "callspec", None) and item.callspec.params.get("name"))  # type: ignore[attr-defined]
-
-
-def is_busy() -> bool:
-    """Whether other programs use this machine, too."""
-    return os.getloadavg()[0] > BUSY * (os.cpu_count() or 1)
 
 
 def _reason(method: str) -> str | None:
@@ -71,45 +91,60 @@ class Totals:
     """Seconds by method, over all workers."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.measured: dict[str, float] = defaultdict(float)
         self.rest = 0.0
+        self.pieces: list[float] = []
 
     def add(self, report: Any) -> None:
         if not hasattr(report, "cost"):
             return
+        if report.piece is not None:
+            self.pieces.append(report.piece)
         if report.method is None:
             self.rest += report.cost
         else:
-            self.seconds[report.method] += report.cost
+            self.measured[report.method] += report.cost
 
-    def too_slow(self) -> list[str]:
+    @property
+    def slowness(self) -> float:
+        """How much longer the same work takes here than on the machine for which the limit was set."""
+        return statistics.median(self.pieces) / PIECE if self.pieces else 1.0
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by method, on the machine for which the limit was set."""
+        return {method: seconds / self.slowness for method, seconds in self.measured.items()}
+
+    def too_slow(self, limit: float = LIMIT) -> list[str]:
+        """Methods without a reason whose tests take longer than ``limit`` for each strategy."""
         return [
             method
             for method, seconds in self.seconds.items()
-            if seconds > LIMIT * STRATEGIES[method] and _reason(method) is None
+            if seconds > limit * STRATEGIES[method] and _reason(method) is None
         ]
 
     def fails(self) -> bool:
         """Whether the run ends with an error."""
-        return not is_busy() and bool(self.too_slow())
+        return bool(self.too_slow(LIMIT * TOLERANCE))
 
     def summary(self, most: int = 8) -> Iterator[str]:
         """Lines for the end of a run."""
-        if not self.seconds:
+        seconds = self.seconds
+        if not seconds:
             return
-        total = sum(self.seconds.values())
-        ordered = sorted(self.seconds.items(), key=lambda pair: -pair[1])
+        total, rest = sum(seconds.values()), self.rest / self.slowness
+        ordered = sorted(seconds.items(), key=lambda pair: -pair[1])
         yield (
             f"processor time: {total:.0f} s for {len(ordered)} methods, {total / len(ordered):.1f} s each; "
-            f"{self.rest:.0f} s for the rest"
+            f"{rest:.0f} s for the rest; here each takes {self.slowness:.1f} times as long"
         )
-        yield "most expensive: " + ", ".join(f"{method} {seconds:.1f} s" for method, seconds in ordered[:most])
-        kind = "note: this machine is busy, but" if is_busy() else "error:"
+        yield "most expensive: " + ", ".join(f"{method} {spent:.1f} s" for method, spent in ordered[:most])
+        errors = self.too_slow(LIMIT * TOLERANCE)
         for method in self.too_slow():
-            limit = LIMIT * STRATEGIES[method]
             yield (
-                f"{kind} the tests of {method} take {self.seconds[method]:.1f} s; the limit is {limit:.0f} s: make "
-                'them faster, or give the reason in its test file as SLOW = "..."'
+                f"{'error' if method in errors else 'note'}: the tests of {method} take {seconds[method]:.1f} s; the "
+                f"limit is {LIMIT * STRATEGIES[method]:.0f} s: make them faster, or give the reason in its test file "
+                'as SLOW = "..."'
             )
 
 

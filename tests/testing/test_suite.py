@@ -52,24 +52,36 @@ def test_a_failure_says_how_to_repeat_it():
 
 
 def test_a_method_above_the_limit_is_an_error_unless_its_file_says_why(monkeypatch):
-    monkeypatch.setattr(costs, "is_busy", lambda: False)
     totals = costs.Totals()
-    for method, seconds in (("rehearsal/er", 5.0), ("rehearsal/er", 4.0), ("rehearsal/wa", 7.0), (None, 100.0)):
-        totals.add(SimpleNamespace(cost=seconds, method=method))
-    assert totals.too_slow() == ["rehearsal/er"]
+    spent = (("rehearsal/er", 7.0), ("rehearsal/er", 6.0), ("rehearsal/wa", 9.0), ("rehearsal/gem", 8.0), (None, 100.0))
+    for method, seconds in spent:
+        totals.add(SimpleNamespace(cost=seconds, method=method, piece=costs.PIECE))
+    assert totals.too_slow() == ["rehearsal/er", "rehearsal/wa"]
     lines = list(totals.summary())
-    assert "16 s for 2 methods, 8.0 s each; 100 s for the rest" in lines[0]
-    assert "rehearsal/er 9.0 s, rehearsal/wa 7.0 s" in lines[1]
-    assert lines[2].startswith("error: the tests of rehearsal/er take 9.0 s; the limit is 8 s")
+    assert "30 s for 3 methods, 10.0 s each; 100 s for the rest" in lines[0]
+    assert "rehearsal/er 13.0 s, rehearsal/wa 9.0 s" in lines[1]
+    assert lines[2].startswith("error: the tests of rehearsal/er take 13.0 s; the limit is 8 s")
+    assert lines[3].startswith("note: the tests of rehearsal/wa take 9.0 s")
     assert totals.fails()
-    monkeypatch.setattr(costs, "is_busy", lambda: True)
-    assert not totals.fails()
-    assert list(totals.summary())[2].startswith("note: this machine is busy, but the tests of rehearsal/er take")
-    monkeypatch.setattr(costs, "is_busy", lambda: False)
     monkeypatch.setattr(costs, "_reason", lambda method: "it has to")
     assert not totals.fails()
-    totals.add(SimpleNamespace(cost=15.0, method="exemplar_free/efc"))  # two strategies
+    totals.add(SimpleNamespace(cost=15.0, method="exemplar_free/efc", piece=None))  # two strategies
     assert totals.too_slow() == []
+
+
+def test_seconds_do_not_depend_on_the_machine():
+    totals = costs.Totals()
+    for _ in range(3):  # on a machine that takes three times as long
+        totals.add(SimpleNamespace(cost=8.0, method="rehearsal/er", piece=3 * costs.PIECE))
+    totals.add(SimpleNamespace(cost=0.0, method=None, piece=50 * costs.PIECE))  # once, it was interrupted
+    assert totals.seconds["rehearsal/er"] == pytest.approx(8.0)
+    assert not totals.fails()
+
+
+def test_the_piece_of_work_is_timed_now_and_then(monkeypatch):
+    monkeypatch.setattr(costs, "_calls", 0)
+    found = [costs.piece_now_and_then() for _ in range(2 * costs.EVERY)]
+    assert [number for number, seconds in enumerate(found, start=1) if seconds] == [costs.EVERY, 2 * costs.EVERY]
 
 
 def test_every_strategy_is_a_subject():

@@ -24,6 +24,8 @@ from cl_lightning.strategies.exemplar_free.prd import PRD, relation_distillation
 from cl_lightning.stream import ClassIncremental, RotatedDomains
 from cl_lightning.testing import Subject, check_strategy, small
 
+SLOW = "both relation axes pass the suite and learn a stream"
+
 SUBJECTS = {
     "PRD": Subject(
         small(PRD, projection_hidden=16, projection_size=8),

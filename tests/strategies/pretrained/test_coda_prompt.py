@@ -13,6 +13,8 @@ from cl_lightning.strategies.pretrained.coda_prompt import CODAPrompt
 from cl_lightning.stream import ClassIncremental
 from cl_lightning.testing import Subject, check_strategy, small
 
+SLOW = "each step runs the network twice, once for the query"
+
 SUBJECTS = {
     "CODAPrompt": Subject(
         small(CODAPrompt, backbone=tiny_transformer, components=2, length=4, blocks=(0, 1), ortho_weight=0.1),

@@ -15,6 +15,8 @@ from cl_lightning.strategies.pretrained.l2p import L2P
 from cl_lightning.stream import ClassIncremental
 from cl_lightning.testing import Subject, check_strategy, small
 
+SLOW = "each step runs the network twice, once for the query; two more configurations pass the suite"
+
 SUBJECTS = {
     "L2P": Subject(
         small(L2P, backbone=tiny_transformer, pool_size=5, length=2, top_k=2),

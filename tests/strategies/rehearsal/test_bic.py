@@ -20,6 +20,8 @@ from cl_lightning.strategy import PhaseOptions
 from cl_lightning.stream import ClassIncremental, RotatedDomains
 from cl_lightning.testing import Subject, check_strategy, small
 
+SLOW = "both solvers pass the suite"
+
 SUBJECTS = {
     "BiC": Subject(small(BiC)),
     "BiC sgd": Subject(small(BiC, solver="sgd", bias_options=PhaseOptions(epochs=2))),

@@ -17,6 +17,8 @@ from cl_lightning.strategies.rehearsal.gem import AGEM
 from cl_lightning.stream import ClassIncremental, Online
 from cl_lightning.testing import Subject, small
 
+SLOW = "three configurations pass the suite"
+
 SUBJECTS = {
     "ER": Subject(small(ER), first_task_is_finetuning=False, reason="the memory is replayed from the second step on"),
     "ER(replay_by=loader)": Subject(small(ER, replay_by="loader")),
