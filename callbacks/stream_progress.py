@@ -63,11 +63,11 @@ class StreamProgress(ProgressBar, ContinualCallback):
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
             self._live.start()
         strategy: Any = pl_module
-        strategy.passes.on_batch = self._on_pass
+        strategy.passes.on_batch.append(self._on_pass)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         strategy: Any = pl_module
-        strategy.passes.on_batch = None
+        strategy.passes.on_batch.remove(self._on_pass)
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "is_spawned",
     "keep_buffers_local",
     "set_hook",
+    "set_properties",
     "use_own_sampler",
     "wandb_options",
 ]
@@ -36,6 +37,12 @@ HOOK_NAME = "_current_fx_name"
 def set_hook(module: LightningModule, name: str | None) -> None:
     """Set the name of the running hook; None if no hook runs."""
     setattr(module, HOOK_NAME, name)
+
+
+def set_properties(trainer: Trainer, **properties: property) -> None:
+    """Give one Trainer properties of its own, by a subclass with the same name."""
+    kind = type(trainer)
+    trainer.__class__ = type(kind.__name__, (kind,), {**properties, "__module__": kind.__module__})
 
 
 def carry_timer(timer: Timer) -> None:

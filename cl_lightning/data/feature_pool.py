@@ -23,9 +23,6 @@ class FeaturePool:
         """Number of rows in an epoch."""
         return len(self.labels)
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Called on every process before the first batch of an epoch, also when an epoch is resumed."""
-
     def take(self, rows: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         """Features ``(B, d)`` and columns ``(B,)`` of the given rows.
 

@@ -352,7 +352,6 @@ class FeatureLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, first = self.place()
-        self.pool.begin_epoch(epoch)
         for rows in self.plan.epoch(epoch, first):
             features, labels = self.pool.take(rows.indices, rows.draw)
             nowhere = torch.full_like(labels, -1)

@@ -16,7 +16,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from cl_lightning.lightning_private import is_spawned
+from cl_lightning.lightning_private import is_spawned, set_properties
 from cl_lightning.loop.checkpoint import CheckpointFiles
 
 _PRECISIONS = ("32-true", "32", "bf16-mixed", "16-mixed")
@@ -257,5 +257,4 @@ def count_steps_per_fit(trainer: Trainer, origin: Callable[[], int]) -> None:
         finally:
             loop.max_epochs = last
 
-    own = {"estimated_stepping_batches": property(estimated_stepping_batches), "__module__": kind.__module__}
-    trainer.__class__ = type(kind.__name__, (kind,), own)
+    set_properties(trainer, estimated_stepping_batches=property(estimated_stepping_batches))

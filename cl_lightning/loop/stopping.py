@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from cl_lightning import distributed
-from cl_lightning.lightning_private import ignore_signals
+from cl_lightning.lightning_private import ignore_signals, set_properties
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
@@ -130,10 +130,7 @@ def _hand_over_stops(trainer: Trainer, request: StopRequest) -> None:
         elif not ends_phase:  # ``should_stop = should_stop or ...`` sets it again after early stopping
             request.by_trainer()
 
-    kind = type(trainer)
-    trainer.__class__ = type(
-        kind.__name__, (kind,), {"should_stop": property(get, set_), "__module__": kind.__module__}
-    )
+    set_properties(trainer, should_stop=property(get, set_))
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -264,20 +264,14 @@ class TaskLoop:
         assert self.strategy.evaluation.result is not None
         self.matrix.fill(task.index, self.strategy.evaluation.result)
 
-    def _stoppable(self, batches: Callable[..., Iterator[Batch]]) -> Callable[..., Iterator[Batch]]:
-        """Passes that end the run at the next batch after a request to stop, if there is a checkpoint to resume from.
+    def _stop_in_pass(self, number: int, total: int) -> None:
+        """End the run before a batch of a pass, after a request to stop, if there is a checkpoint to resume from.
 
         The state inside a pass is not saved: the run is resumed from the newest checkpoint. Several processes do not
         have the same number of batches; they look at the request after the pass.
         """
-
-        def watched(**options: Any) -> Iterator[Batch]:
-            for batch in batches(**options):
-                if self.newest is not None and not distributed.is_distributed() and self.stop_request.made():
-                    self._interrupt()
-                yield batch
-
-        return watched
+        if self.newest is not None and not distributed.is_distributed() and self.stop_request.made():
+            self._interrupt()
 
     def _compile(self) -> None:
         """Compile the backbones that are not compiled yet, in place; names of parameters do not change."""
@@ -335,7 +329,7 @@ class TaskLoop:
         self.strategy.seed = self.seed
         self.datamodule.whole_batches = self.strategy.traits.transductive
         self.strategy.passes.cache = self._feature_cache
-        self.strategy.passes.batches = self._stoppable(self.strategy.passes.batches)  # type: ignore[method-assign]
+        self.strategy.passes.on_batch.append(self._stop_in_pass)
         self.stream = self._match(saved) if saved is not None else self.datamodule.make_stream(self.seed)
         self.fingerprints = [self.datamodule.fingerprint(task.index) for task in self.stream.tasks]
         if not self.strategy.is_built:

@@ -13,6 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from cl_lightning.escape_control import spreadsheet_cell
 from cl_lightning.report.comparison import KNOWN, MEASURES, ONLINE, Comparison, Group, Measure, Unit
 from cl_lightning.report.runs import Run
 from cl_lightning.report.statistics import Estimate
@@ -241,13 +242,13 @@ def comma_separated(comparison: Comparison) -> str:
     for group in comparison.groups:
         base = comparison.baseline
         row: list[object] = [
-            _inert(group.label),
-            _inert(group.first.strategy),
+            spreadsheet_cell(group.label),
+            spreadsheet_cell(group.first.strategy),
             len(group.runs),
             len(group.first.tasks),
             group.finished,
             " ".join(run.draw[0] for run in group.runs),
-            "" if base is None else _inert(base.label),
+            "" if base is None else spreadsheet_cell(base.label),
             pairs(comparison, group),
         ]
         for measure in measures:
@@ -255,7 +256,3 @@ def comma_separated(comparison: Comparison) -> str:
                 row += ["", ""] if value is None else [value.mean, "" if value.half is None else value.half]
         writer.writerow(row)
     return buffer.getvalue()
-
-
-def _inert(text: str) -> str:
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

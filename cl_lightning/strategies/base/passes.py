@@ -62,13 +62,14 @@ class Passes:
 
     Attributes:
         cache: Cache of features for a backbone that does not change any more, or None; set by the task loop.
-        on_batch: Called before each batch with the number of finished batches and of all batches, for progress bars.
+        on_batch: Functions that are called before each batch with the number of finished batches and of all batches; a
+            progress bar and the task loop, which stops a run, add theirs.
     """
 
     def __init__(self, strategy: Host) -> None:
         self._strategy = strategy
         self.cache: FeatureCache | None = None
-        self.on_batch: Callable[[int, int], None] | None = None
+        self.on_batch: list[Callable[[int, int], None]] = []
 
     def batches(
         self,
@@ -77,11 +78,10 @@ class Passes:
         indices: Tensor | None = None,
         samples: int | None = None,
         where: Callable[[Tensor, Tensor], Tensor | None] | None = None,
-        augment: int | None = None,
         batch_size: int | None = None,
         store: FeatureStore | None = None,
     ) -> Iterator[Batch]:
-        """One pass over the training data of the current task, in the order of the data set, on the device.
+        """One pass over the un-augmented training data of the task, in the order of the data set, on the device.
 
         Each process gets its share of each batch.
 
@@ -90,7 +90,6 @@ class Passes:
             indices: Pass over these samples of the task only, in this order: indices into the data set, int64.
             samples: Pass over this number of samples of the task, drawn by seed and task; None for all samples.
             where: Choose among the samples of the task, followed by the samples of ``memory``, as ``Phase.samples``.
-            augment: Key of the random numbers of the augmentation; None for no augmentation.
             batch_size: Number of samples per batch, over all processes; None for the batch size of evaluations.
             store: Store whose features, where present, replace the images.
         """
@@ -100,12 +99,10 @@ class Passes:
         )
         device = strategy.trainer.strategy.root_device
         for number, batch in enumerate(loader):
-            if self.on_batch is not None:
-                self.on_batch(number, len(loader))
+            for called in self.on_batch:
+                called(number, len(loader))
             moved = datamodule.transfer_batch_to_device(batch, device, 0)  # finished below
-            if augment is not None:
-                moved = moved.replace(draw=moved.draw.fork(augment))
-            yield datamodule.finish(moved, augment=augment is not None)
+            yield datamodule.finish(moved, augment=False)
 
     def features(self, network: Network | None = None, *, memory: Memory | None = None) -> tuple[Tensor, Tensor]:
         """Features of this process's share of the current task's un-augmented training data.
@@ -120,30 +117,29 @@ class Passes:
         features, labels, _ = self.indexed_features(network, memory=memory)
         return features, labels
 
-    def all_features(self, network: Network | None = None, *, augment: int | None = None) -> tuple[Tensor, Tensor]:
+    def all_features(self, network: Network | None = None) -> tuple[Tensor, Tensor]:
         """Features and columns as :meth:`features`, of all processes, in the order of the data set.
 
         The result is the same on every process.
 
         Args:
             network: Network that computes the features; None for the network of the strategy.
-            augment: Key of the random numbers of the augmentation; None for no augmentation.
         """
-        features, labels, indices = all_gather_together(self.indexed_features(network, augment=augment))
+        features, labels, indices = all_gather_together(self.indexed_features(network))
         order = indices.argsort()
         return features[order], labels[order]
 
     @torch.no_grad()
     def indexed_features(
-        self, network: Network | None = None, *, memory: Memory | None = None, augment: int | None = None
+        self, network: Network | None = None, *, memory: Memory | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Features and columns as :meth:`features`, and indices into the data set, int64 ``(n,)``; -1 for a memory."""
         strategy = self._strategy
-        plain = memory is None and augment is None and network in (None, strategy.network)
+        plain = memory is None and network in (None, strategy.network)
         store = self.store() if plain else None
         network = strategy.network if network is None else network
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for batch in self.batches(memory=memory, augment=augment, store=store):
+        for batch in self.batches(memory=memory, store=store):
             if len(batch) == 0:
                 continue
             with strategy.trainer.precision_plugin.forward_context():
