@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cl_lightning import distributed
 from cl_lightning.batch import Batch, ImageShape, RowDraw, mix
+from cl_lightning.checks import one_of
 from cl_lightning.data import (
     Compose,
     Context,
@@ -125,8 +126,7 @@ class ContinualDataModule(LightningDataModule):
                 f"{type(self).__name__}: center_crop is {center_crop}, resize is {resize}; center_crop must be at "
                 "least 1 and at most resize"
             )
-        if interpolation not in ("bilinear", "bicubic"):
-            raise ValueError(f"{type(self).__name__}: interpolation is {interpolation!r}; use 'bilinear' or 'bicubic'")
+        one_of(self, ("bilinear", "bicubic"), interpolation=interpolation)
         if interpolation != "bilinear" and resize is None:
             name = type(self).__name__
             raise ValueError(f"{name}: give resize; interpolation is {interpolation!r}, but images are not scaled")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cl_lightning.batch import ImageShape, mix
+from cl_lightning.checks import above, at_least, one_of
 from cl_lightning.data import CORRUPTIONS, SEVERITIES, SampleSource, Transform, corrupt
 from cl_lightning.data.corruptions import check
 from cl_lightning.datamodules.base import ContinualDataModule
@@ -226,14 +227,10 @@ class CorruptionStream(ContinualDataModule):
         self.base = base
         at_a_time = batch_size if eval_batch_size is None else eval_batch_size
         super().__init__(batch_size=batch_size, eval_batch_size=at_a_time, **kwargs)
-        for option, value, allowed in (
-            ("setting", setting, ("continual", "gradual", "mixed")),
-            ("order", order, ("given", "shuffled", "sorted", "dirichlet")),
-            ("source_part", source_part, ("train", "test")),
-            ("evaluated", evaluated, ("source", "all")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"CorruptionStream: {option} is {value!r}; use one of {', '.join(allowed)}")
+        one_of(self, ("continual", "gradual", "mixed"), setting=setting)
+        one_of(self, ("given", "shuffled", "sorted", "dirichlet"), order=order)
+        one_of(self, ("train", "test"), source_part=source_part)
+        one_of(self, ("source", "all"), evaluated=evaluated)
         names = list(CORRUPTIONS) if corruptions is None else corruptions
         if not names or len(set(names)) < len(names):
             raise ValueError(f"CorruptionStream: corruptions are {names}; give at least one, and each once")
@@ -242,11 +239,8 @@ class CorruptionStream(ContinualDataModule):
                 check(name, severity)
             except ValueError as error:
                 raise ValueError(f"CorruptionStream: {error}") from None
-        if not delta > 0 or (samples is not None and samples < 1):
-            raise ValueError(
-                f"CorruptionStream: delta is {delta}, samples is {samples}; delta must be above 0, samples at least 1 "
-                "or null"
-            )
+        above(self, 0, delta=delta)
+        at_least(self, 1, samples=samples, optional=True)
         if self.val_fraction:
             raise ValueError(
                 f"CorruptionStream: val_fraction is {self.val_fraction}; it must be 0, a test stream has no validation"

@@ -3,11 +3,13 @@
     python docs/rooms.py
 
 prints each import of a room above, each import in ``FORBIDDEN``, each import from a file of another room although the
-room itself exports the name, and each circle of imports; exit code 1 if there is any. ``docs/generate.py`` writes the
+room itself exports the name, each circle of imports, and each file that ``ROOMS`` lists wrongly or does not list; exit
+code 1 if there is any. ``docs/generate.py`` writes the
 table of ``docs/design.md`` from ``ROOMS``.
 """
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -47,19 +49,24 @@ ROOMS = (
     Room(
         "strategies.base",
         "the base class of methods and its parts",
-        "strategy, phases, schedules, optimizers, terms, passes, evaluation, traits",
+        "strategy, replay, phases, schedules, optimizers, terms, passes, evaluation, traits, host",
     ),
     Room(
         "data",
         "from files to augmented tensors",
         "sources, images, loaders, transforms, pixels, corruptions, rotations, feature_pool, feature_cache",
     ),
-    Room("report", "tables, plots and pages of finished runs", "runs, fields, comparison, tables, plots, page"),
+    Room(
+        "report",
+        "tables, plots and pages of finished runs",
+        "command, runs, fields, comparison, statistics, tables, plots, page, single, several, cards, parts",
+    ),
     Room("measures", "accuracy matrix, measures and cost of a run", "accuracy, matrix, functional, curves, cost"),
     Room(
         "memory",
         "samples, prototypes, networks and importances kept from earlier tasks",
-        "replay, herding, prototypes, class_statistics, drift, teacher, importance, sensitivity, consolidation",
+        "replay, herding, prototypes, class_statistics, drift, teacher, importance, sensitivity, consolidation, "
+        "growing, accounting",
     ),
     Room(
         "models",
@@ -181,6 +188,19 @@ def problems(root: Path = ROOT) -> list[str]:
     return found + [f"circle of imports: {' -> '.join(circle)}" for circle in circles(root)]
 
 
+def wrong_lists(root: Path = ROOT) -> Iterator[str]:
+    """Rooms whose list is not that of their files, apart from rooms of one file and rooms with folders."""
+    for room in ROOMS:
+        folder = root.joinpath(PACKAGE, *room.name.split("."))
+        if not folder.is_dir() or room.holds.startswith(("(", "a folder")):
+            continue
+        listed = set(re.findall(r"\w+", re.sub(r"\(.*?\)|`.*", "", room.holds)))
+        there = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("__")}
+        for name in sorted(there ^ listed):
+            what = "is not listed" if name in there else "is listed, but is not there"
+            yield f"docs/rooms.py: {name} of {room.name} {what}"
+
+
 def circles(root: Path = ROOT) -> list[list[str]]:
     """Circles of imports among files; a room's ``__init__`` counts for the files that import it from outside."""
     names = {module_of(path, root): path for path in files(root) if path.name != "__init__.py"}
@@ -212,6 +232,6 @@ def circles(root: Path = ROOT) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    lines = problems()
+    lines = [*problems(), *wrong_lists()]
     print("\n".join(lines))
     sys.exit(1 if lines else 0)

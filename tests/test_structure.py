@@ -17,6 +17,19 @@ def test_every_import_goes_down(rooms):
     assert rooms.problems() == []
 
 
+def test_each_room_lists_its_files(rooms):
+    assert list(rooms.wrong_lists()) == []
+
+
+def test_a_file_without_a_place_in_the_list_is_found(rooms, tmp_path):
+    there = {f"cl_lightning/losses/{name}.py": "" for name in ("__init__", "classification", "contrastive", "new")}
+    write(tmp_path, there)
+    assert list(rooms.wrong_lists(tmp_path)) == [
+        "docs/rooms.py: distillation of losses is listed, but is not there",
+        "docs/rooms.py: new of losses is not listed",
+    ]
+
+
 def write(root, files):
     for name, text in files.items():
         path = root / name

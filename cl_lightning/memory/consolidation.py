@@ -10,11 +10,12 @@ The strategy ``EWC`` and the callback ``ImportancePenalty`` share it. With P the
 """
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
 from cl_lightning.batch import Batch
+from cl_lightning.checks import above, at_least, one_of, within
 from cl_lightning.memory.importance import Importance, PathIntegral
 from cl_lightning.memory.sensitivity import Labels, fisher_diagonal, output_norm
 from cl_lightning.models import Network
@@ -67,21 +68,14 @@ class Consolidation(nn.Module):
         samples: int | None = None,
     ) -> None:
         super().__init__()
-        if samples is not None and samples < 1:
-            raise ValueError(f"Consolidation: samples is {samples}; it must be at least 1, or null for all of a task")
-        for name, value, allowed in (
-            ("estimator", estimator, _FACTOR),
-            ("merge", merge, ("add", "decay", "average")),
-            ("labels", labels, ("exact", "sampled", "predicted", "empirical")),
-            ("on", on, ("backbone", "all")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"Consolidation: {name} is {value!r}; use one of {', '.join(allowed)}")
-        if weight < 0 or not 0 <= decay <= 1 or xi <= 0:
-            raise ValueError(
-                f"Consolidation: weight={weight}, decay={decay}, xi={xi}; weight is at least 0, decay in [0, 1], xi "
-                "above 0"
-            )
+        at_least(self, 1, samples=samples, optional=True)
+        one_of(self, _FACTOR, estimator=estimator)
+        one_of(self, get_args(Merge), merge=merge)
+        one_of(self, get_args(Labels), labels=labels)
+        one_of(self, ("backbone", "all"), on=on)
+        at_least(self, 0, weight=weight)
+        within(self, "[0, 1]", decay=decay)
+        above(self, 0, xi=xi)
         self.estimator, self.weight, self.merge, self.decay = estimator, weight, merge, decay
         self.labels, self.per_sample, self.on, self.xi, self.samples = labels, per_sample, on, xi, samples
         self.clamp = clamp

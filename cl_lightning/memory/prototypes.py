@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from cl_lightning.checks import at_least
 from cl_lightning.distributed import all_sum
 from cl_lightning.losses import full_precision
 from cl_lightning.memory.class_statistics import Metric, class_statistics, nearest_mean_scores
@@ -38,8 +39,7 @@ class Prototypes(GrowingBuffers):
 
     def __init__(self, num_features: int, *, covariance: bool = False) -> None:
         super().__init__()
-        if num_features < 1:
-            raise ValueError(f"Prototypes: num_features is {num_features}; it must be at least 1")
+        at_least(self, 1, num_features=num_features)
         self.num_features = num_features
         self.covariance = covariance
         self.register_buffer("means", torch.zeros(0, num_features))

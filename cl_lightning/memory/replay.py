@@ -7,13 +7,14 @@ a few operations on whole tensors, and there is no generator whose state must be
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_lightning.batch import Batch, Draw
+from cl_lightning.checks import one_of
 from cl_lightning.distributed import all_gather_rows, all_gather_together, world_size
 
 Group = Literal["class", "task", "both"]
@@ -91,8 +92,7 @@ class ClassBalanced(Policy):
     """
 
     def __init__(self, by: Group = "class") -> None:
-        if by not in ("class", "task", "both"):
-            raise ValueError(f"{type(self).__name__}: by is {by!r}; use 'class', 'task' or 'both'")
+        one_of(self, get_args(Group), by=by)
         self.by = by
 
     def priority(self, keys: Tensor, labels: Tensor, tasks: Tensor) -> Tensor:
@@ -188,8 +188,7 @@ class Memory(nn.Module):
             raise ValueError(
                 f"Memory: policy is {policy!r}; give Reservoir(), ClassBalanced(), ... or another instance of Policy"
             )
-        if device not in ("module", "cpu"):
-            raise ValueError(f"Memory: device is {device!r}; use 'module' or 'cpu'")
+        one_of(self, ("module", "cpu"), device=device)
         self.size = _checked_size(size)
         self.policy = policy or Reservoir()
         self.on_host = device == "cpu"

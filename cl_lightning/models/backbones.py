@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cl_lightning.batch import ImageShape
+from cl_lightning.checks import at_least, one_of
 
 _CLASSIFIERS = ("linear", "fc", "classifier", "head")  # names of the classifier in weight files; backbones have none
 
@@ -132,12 +133,11 @@ class ResNet(Backbone):
     ) -> None:
         super().__init__(image_shape)
         name = type(self).__name__
-        if width < 1 or not blocks or min(blocks) < 1:
-            raise ValueError(f"{name}: width {width}, blocks {tuple(blocks)}; each number must be at least 1")
-        if stem not in ("small", "imagenet") or shortcut not in ("pad", "conv"):
-            raise ValueError(
-                f"{name}: stem {stem!r}, shortcut {shortcut!r}; use stem small or imagenet, shortcut pad or conv"
-            )
+        at_least(self, 1, width=width)
+        if not blocks or min(blocks) < 1:
+            raise ValueError(f"{name}: blocks is {tuple(blocks)}; give numbers of at least 1")
+        one_of(self, ("small", "imagenet"), stem=stem)
+        one_of(self, ("pad", "conv"), shortcut=shortcut)
         kernel, stride = (3, 1) if stem == "small" else (7, 2)
         self.conv1 = nn.Conv2d(image_shape[0], width, kernel, stride, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)

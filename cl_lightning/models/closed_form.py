@@ -6,14 +6,14 @@ is in float64, predictions included, since the matrices that are inverted are il
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_lightning.batch import mix
-from cl_lightning.checks import one_of
+from cl_lightning.checks import at_least, one_of, within
 from cl_lightning.distributed import all_sum, rank, world_size
 from cl_lightning.models.heads import Head
 
@@ -266,15 +266,10 @@ class LDAHead(ClosedFormHead):
         priors: Literal["equal", "counts"] = "equal",
     ) -> None:
         super().__init__(num_features)
-        if covariance not in ("total", "within") or priors not in ("equal", "counts"):
-            raise ValueError(
-                f"LDAHead: covariance={covariance!r}, priors={priors!r}; use covariance total or within, priors equal "
-                "or counts"
-            )
-        if not ridge >= 0 or not 0 <= shrinkage <= 1:
-            raise ValueError(
-                f"LDAHead: ridge={ridge}, shrinkage={shrinkage}; ridge must be at least 0, shrinkage in [0, 1]"
-            )
+        one_of(self, ("total", "within"), covariance=covariance)
+        one_of(self, ("equal", "counts"), priors=priors)
+        at_least(self, 0, ridge=ridge)
+        within(self, "[0, 1]", shrinkage=shrinkage)
         self.covariance, self.ridge, self.shrinkage, self.priors = covariance, ridge, shrinkage, priors
         self.register_buffer("sums", torch.zeros(0, num_features, dtype=torch.float64))
         self.register_buffer("second", torch.zeros(num_features, num_features, dtype=torch.float64))
@@ -371,13 +366,9 @@ class RidgeHead(ClosedFormHead):
         self.ridges = [float(value) for value in ridge] if isinstance(ridge, Sequence) else [float(ridge)]
         if not self.ridges or not min(self.ridges) > 0:
             raise ValueError(f"RidgeHead: ridge is {ridge}; give a number above 0 or a non-empty list of such numbers")
-        if projection is not None and projection < 1:
-            raise ValueError(f"RidgeHead: projection is {projection}; give at least 1, or null for no projection")
-        if activation not in ("relu", "tanh", "identity") or backend not in ("accumulate", "recursive"):
-            raise ValueError(
-                f"RidgeHead: activation={activation!r}, backend={backend!r}; use activation relu, tanh or identity, "
-                "backend accumulate or recursive"
-            )
+        at_least(self, 1, projection=projection, optional=True)
+        one_of(self, get_args(Activation), activation=activation)
+        one_of(self, ("accumulate", "recursive"), backend=backend)
         one_of(self, ("normal", "uniform"), init=init)
         if backend == "recursive" and len(self.ridges) > 1:
             raise ValueError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_lightning.checks import above
 from cl_lightning.losses import full_precision
 
 
@@ -224,8 +225,7 @@ class CosineHead(Head):
 
     def __init__(self, num_features: int, *, scale: float = 16.0, learn_scale: bool = False) -> None:
         super().__init__(num_features)
-        if scale <= 0:
-            raise ValueError(f"CosineHead: scale is {scale}; it must be positive")
+        above(self, 0, scale=scale)
         value = torch.tensor(float(scale))
         self.scale: Tensor
         if learn_scale:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_lightning.batch import ImageShape
+from cl_lightning.checks import at_least, one_of, within
 from cl_lightning.losses import full_precision
 from cl_lightning.models.backbones import Backbone
 from cl_lightning.models.peft.base import Peft, blocks_of
@@ -156,15 +157,11 @@ class PromptPool(Prompts):
         high: float = 0.01,
     ) -> None:
         super().__init__()
-        if min(size, length) < 1 or not 1 <= top_k <= size:
-            raise ValueError(
-                f"PromptPool: size={size}, length={length}, top_k={top_k}; size and length must be at least 1, "
-                "top_k in 1 .. size"
-            )
-        if readout not in ("prompt", "token") or low > high:
-            raise ValueError(
-                f"PromptPool: readout={readout!r}, low={low}, high={high}; use readout prompt or token, low <= high"
-            )
+        at_least(self, 1, size=size, length=length)
+        within(self, f"[1, {size}]", top_k=top_k)
+        one_of(self, ("prompt", "token"), readout=readout)
+        if low > high:
+            raise ValueError(f"PromptPool: low is {low}; it must be at most high, which is {high}")
         blocks = blocks_of(model, None, "PromptPool")
         width = cast(nn.LayerNorm, blocks[0].norm1).normalized_shape[-1]
         self.prompts = nn.Parameter(torch.empty(size, length, width).uniform_(low, high))

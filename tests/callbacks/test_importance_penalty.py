@@ -236,5 +236,5 @@ def test_initial_weights_need_the_estimator_l2():
 
 
 def test_wrong_options_are_told():
-    with pytest.raises(ValueError, match="weight=-1"):
+    with pytest.raises(ValueError, match="weight is -1"):
         ImportancePenalty(weight=-1.0)

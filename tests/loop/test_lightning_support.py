@@ -59,9 +59,9 @@ def test_a_callback_of_one_fit_is_refused_with_what_to_use(kind):
     callback = REFUSED[kind]()
     with pytest.raises(
         ValueError, match=rf"^trainer\.callbacks: {type(callback).__name__} does not work .*; use"
-    ) as told:
+    ) as raised:
         loop(finetune(), callback, enable_checkpointing=True)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,9 @@ class StartsAnother(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if pl_module.task.index == 1 and batch_idx == 2:
             for path in (None, "last"):
-                with pytest.raises(ValueError, match="another --run_dir") as told:
+                with pytest.raises(ValueError, match="another --run_dir") as raised:
                     loop(finetune(), folder=self.folder).fit(path)
-                self.errors.append(str(told.value))
+                self.errors.append(str(raised.value))
 
 
 def test_a_run_that_is_resumed_while_it_is_running_is_an_error(tmp_path):

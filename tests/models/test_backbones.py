@@ -162,9 +162,9 @@ def test_every_parameter_has_a_gradient() -> None:
     [
         (CifarResNet, {"depth": 30}, "depth 30"),
         (CifarResNet, {"depth": 2}, "depth 2"),
-        (ResNet32, {"width": 0}, "ResNet32: width 0"),
-        (ResNet32, {"shortcut": "average"}, "shortcut 'average'"),
-        (ResNet18, {"stem": "large"}, "stem 'large'"),
+        (ResNet32, {"width": 0}, "ResNet32: width is 0"),
+        (ResNet32, {"shortcut": "average"}, "shortcut is 'average'"),
+        (ResNet18, {"stem": "large"}, "stem is 'large'"),
         (MLP, {"hidden": (10, 0)}, r"hidden \(10, 0\)"),
         (MLP, {"dropout": 1.0}, "dropout 1.0"),
         (Timm, {"name": "resnt18"}, "resnet18"),

@@ -304,13 +304,13 @@ def test_heads_are_made_of_buffers_alone():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (partial(LDAHead, covariance="full"), "LDAHead: covariance='full'"),
-        (partial(LDAHead, ridge=-1.0), "LDAHead: ridge=-1"),
-        (partial(LDAHead, shrinkage=2.0), "shrinkage=2"),
+        (partial(LDAHead, covariance="full"), "LDAHead: covariance is 'full'"),
+        (partial(LDAHead, ridge=-1.0), "LDAHead: ridge is -1"),
+        (partial(LDAHead, shrinkage=2.0), "shrinkage is 2"),
         (partial(RidgeHead, ridge=0.0), "RidgeHead: ridge is 0"),
         (partial(RidgeHead, ridge=[]), r"RidgeHead: ridge is \[\]"),
         (partial(RidgeHead, projection=0), "projection is 0"),
-        (partial(RidgeHead, activation="sin"), "activation='sin'"),
+        (partial(RidgeHead, activation="sin"), "activation is 'sin'"),
         (partial(RidgeHead, init="orthogonal"), "RidgeHead: init is 'orthogonal'"),
         (partial(RidgeHead, backend="recursive", ridge=[1.0, 2.0]), "give one, or use accumulate"),
     ],

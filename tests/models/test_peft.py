@@ -426,12 +426,12 @@ def test_a_vit_from_a_file_takes_them_all(shared_data):
             partial(LoRA, targets=["*.query"]),
             r"no layer \(Linear\) of the model matches '\*.query'; there are: blocks.0",
         ),
-        (partial(Adapter, place="above"), "place='above'"),
-        (partial(Adapter, bottleneck=0), "bottleneck=0"),
+        (partial(Adapter, place="above"), "place is 'above'"),
+        (partial(Adapter, bottleneck=0), "bottleneck is 0"),
         (partial(Adapter, blocks=[2]), r"Adapter: blocks \[2\]; the model has blocks 0 to 1"),
         (partial(SSF, spread=-1.0), "SSF: spread is -1"),
-        (partial(VPT, length=0), "VPT: length=0"),
-        (partial(Prefix, low=2.0), "low=2.0"),
+        (partial(VPT, length=0), "VPT: length is 0"),
+        (partial(Prefix, low=2.0), "low is 2.0"),
     ],
 )
 def test_options_out_of_range_are_errors(make, words):

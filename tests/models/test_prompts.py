@@ -277,10 +277,10 @@ def test_a_state_with_fewer_groups_drops_the_others():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (partial(PromptPool, size=0), "size=0"),
-        (partial(PromptPool, top_k=11), "top_k=11"),
-        (partial(PromptPool, readout="both"), "readout='both'"),
-        (partial(PromptPool, low=1.0), "low=1.0"),
+        (partial(PromptPool, size=0), "size is 0"),
+        (partial(PromptPool, top_k=11), "top_k is 11"),
+        (partial(PromptPool, readout="both"), "readout is 'both'"),
+        (partial(PromptPool, low=1.0), "low is 1.0"),
         (partial(DecomposedPrompts, length=3), "length is 3"),
         (DecomposedPrompts, r"blocks \[0, 1, 2, 3, 4\]; the model has blocks 0 to 1"),
     ],

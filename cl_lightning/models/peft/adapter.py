@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cl_lightning.checks import at_least, one_of, within
 from cl_lightning.models.peft.base import Peft, Site, _part, _width, blocks_of
 
 
@@ -84,15 +85,10 @@ class Adapter(Peft):
         blocks: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if place not in ("parallel", "attention", "sequential") or activation not in ("relu", "gelu"):
-            raise ValueError(
-                f"Adapter: place={place!r}, activation={activation!r}; use place parallel, attention or sequential, "
-                "activation relu or gelu"
-            )
-        if bottleneck < 1 or not 0 <= dropout < 1:
-            raise ValueError(
-                f"Adapter: bottleneck={bottleneck}, dropout={dropout}; bottleneck must be at least 1, dropout in [0, 1)"
-            )
+        one_of(self, ("parallel", "attention", "sequential"), place=place)
+        one_of(self, ("relu", "gelu"), activation=activation)
+        at_least(self, 1, bottleneck=bottleneck)
+        within(self, "[0, 1)", dropout=dropout)
         for block in blocks_of(model, blocks, "Adapter"):
             site = _Bottleneck(_width(block), bottleneck, activation, scale, learn_scale, dropout)
             if place == "parallel":

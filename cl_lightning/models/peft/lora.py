@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_lightning.checks import at_least
 from cl_lightning.models.peft.base import Peft, Site, layers_of
 
 
@@ -84,8 +85,7 @@ class LoRA(Peft):
         parts: str | None = None,
     ) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"LoRA: rank is {rank}; it must be at least 1")
+        at_least(self, 1, rank=rank)
         if parts is not None and (not parts or set(parts) - set("qkv")):
             raise ValueError(f"LoRA: parts is {parts!r}; give letters of qkv, or null for the whole output")
         places = [True] if parts is None else [letter in parts for letter in "qkv"]

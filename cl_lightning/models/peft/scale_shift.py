@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cl_lightning.checks import at_least
 from cl_lightning.models.peft.base import Peft, Site, layers_of
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
@@ -73,8 +74,7 @@ class SSF(Peft):
 
     def __init__(self, model: nn.Module, *, spread: float = 0.02, targets: Sequence[str] | None = None) -> None:
         super().__init__()
-        if spread < 0:
-            raise ValueError(f"{type(self).__name__}: spread is {spread}; it must be at least 0")
+        at_least(self, 0, spread=spread)
         for host in layers_of(model, self.kinds, targets, type(self).__name__):
             self.sites.append(_ScaleShift(host, spread))
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_lightning.checks import at_least
 from cl_lightning.models.peft.base import Peft, Site, _part, _width, blocks_of
 
 
@@ -70,8 +71,8 @@ class VPT(Peft):
         blocks: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if length < 1 or spread < 0:
-            raise ValueError(f"VPT: length={length}, spread={spread}; length must be at least 1, spread at least 0")
+        at_least(self, 1, length=length)
+        at_least(self, 0, spread=spread)
         chosen = blocks_of(model, blocks, "VPT")
         pairs = [(block, block) for block in chosen] if deep else [(chosen[0], chosen[-1])]
         for first, last in pairs:
@@ -198,7 +199,8 @@ class Prefix(Peft):
         learn_scale: bool = False,
     ) -> None:
         super().__init__()
-        if length < 1 or low > high:
-            raise ValueError(f"Prefix: length={length}, low={low}, high={high}; length must be at least 1, low <= high")
+        at_least(self, 1, length=length)
+        if low > high:
+            raise ValueError(f"Prefix: low is {low}; it must be at most high, which is {high}")
         for block in blocks_of(model, blocks, "Prefix"):
             self.sites.append(_Prefix(_part(block, "attn"), length, low, high, compensate, learn_scale))

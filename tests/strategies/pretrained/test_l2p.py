@@ -151,7 +151,7 @@ def test_how_many_prompts_are_in_use_is_logged():
     [
         ({"key_weight": -1.0}, "key_weight is -1.0"),
         ({"batchwise_prompt": "sometimes"}, "batchwise_prompt is 'sometimes'"),
-        ({"top_k": 11}, "top_k=11"),
+        ({"top_k": 11}, "top_k is 11"),
     ],
 )
 def test_options_out_of_range_are_errors(options, words):
