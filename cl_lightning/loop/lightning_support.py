@@ -31,7 +31,7 @@ CALLBACKS: Mapping[type[Callback], str | None] = {
     of_lightning.BatchSizeFinder: "it would change the batch size of the first fit alone; use --data.batch_size",
     of_lightning.Checkpoint: None,
     of_lightning.DeviceStatsMonitor: None,
-    of_lightning.EarlyStopping: None,  # begins anew with each phase and ends it
+    of_lightning.EarlyStopping: None,  # starts again with each phase and ends it
     of_lightning.GradientAccumulationScheduler: (
         "it counts the epochs of one fit; use --trainer.accumulate_grad_batches, which is the same in all epochs"
     ),
@@ -224,7 +224,7 @@ def check_support(trainer: Trainer) -> None:
             raise ValueError(f"trainer.callbacks: {type(callback).__name__} does not work with a stream: {reason}")
 
 
-def begin_anew(callbacks: Iterable[Callback]) -> None:
+def reset_best(callbacks: Iterable[Callback]) -> None:
     """Reset what callbacks keep of the best value of their metric; called at the beginning of each phase."""
     for callback in callbacks:
         if isinstance(callback, of_lightning.EarlyStopping):

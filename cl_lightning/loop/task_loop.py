@@ -25,7 +25,7 @@ from cl_lightning.lightning_private import carry_timer
 from cl_lightning.loop import checkpoint as checkpoints
 from cl_lightning.loop import results, run_lock
 from cl_lightning.loop.fast_step import install_fast_steps
-from cl_lightning.loop.lightning_support import begin_anew, count_steps_per_fit
+from cl_lightning.loop.lightning_support import count_steps_per_fit, reset_best
 from cl_lightning.loop.logging import RunLogging
 from cl_lightning.loop.nan_guard import NanGuard
 from cl_lightning.loop.options import LoopOptions, check_fit, check_names, check_phases, check_trainer, check_watched
@@ -229,7 +229,7 @@ class TaskLoop:
         origin = self._origin = self.position.origin if resume is not None else trainer.current_epoch
         trainer.should_stop = False
         if resume is None:
-            begin_anew(trainer.callbacks)  # type: ignore[attr-defined]
+            reset_best(trainer.callbacks)  # type: ignore[attr-defined]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Timer):
                 carry_timer(callback)

@@ -1,4 +1,4 @@
-"""Callbacks and options of Lightning: each is known to the tables, and begins anew with each fit or is refused."""
+"""Callbacks and options of Lightning: each is known to the tables, and starts again with each fit or is refused."""
 
 import inspect
 import math
@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from support.runs import loop, plain_net, run, sgd
 
-from cl_lightning.loop.lightning_support import CALLBACKS, TRAINER, begin_anew
+from cl_lightning.loop.lightning_support import CALLBACKS, TRAINER, reset_best
 from cl_lightning.strategies.baselines.finetune import Finetune
 
 
@@ -129,7 +129,7 @@ def test_the_best_value_is_forgotten(make, mode, worst):
     assert float(getattr(callback, name)) == worst
     setattr(callback, name, torch.tensor(0.5))
     callback.best_model_score, callback.best_k_models = torch.tensor(0.5), {"a": torch.tensor(0.5)}
-    begin_anew([callback])
+    reset_best([callback])
     assert {key: str(value) for key, value in vars(callback).items() if key in fresh} == fresh
 
 

@@ -30,7 +30,7 @@ _NOISE = 0xEFC3  # salt
 
 
 class RebalancingFeatures(FeaturePool):
-    """Features of the task, and n_c pseudo-features of each old class c, drawn anew for each step.
+    """Features of the task, and n_c pseudo-features of each old class c, drawn again for each step.
 
     Args:
         features, labels: Features ``(n, d)`` and columns ``(n,)`` of the samples of the task.
