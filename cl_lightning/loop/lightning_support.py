@@ -1,6 +1,6 @@
 """What of Lightning works with a stream: one table of callbacks and one of options of the Trainer.
 
-A stream is many fits of one Trainer, whose counters of epochs and steps run on. What Lightning offers begins anew with
+A stream is many fits of one Trainer, whose counters of epochs and steps run on. What Lightning offers starts again with
 each fit, or measures the whole run, or is refused before training with what to use instead.
 """
 
