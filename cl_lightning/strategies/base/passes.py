@@ -32,11 +32,6 @@ class StrategyData:
         names: tuple[str, ...] = tuple(self.module.stream.class_names)
         return names
 
-    @property
-    def is_augmented(self) -> bool:
-        """Whether training images are augmented, so that an image differs between epochs."""
-        return bool(self.module.augmentation.transforms)
-
     def augment(self, batch: Batch) -> Batch:
         """Make the images of a batch from its raw images as in training: augmented, scaled and normalised."""
         augmented: Batch = self.module.finish(batch, augment=True)
@@ -125,9 +120,14 @@ class Passes:
         Args:
             network: Network that computes the features; None for the network of the strategy.
         """
+        features, labels, _ = self.all_indexed_features(network)
+        return features, labels
+
+    def all_indexed_features(self, network: Network | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Features and columns as :meth:`all_features`, and indices into the data set, int64 ``(n,)``."""
         features, labels, indices = all_gather_together(self.indexed_features(network))
         order = indices.argsort()
-        return features[order], labels[order]
+        return features[order], labels[order], indices[order]
 
     @torch.no_grad()
     def indexed_features(

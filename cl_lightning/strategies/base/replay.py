@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from cl_lightning.batch import Batch, join
 from cl_lightning.checks import at_least, one_of
-from cl_lightning.distributed import all_gather_together
 from cl_lightning.memory import HerdingPolicy, Memory, Policy, Prototypes, group_ids, herding_per_class
 from cl_lightning.models import Output
 from cl_lightning.strategies.base.strategy import ContinualStrategy
@@ -140,9 +139,7 @@ class ExemplarReplay(ContinualStrategy):
         """
         if self.memory.size == 0:
             return
-        features, labels, indices = all_gather_together(self.passes.indexed_features())
-        order = indices.argsort()
-        features, labels, indices = features[order], labels[order], indices[order]
+        features, labels, indices = self.passes.all_indexed_features()
         held = group_ids(self.memory.labels, self.memory.tasks, "both").to(labels.device)
         new = group_ids(labels, torch.full_like(labels, self.task.index), "both")
         lists = torch.cat([held, new]).unique()  # type: ignore[no-untyped-call]

@@ -6,14 +6,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from cl_lightning.models import PromptedBackbone, Prompts, Timm
+from cl_lightning.models import PromptedBackbone, Prompts
 from cl_lightning.strategy import ContinualStrategy, Traits
-
-
-def tiny_transformer() -> Callable[..., Timm]:
-    """Builds a small transformer of timm, for tests."""
-    size = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
-    return functools.partial(Timm, name="vit_tiny_patch16_224", kwargs=size)
 
 
 class PromptedStrategy(ContinualStrategy):

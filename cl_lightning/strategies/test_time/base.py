@@ -32,7 +32,7 @@ from cl_lightning.checks import at_least, one_of, within
 from cl_lightning.distributed import all_sum
 from cl_lightning.measures import EvaluationResult, online_error
 from cl_lightning.memory import NamedBuffers, Teacher, restore_shapes
-from cl_lightning.models import Backbone, CifarResNet, LinearHead, adapt_norms, norm_parameters, set_statistics
+from cl_lightning.models import LinearHead, adapt_norms, norm_parameters, set_statistics
 from cl_lightning.models.backbones import read_classifier
 from cl_lightning.models.normalization import Statistics
 from cl_lightning.strategies.base import default_optimizer
@@ -46,11 +46,6 @@ Trained = Literal["norm", "all"] | list[str] | None
 def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Adam with learning rate 0.001: the optimizer of the papers for CIFAR-10-C in batches of 200."""
     return torch.optim.Adam(parameters, lr=1e-3)
-
-
-def tiny_resnet(image_shape: ImageShape) -> Backbone:
-    """A small network with batch normalisation, for tests."""
-    return CifarResNet(image_shape, depth=8, width=4)
 
 
 class PersistentTensors(NamedBuffers):
