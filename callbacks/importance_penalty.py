@@ -1,6 +1,6 @@
-"""Weight regularisation (EWC, MAS, SI, L2) for any strategy."""
+"""Weight regularisation (EWC, MAS, SI, RWalk, L2) for any strategy."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from cl_lightning.batch import Batch
 from cl_lightning.callback import ContinualCallback
-from cl_lightning.memory import Consolidation
+from cl_lightning.memory import Consolidation, bytes_by_kind
 from cl_lightning.memory.consolidation import Estimator, Merge
 from cl_lightning.memory.sensitivity import Labels
 from cl_lightning.models import Output
@@ -30,34 +30,41 @@ class ImportancePenalty(ContinualCallback):
                                                                arXiv:1711.09601; there without the 1/2)
         si      c sum_j Omega_j (theta_j - theta*_j)^2         Synaptic Intelligence (Zenke et al., ICML 2017,
                                                                arXiv:1703.04200)
+        rwalk   lambda sum_j omega_j (theta_j - theta*_j)^2    Riemannian Walk (Chaudhry et al., ECCV 2018,
+                                                               arXiv:1801.10112)
         l2      lambda sum_j (theta_j - theta*_j)^2            Smith et al. (CVPR-W 2023, arXiv:2203.17269)
 
     lambda, c -> weight. F is the mean of squared gradients of the log-likelihood. Omega of MAS is the mean of absolute
     gradients of the squared norm of the logits. Omega of SI is the contribution of each weight to the decrease of the
-    loss along the path of training. F and Omega of MAS are computed on the un-augmented data of each task when it ends.
+    loss along the path of training; omega of RWalk adds a running F of the gradients of training to a score of the
+    path. F and Omega of MAS are computed on the un-augmented data of each task when it ends.
     ``Finetune`` with ``estimator="fisher"`` equals ``EWC`` to the bit. With weight 0 no term is added, and the run
     equals the run without the callback to the bit.
 
-    There is no penalty on weights of a frozen backbone. SI reads the gradients before each optimizer step, averaged
-    over processes and unscaled but not yet clipped, and subtracts the gradient of the penalty.
+    There is no penalty on weights of a frozen backbone. SI and RWalk read the gradients before each optimizer step,
+    averaged over processes and unscaled but not yet clipped, and subtract the gradient of the penalty.
 
     Args:
-        estimator: Estimator of the importance: ``fisher``, ``mas``, ``si`` or ``l2``.
+        estimator: Estimator of the importance: ``fisher``, ``mas``, ``si``, ``rwalk`` or ``l2``.
         weight: lambda or c, at least 0.
         merge: How importances of a new task are merged with earlier ones: ``add``, ``decay`` or ``average``, see
             ``Consolidation``. None for the rule of the papers: ``add`` for ``fisher``, ``decay`` for ``mas`` and
-            ``si``. With ``l2`` the anchor is always replaced.
+            ``si``. With ``l2`` and ``rwalk`` anchor and importances are always replaced.
         decay: Factor of earlier importances for ``decay`` and ``average``, in [0, 1].
         labels: Labels of the log-likelihood for ``fisher``: ``exact``, ``sampled``, ``predicted`` or ``empirical``.
         per_sample: Whether the gradient of each sample is squared (``mas``: its absolute value is taken); False uses
             the gradient of the mean loss of each batch, to reproduce frameworks that do.
         on: Penalise changes of the ``backbone``, or of ``all`` weights that earlier tasks have trained.
-        xi: Damping of ``si``, above 0.
+        names: Patterns of parameter names, such as ``backbone.*.attn.qkv.*``: of the weights of ``on``, only those that
+            match a pattern are penalised; None for all.
+        xi: Damping of ``si`` and ``rwalk``, above 0.
         clamp: Whether negative importances of ``si``, of weights whose changes increased the loss, are set to 0; the
             paper keeps them negative.
         samples: Number of samples of a task for ``fisher`` and ``mas``, at least 1; None for all.
         hold_initial: Whether ``l2`` penalises changes from the initial weights of the backbone during the first task,
             for pretrained backbones.
+        rate: alpha of ``rwalk``: weight of the newest squared gradient, in [0, 1].
+        interval: delta_t of ``rwalk``: steps between two updates of the score, at least 1.
     """
 
     paper: str = "Kirkpatrick et al., PNAS 2017, arXiv:1612.00796"
@@ -72,10 +79,13 @@ class ImportancePenalty(ContinualCallback):
         labels: Labels = "sampled",
         per_sample: bool = True,
         on: Literal["backbone", "all"] = "all",
+        names: Sequence[str] | None = None,
         xi: float = 0.1,
         clamp: bool = True,
         samples: int | None = None,
         hold_initial: bool = False,
+        rate: float = 0.9,
+        interval: int = 10,
     ) -> None:
         if hold_initial and estimator != "l2":
             raise ValueError(
@@ -91,9 +101,12 @@ class ImportancePenalty(ContinualCallback):
             labels=labels,
             per_sample=per_sample,
             on=on,
+            names=names,
             xi=xi,
             clamp=clamp,
             samples=samples,
+            rate=rate,
+            interval=interval,
         )
         self.hold_initial = hold_initial
 
@@ -125,7 +138,7 @@ class ImportancePenalty(ContinualCallback):
         self.consolidation.end_task(strategy.network, batches, strategy.loss_columns())
 
     def bytes_kept(self) -> dict[str, int]:
-        return {"importance": self.consolidation.importance.num_bytes()}
+        return bytes_by_kind(self.consolidation)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.consolidation.state_dict())

@@ -13,6 +13,7 @@ options the first one that is wrong is reported. NaN is never allowed, and None 
 then says ``null``, as a configuration file writes it.
 """
 
+import fnmatch
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -94,13 +95,39 @@ def one_of(owner: object, allowed: Iterable[Any], /, *, optional: bool = False, 
     _check(owner, options, lambda value: value in values, f"use {listed}", optional)
 
 
+def matching(owner: object, among: Iterable[str], /, **options: Iterable[str]) -> list[str]:
+    """Names that match one of the patterns of an option, in the order in which they are given.
+
+    Args:
+        owner: Object to name in the error: an instance, a class, or a string.
+        among: Names, such as ``backbone.blocks.0.attn.qkv.weight``.
+        options: One option with its patterns, such as ``names=["backbone.*.attn.qkv.*"]``; ``*``, ``?`` and ``[...]``
+            as in a shell, and upper and lower case differ.
+
+    Raises:
+        ValueError: For a pattern that matches no name; the error lists names that there are.
+    """
+    ((option, patterns),) = options.items()
+    names, chosen = list(among), set[str]()
+    for pattern in patterns:
+        found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise ValueError(f"{_named(owner)}: {option} has {pattern!r}, which matches none of {listed or 'no names'}")
+        chosen.update(found)
+    return [name for name in names if name in chosen]
+
+
+def _named(owner: object) -> str:
+    return owner if isinstance(owner, str) else (owner if isinstance(owner, type) else type(owner)).__name__
+
+
 def _check(
     owner: object, options: Mapping[str, Any], allowed: Callable[[Any], bool], remedy: str, optional: bool
 ) -> None:
     for option, value in options.items():
         if not (optional and value is None) and not allowed(value):
-            named = owner if isinstance(owner, str) else (owner if isinstance(owner, type) else type(owner)).__name__
-            raise ValueError(f"{named}: {option} is {value!r}; {remedy}{', or null' if optional else ''}")
+            raise ValueError(f"{_named(owner)}: {option} is {value!r}; {remedy}{', or null' if optional else ''}")
 
 
 def _is_real(value: Any) -> bool:

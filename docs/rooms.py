@@ -49,7 +49,7 @@ ROOMS = (
     Room(
         "strategies.base",
         "the base class of methods and its parts",
-        "strategy, replay, phases, schedules, optimizers, terms, passes, evaluation, traits, host",
+        "strategy, replay, task_incremental, phases, schedules, optimizers, terms, passes, evaluation, traits, host",
     ),
     Room(
         "data",
@@ -65,8 +65,8 @@ ROOMS = (
     Room(
         "memory",
         "samples, prototypes, networks and importances kept from earlier tasks",
-        "replay, herding, prototypes, class_statistics, drift, teacher, importance, sensitivity, consolidation, "
-        "growing, accounting",
+        "replay, herding, prototypes, class_statistics, drift, teacher, importance, paths, sensitivity, consolidation, "
+        "owners, input_spaces, growing, accounting",
     ),
     Room(
         "models",

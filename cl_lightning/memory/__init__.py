@@ -12,7 +12,10 @@ from cl_lightning.memory.consolidation import Consolidation
 from cl_lightning.memory.drift import calibrate_new, calibrated, kernel_drift
 from cl_lightning.memory.growing import GrowingBuffers, restore_shapes
 from cl_lightning.memory.herding import herding_indices, herding_per_class
-from cl_lightning.memory.importance import Importance, NamedBuffers, PathIntegral
+from cl_lightning.memory.importance import Importance, NamedBuffers
+from cl_lightning.memory.input_spaces import InputSpaces, input_grams, linear_maps
+from cl_lightning.memory.owners import FREE, Held, Owners
+from cl_lightning.memory.paths import PathIntegral, RiemannianWalk
 from cl_lightning.memory.prototypes import GaussianPrototypes, PrototypeHead, Prototypes
 from cl_lightning.memory.replay import (
     ClassBalanced,
@@ -30,22 +33,27 @@ from cl_lightning.memory.sensitivity import fisher_diagonal, output_norm
 from cl_lightning.memory.teacher import Teacher
 
 __all__ = [
+    "FREE",
     "ClassBalanced",
     "ClassStatistics",
     "Consolidation",
     "GaussianPrototypes",
     "GrowingBuffers",
+    "Held",
     "HerdingPolicy",
     "Importance",
+    "InputSpaces",
     "KeepsBytes",
     "Memory",
     "Metric",
     "NamedBuffers",
+    "Owners",
     "PathIntegral",
     "Policy",
     "PrototypeHead",
     "Prototypes",
     "Reservoir",
+    "RiemannianWalk",
     "Ring",
     "Teacher",
     "bytes_by_kind",
@@ -58,7 +66,9 @@ __all__ = [
     "group_ids",
     "herding_indices",
     "herding_per_class",
+    "input_grams",
     "kernel_drift",
+    "linear_maps",
     "nearest_mean_scores",
     "output_norm",
     "rank_in_group",

@@ -1,8 +1,9 @@
 """Importance of each weight for earlier tasks, and the quadratic penalty on its changes.
 
 :class:`Importance` keeps an anchor and an importance per weight and computes the penalty of EWC, SI, MAS and L2.
-:class:`PathIntegral` (SI) measures importance along the path of training; importances measured on data (EWC, MAS) are
-in ``cl_lightning.memory.sensitivity``. Parameters are identified by their names in ``named_parameters``.
+Importances that are measured along the path of training (SI, RWalk) are in ``cl_lightning.memory.paths``, importances
+that are measured on data (EWC, MAS) in ``cl_lightning.memory.sensitivity``. Parameters are identified by their names in
+``named_parameters``.
 """
 
 from collections.abc import Mapping
@@ -232,93 +233,3 @@ class Importance(NamedBuffers):
         for name, value in parameters.items():
             self._set("anchor", name, value)
             self._set("omega", name, torch.full((), omega, dtype=value.dtype, device=value.device))
-
-
-class PathIntegral(NamedBuffers):
-    """Path integral of Synaptic Intelligence: the contribution of each weight to the decrease of the loss.
-
-        w_j = - sum_steps g_j delta_j,   Omega_j = relu(w_j) / ((theta_j - theta_start_j)^2 + xi)
-
-    Zenke et al. (ICML 2017, arXiv:1703.04200): g is the gradient of the task's loss, without penalty, before a step,
-    and delta the change of the weight in the step, with any optimizer. With gradient descent and a small step
-    ``sum_j w_j`` is the decrease of the loss. State is in buffers, whose shapes come from the state dict that is
-    loaded. It is the same on all processes if gradients are averaged over them.
-
-    Usage: :meth:`begin` at the start of a task, :meth:`before_step` with gradients reduced and unscaled but not yet
-    clipped (``on_before_optimizer_step``), :meth:`after_step` after the optimizer step, :meth:`importance` at the
-    end of the task.
-
-    Attributes:
-        skips: Whether a gradient scaler may skip steps; a skipped step has infinite gradients and changes no weight.
-    """
-
-    steps: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.skips = True
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self._pending: dict[str, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def work(self) -> dict[str, Tensor]:
-        """w by name."""
-        return self._get("work")
-
-    def begin(self, parameters: Tensors) -> None:
-        """Reset: start a path at the given weights, with w = 0."""
-        self._clear()
-        self._pending = {}
-        self.steps = torch.zeros_like(self.steps)
-        for name, value in parameters.items():
-            self._set("start", name, value)
-            self._set("work", name, torch.zeros_like(value))
-
-    @torch.no_grad()
-    def before_step(self, parameters: Tensors, penalty_gradient: Tensors | None = None) -> None:
-        """Store weights and gradients (``.grad``) before a step; parameters without a gradient are left out.
-
-        Args:
-            parameters: Weights by name, as in :meth:`begin`.
-            penalty_gradient: Gradient of the penalty by name (:meth:`Importance.gradient` with factor c), which is
-                subtracted from ``.grad``.
-        """
-        extra = penalty_gradient or {}
-        self._pending = {
-            name: (value.detach().clone(), value.grad - extra[name] if name in extra else value.grad.clone())
-            for name, value in parameters.items()
-            if value.grad is not None
-        }
-
-    def after_step(self, parameters: Tensors) -> None:
-        """Accumulate the step since :meth:`before_step`; without a call of that, do nothing."""
-        if self._pending:
-            before = {name: value for name, (value, _) in self._pending.items()}
-            gradients = {name: gradient for name, (_, gradient) in self._pending.items()}
-            self._pending = {}
-            self.accumulate(before, gradients, parameters)
-
-    @torch.no_grad()
-    def accumulate(self, before: Tensors, gradients: Tensors, after: Tensors) -> None:
-        """``w <- w - g (after - before)`` for names that have a gradient and were given to :meth:`begin`."""
-        work = self.work
-        names = [name for name in gradients if name in work]
-        moves = torch._foreach_sub([after[name].detach() for name in names], [before[name] for name in names])
-        slopes = [gradients[name] for name in names]
-        if self.skips:  # an infinite gradient times 0 must not become NaN
-            slopes = [slope.where(move != 0, 0.0) for slope, move in zip(slopes, moves, strict=True)]
-        torch._foreach_addcmul_([work[name] for name in names], slopes, moves, value=-1)
-        self.steps += 1
-
-    @torch.no_grad()
-    def importance(self, parameters: Tensors, xi: float = 0.1, *, clamp: bool = True) -> dict[str, Tensor]:
-        """Omega of the path from :meth:`begin` to the given weights, by name; merge it with decay 1.
-
-        Args:
-            parameters: Weights at the end of the task, by name.
-            xi: Damping, positive; 0.1 for MNIST and 1e-3 for CIFAR.
-            clamp: Whether negative w are set to 0; FACIL does not, and has negative importances.
-        """
-        work, start = self.work, self._get("start")
-        numerator = {name: value.clamp(min=0) if clamp else value for name, value in work.items()}
-        return {name: numerator[name] / ((parameters[name] - start[name]).square() + xi) for name in work}

@@ -38,14 +38,16 @@ def test_finetune_with_the_fisher_penalty_is_ewc_to_the_bit(ours, theirs):
 
 
 @pytest.mark.parametrize("loss_classes", ["all", "current"])
-@pytest.mark.parametrize("estimator", ["fisher", "mas", "si", "l2"])
+@pytest.mark.parametrize("estimator", ["fisher", "mas", "si", "rwalk", "l2"])
 def test_weight_0_is_finetuning_to_the_bit(estimator, loss_classes):
     callback = ImportancePenalty(estimator=estimator, weight=0.0)
     assert_same_run(run(finetune(loss_classes=loss_classes), callback), run(finetune(loss_classes=loss_classes)))
 
 
 @pytest.mark.parametrize(
-    ("estimator", "weight"), [("fisher", 100.0), ("mas", 0.01), ("si", 1.0), ("l2", 0.1)], ids=lambda value: str(value)
+    ("estimator", "weight"),
+    [("fisher", 100.0), ("mas", 0.01), ("si", 1.0), ("rwalk", 10.0), ("l2", 0.1)],
+    ids=lambda value: str(value),
 )
 def test_a_penalty_holds_weights_and_resumes_to_the_bit(estimator, weight, tmp_path):
     assert_resumes(lambda: (finetune(), [ImportancePenalty(estimator=estimator, weight=weight)]), tmp_path)
@@ -118,7 +120,7 @@ def test_importances_are_merged_as_in_the_papers_unless_told_otherwise(estimator
     assert ImportancePenalty(estimator=estimator, merge="average").consolidation.merge == "average"
 
 
-@pytest.mark.parametrize("estimator", ["fisher", "mas", "si", "l2"])
+@pytest.mark.parametrize("estimator", ["fisher", "mas", "si", "rwalk", "l2"])
 def test_a_frozen_backbone_is_not_held(estimator):
     callback = ImportancePenalty(estimator=estimator)
     made = run(finetune(freeze_backbone=True), callback, max_epochs=1, options={"stop_after_task": 1})

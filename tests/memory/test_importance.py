@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_lightning.batch import Batch, Draw
-from cl_lightning.memory import Consolidation, Importance, PathIntegral, fisher_diagonal, output_norm
+from cl_lightning.memory import Consolidation, Importance, fisher_diagonal, output_norm
 from cl_lightning.models import MLP, LinearHead, Network, Output
 
 
@@ -354,91 +354,6 @@ def test_nothing_to_differentiate_by_is_an_error_and_no_data_gives_zeros():
     assert output_norm(net, {"conv.bias": net.conv.bias}, [])["conv.bias"].eq(0).all()
 
 
-# --- path integral (SI) ----------------------------------------------------------------------------------------------
-
-
-def descend(net: nn.Module, path: PathIntegral, images: Tensor, labels: Tensor, lr: float, steps: int, **options: Any):
-    """Gradient descent, noting the path; returns the decrease of the loss."""
-    parameters = dict(net.named_parameters())
-    optimizer = torch.optim.SGD(net.parameters(), lr=lr, **options)
-    path.begin(parameters)
-    losses = []
-    for _ in range(steps):
-        loss = F.cross_entropy(net(images).logits, labels)
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        path.before_step(parameters)
-        optimizer.step()
-        path.after_step(parameters)
-    return losses[0] - F.cross_entropy(net(images).logits, labels).item()
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_the_work_of_all_weights_is_the_decrease_of_the_loss(momentum: float):
-    net, path = network().eval(), PathIntegral()
-    decrease = descend(net, path, normal(20, 2, 4, 4), torch.arange(20) % 4, 1e-3, 200, momentum=momentum)
-    work = sum(value.sum() for value in path.work.values()).item()
-    assert decrease > 0.01
-    assert work == pytest.approx(decrease, rel=0.02)
-    assert path.steps.item() == 200
-
-
-def test_work_leaves_the_penalty_out():
-    theta = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
-    parameters, slope = {"theta": theta}, torch.tensor([0.5, -1.0], dtype=torch.float64)
-    importance, path = Importance(), PathIntegral()
-    importance.merge({"theta": torch.zeros(2, dtype=torch.float64)}, {"theta": torch.ones(2, dtype=torch.float64)})
-    path.begin(parameters)
-    (slope @ theta + 3 * importance.penalty(parameters)).backward()
-    pull = {name: 3 * value for name, value in importance.gradient(parameters).items()}
-    path.before_step(parameters, pull)
-    theta.grad.mul_(0.1)  # clipping comes later and must not be seen
-    move = torch.tensor([-0.25, 0.125], dtype=torch.float64)
-    with torch.no_grad():
-        theta += move
-    path.after_step(parameters)
-    torch.testing.assert_close(path.work["theta"], -slope * move)
-
-
-def test_a_step_that_loss_scaling_skips_leaves_no_trace():
-    theta = nn.Parameter(torch.ones(2))
-    path = PathIntegral()
-    path.begin({"theta": theta})
-    theta.grad = torch.tensor([torch.inf, torch.nan])
-    path.before_step({"theta": theta})
-    path.after_step({"theta": theta})
-    path.after_step({"theta": theta})  # and one that was not announced does nothing
-    assert path.work["theta"].tolist() == [0, 0]
-
-
-def test_importance_of_a_path_is_work_over_the_squared_distance_and_can_be_clamped():
-    theta = {"a.b": torch.tensor([1.0, 1.0, 1.0])}
-    path = PathIntegral()
-    path.begin(theta)
-    end = {"a.b": torch.tensor([2.0, 0.0, 1.0])}
-    path.accumulate(
-        theta, {"a.b": torch.tensor([-3.0, -3.0, -3.0]), "new": torch.ones(1)}, end | {"new": torch.ones(1)}
-    )
-    torch.testing.assert_close(path.importance(end, 0.5)["a.b"], torch.tensor([3 / 1.5, 0, 0]))
-    torch.testing.assert_close(path.importance(end, 0.5, clamp=False)["a.b"], torch.tensor([2.0, -2.0, 0]))
-    path.begin(end)
-    assert path.work["a.b"].tolist() == [0, 0, 0]
-
-
-def test_a_path_goes_on_after_a_restart(tmp_path: Path):
-    images, labels = normal(20, 2, 4, 4), torch.arange(20) % 4
-    net, path = network().eval(), PathIntegral()
-    descend(net, path, images, labels, 0.1, 3)
-    torch.save(path.state_dict(), tmp_path / "state.pt")
-    other = PathIntegral()
-    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), strict=True)
-    parameters = dict(net.named_parameters())
-    assert other.steps.item() == 3
-    for ours, expected in zip(other.importance(parameters).values(), path.importance(parameters).values(), strict=True):
-        assert torch.equal(ours, expected)
-
-
 # --- consolidation ---------------------------------------------------------------------------------------------------
 
 
@@ -489,7 +404,7 @@ def measured(net: Network, part: Consolidation, work: dict[str, Tensor], start: 
         return output_norm(net, parameters, data_of(task))
     if part.estimator == "l2":
         return {name: torch.ones_like(value) for name, value in parameters.items()}
-    kept = {name: value.clamp(min=0) if part.clamp else value for name, value in work.items()}
+    kept = {name: value.clamp(min=0) if part.path.clamp else value for name, value in work.items()}
     return {name: kept[name] / ((parameters[name] - start[name]).square() + 0.02) for name in work}
 
 

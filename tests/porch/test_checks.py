@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from cl_lightning.checks import above, at_least, one_of, within
+from cl_lightning.checks import above, at_least, matching, one_of, within
 
 NAN, INF = math.nan, math.inf
 
@@ -108,3 +108,13 @@ def test_an_option_may_have_the_name_of_an_argument():
     assert message(at_least, "A", 1, low=0) == "A: low is 0; it must be at least 1"
     assert message(one_of, "A", "a", owner=1, allowed=2) == "A: owner is 1; use 'a'"
     assert message(within, "A", "[0, 1]", interval=2) == "A: interval is 2; it must be in [0, 1]"
+
+
+def test_names_that_match_a_pattern_keep_their_order_and_a_pattern_without_a_match_is_refused():
+    names = ["head.weight", "blocks.0.qkv.weight", "blocks.1.qkv.weight", "blocks.1.mlp.weight"]
+    assert matching("A", names, names=["*.qkv.*", "head.*"]) == names[:3]
+    assert matching("A", names, names=["blocks.1.*", "*.qkv.*"]) == names[1:]
+    assert message(matching, DERpp(), names, parts=["head.*", "QKV"]) == (
+        f"DERpp: parts has 'QKV', which matches none of {', '.join(names)}"
+    )
+    assert message(matching, "A", [str(k) for k in range(9)], x=["a"]).endswith("none of 0, 1, 2, 3, 4, 5, 6, 7, ...")

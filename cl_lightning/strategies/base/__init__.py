@@ -10,6 +10,7 @@ from cl_lightning.strategies.base.strategy import (
     LossClasses,
     sum_of_zeros,
 )
+from cl_lightning.strategies.base.task_incremental import TaskIncremental
 from cl_lightning.strategies.base.terms import AddsLosses
 from cl_lightning.strategies.base.traits import Traits
 
@@ -24,6 +25,7 @@ __all__ = [
     "Phase",
     "PhaseOptions",
     "Replay",
+    "TaskIncremental",
     "Traits",
     "check_loss_classes",
     "default_optimizer",

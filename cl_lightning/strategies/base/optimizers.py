@@ -1,7 +1,7 @@
 """Learning-rate factors by patterns of parameter names, and fused optimizers."""
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -39,12 +39,9 @@ def with_lr_factors(
     """
     chosen: dict[int, float] = {}
     used: set[str] = set()
-    for name, named in names:
-        short = name.removeprefix("network.")
-        matching = (p for p in factors if fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(short, p))
-        if (pattern := next(matching, None)) is not None:
-            chosen[id(named)] = factors[pattern]
-            used.add(pattern)
+    for named, pattern in _deciding(names, factors):
+        chosen[id(named)] = factors[pattern]
+        used.add(pattern)
     for pattern, factor in factors.items():
         if factor < 0 or pattern not in used:
             raise ValueError(
@@ -60,6 +57,22 @@ def with_lr_factors(
             parts.setdefault(chosen.get(id(parameter), 1.0), []).append(parameter)
         found += [{**group, "params": part, _KEY: factor} for factor, part in parts.items() if part]
     return found
+
+
+def _deciding(
+    names: Iterable[tuple[str, nn.Parameter]], factors: Mapping[str, float]
+) -> Iterator[tuple[nn.Parameter, str]]:
+    """Each parameter that a pattern matches, and the first such pattern."""
+    for name, named in names:
+        short = name.removeprefix("network.")
+        matching = (p for p in factors if fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(short, p))
+        if (pattern := next(matching, None)) is not None:
+            yield named, pattern
+
+
+def without_lr(names: Iterable[tuple[str, nn.Parameter]], factors: Mapping[str, float]) -> Iterator[nn.Parameter]:
+    """Parameters with a learning-rate factor of 0, which are not trained; arguments as in :func:`with_lr_factors`."""
+    return (named for named, pattern in _deciding(names, factors) if factors[pattern] == 0)
 
 
 def apply_lr_factors(optimizer: torch.optim.Optimizer) -> None:

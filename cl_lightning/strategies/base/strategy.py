@@ -20,7 +20,7 @@ from cl_lightning.losses import cross_entropy, masked_logits
 from cl_lightning.memory import Memory, bytes_by_kind, restore_shapes
 from cl_lightning.models import MLP, Backbone, Head, LinearHead, Network, Output, batch_norms
 from cl_lightning.strategies.base.evaluation import Evaluation
-from cl_lightning.strategies.base.optimizers import apply_lr_factors, fuse, with_lr_factors
+from cl_lightning.strategies.base.optimizers import apply_lr_factors, fuse, with_lr_factors, without_lr
 from cl_lightning.strategies.base.passes import Passes, StrategyData
 from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer
 from cl_lightning.strategies.base.schedules import PhaseSchedule
@@ -60,7 +60,9 @@ class ContinualStrategy(LightningModule):
         freeze_norm: When the statistics and weights of the backbone's batch normalisation are frozen: ``never``,
             ``after_first`` task, or ``always`` (for pretrained backbones).
         lr_factors: Learning-rate factors, at least 0, by patterns of parameter names, such as ``{backbone.*: 0.1}``;
-            None for 1 everywhere.
+            None for 1 everywhere. Parameters with factor 0 are frozen: no gradient is computed for them. The first
+            pattern that matches decides: ``{backbone.*.attn.qkv.*: 1, backbone.*: 0}`` trains the projections of
+            queries, keys and values, and the head.
 
     Attributes:
         traits: Facts about the method.
@@ -288,6 +290,7 @@ class ContinualStrategy(LightningModule):
         self.phase, self._phase_origin, self.terms.sources = phase, origin, sources
         chosen = {id(parameter) for parameter in (phase.trains or self.trainable)()}
         chosen -= {id(parameter) for module in self._frozen_modules() for parameter in module.parameters()}
+        chosen -= {id(parameter) for parameter in without_lr(self.named_parameters(), self._lr_factors or {})}
         for parameter in self.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
         self.train()  # Lightning keeps the present modes; `train` puts frozen modules in eval mode

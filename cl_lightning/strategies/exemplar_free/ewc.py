@@ -20,18 +20,15 @@ learning rate or set ``trainer.gradient_clip_val``. In class-incremental streams
 be hardly above fine-tuning.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal
-
-from torch import Tensor
 
 from cl_lightning.memory import Consolidation
 from cl_lightning.memory.sensitivity import Labels
-from cl_lightning.strategies.base import AddsLosses
-from cl_lightning.strategy import Batch, ContinualStrategy, Output, Phase, Task, Traits
+from cl_lightning.strategies.exemplar_free.consolidating import Consolidating
+from cl_lightning.strategy import Traits
 
 
-class EWC(ContinualStrategy):
+class EWC(Consolidating):
     """Cross-entropy, and a quadratic penalty on weight changes, weighted by the Fisher information on earlier tasks.
 
     Args:
@@ -60,8 +57,7 @@ class EWC(ContinualStrategy):
         fisher_samples: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.consolidation = Consolidation(
+        consolidation = Consolidation(
             "fisher",
             penalty_weight,
             merge="decay" if online else "add",
@@ -71,22 +67,4 @@ class EWC(ContinualStrategy):
             on=on,
             samples=fisher_samples,
         )
-
-    def begin_task(self, task: Task) -> None:
-        super().begin_task(task)
-        self.consolidation.begin_task(self.network)
-
-    def begin_phase(self, phase: Phase, origin: int, sources: Sequence[AddsLosses] = ()) -> None:
-        super().begin_phase(phase, origin, sources)
-        self.consolidation.begin_phase(self.network)
-
-    def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
-        terms = {"ce": self.classification_loss(output, batch)}
-        if self.consolidation.importance:
-            terms["penalty"] = self.consolidation.penalty()
-        return terms
-
-    def end_task(self, task: Task) -> None:
-        super().end_task(task)
-        batches = self.passes.batches(samples=self.consolidation.samples)
-        self.consolidation.end_task(self.network, batches, self.loss_columns())
+        super().__init__(consolidation=consolidation, **kwargs)

@@ -6,6 +6,7 @@ from lightning.pytorch import Callback
 from support.runs import loop, plain_net
 from torch import nn
 
+from cl_lightning.models import MLP
 from cl_lightning.strategies.base.optimizers import apply_lr_factors, with_lr_factors
 from cl_lightning.strategies.base.schedules import StepsOverPhase
 from cl_lightning.strategies.baselines.finetune import Finetune
@@ -78,6 +79,18 @@ def test_schedules_start_from_the_rates_of_the_groups():
 
 def test_a_method_with_groups_of_its_own_keeps_them():
     watch = Watch()
-    strategy = PRD(backbone=plain_net, prototype_lr=0.5, lr_factors={"projection.*": 0.0}, projection_hidden=8)
+    strategy = PRD(backbone=plain_net, prototype_lr=0.5, lr_factors={"projection.*": 0.1}, projection_hidden=8)
     loop(strategy, watch, options={"stop_after_task": 0}, max_epochs=1).fit()
-    torch.testing.assert_close(torch.tensor(watch.rates), torch.tensor([[0.05, 0.0, 0.5]]))
+    torch.testing.assert_close(torch.tensor(watch.rates), torch.tensor([[0.05, 0.005, 0.5]]))
+
+
+def test_parameters_with_factor_0_are_frozen_and_the_first_pattern_that_matches_decides():
+    strategy = Finetune(
+        backbone=partial(MLP, hidden=(8, 8)), lr_factors={"*.layers.3.weight": 1.0, "backbone.*": 0.0, "head.*": 0.5}
+    )
+    watch = Watch()
+    made = loop(strategy, watch, options={"stop_after_task": 0}, max_epochs=1)
+    made.fit()
+    trained = {name for name, parameter in strategy.network.named_parameters() if parameter.requires_grad}
+    assert trained == {"backbone.layers.3.weight", "head.blocks.0.weight", "head.blocks.0.bias"}
+    torch.testing.assert_close(torch.tensor(watch.rates), torch.tensor([[0.05, 0.025]]))

@@ -1,0 +1,56 @@
+"""Base of task-incremental methods, whose network has parts that belong to one task."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_lightning.strategies.base.strategy import ContinualStrategy, LossClasses
+
+
+class TaskIncremental(ContinualStrategy):
+    """A method whose network differs from task to task, so that the task of an image must be known to predict it.
+
+    A subclass states ``task_ids="needed"`` in its traits and implements :meth:`predict_task`. The loss is over the
+    classes of the task, and the head has a block for each task of which only the current one is trained. A stream whose
+    later tasks have no new classes has no such block: such methods take class-incremental streams
+    (``scenarios=("class-incremental",)``) and read them with the task known.
+
+    Args:
+        loss_classes: Classes of the classification loss, see the base class.
+        kwargs: Options of the base class.
+    """
+
+    def __init__(self, *, loss_classes: LossClasses = "current", **kwargs: Any) -> None:
+        super().__init__(loss_classes=loss_classes, **kwargs)
+
+    def predict_task(self, images: Tensor, task: int) -> Tensor:
+        """Scores ``(B, classes seen)`` of images ``(B, C, H, W)`` by the network of a task.
+
+        Args:
+            images: Finished images.
+            task: Index of their task, from 0 to the current task.
+        """
+        raise NotImplementedError
+
+    def predict(self, images: Tensor, tasks: Tensor | None = None) -> Tensor:
+        if tasks is None:
+            raise ValueError(f"{type(self).__name__}: predictions need the task of each image; give tasks")
+        return by_task(images, tasks, self.predict_task)
+
+
+def by_task(images: Tensor, tasks: Tensor, predict: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Scores of images of several tasks, in the order of the images; one call of ``predict`` for each task.
+
+    Args:
+        images: ``(B, C, H, W)``, with B at least 1.
+        tasks: Task of each image, int64 ``(B,)``.
+        predict: Scores ``(n, columns)`` of images ``(n, C, H, W)`` of one task.
+    """
+    parts, rows = [], []
+    for task in torch.unique(tasks).tolist():
+        (chosen,) = (tasks == task).nonzero(as_tuple=True)
+        parts.append(predict(images[chosen], task))
+        rows.append(chosen)
+    return torch.cat(parts)[torch.cat(rows).argsort()]
