@@ -71,7 +71,7 @@ ROOMS = (
     Room(
         "models",
         "modules with parameters: backbones, heads, adapters",
-        "backbones, heads, closed_form, network, normalization, prompts, expansion, svm, "
+        "backbones, convnet, heads, closed_form, network, normalization, prompts, expansion, masks, svm, "
         "`peft/` (a file per mechanism)",
     ),
     Room("losses", "functions of logits, features, labels", "classification, distillation, contrastive"),

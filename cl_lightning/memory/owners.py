@@ -8,11 +8,12 @@ from torch import Tensor
 from cl_lightning.checks import within
 from cl_lightning.memory.importance import NamedBuffers, Tensors
 
-FREE = -1
+FREE = 255
+"""Owner of a weight that belongs to no task; owners take one byte, so there are at most 255 tasks."""
 
 
 class Owners(NamedBuffers):
-    """The task that owns each weight: int16 tensors of the shapes of the weights, -1 for free weights.
+    """The task that owns each weight: uint8 tensors of the shapes of the weights, ``FREE`` for free weights.
 
     A task claims all free weights, trains them and gives back the smallest ones (:meth:`prune`); weights of other tasks
     are held. With a share p that is given back each time, task k owns (1 - p) p^k of the weights. State is in buffers,
@@ -28,18 +29,24 @@ class Owners(NamedBuffers):
 
     @property
     def owner(self) -> dict[str, Tensor]:
-        """Index of the owning task of each weight by parameter name, int16; -1 for free weights."""
+        """Index of the owning task of each weight by parameter name, uint8; ``FREE`` for free weights."""
         return self._get("owner")
 
     def claim(self, weights: Tensors, task: int) -> None:
-        """Give all free weights, and all weights of names that are new, to a task."""
+        """Give all free weights, and all weights of names that are new, to a task.
+
+        Raises:
+            ValueError: If the task has no byte of its own.
+        """
+        if task >= FREE:
+            raise ValueError(f"Owners: task {task}; there are owners for {FREE} tasks; use a stream with fewer tasks")
         known = self.owner
         self.tasks.fill_(task + 1)
         for name, weight in weights.items():
             if name in known:
                 known[name].masked_fill_(known[name] == FREE, task)
             else:
-                self._set("owner", name, torch.full(weight.shape, task, dtype=torch.int16, device=weight.device))
+                self._set("owner", name, torch.full(weight.shape, task, dtype=torch.uint8, device=weight.device))
 
     @torch.no_grad()
     def prune(self, weights: Tensors, task: int, share: float) -> None:

@@ -23,8 +23,10 @@ from cl_lightning.models.closed_form import (
     solve_positive,
     validated_ridge,
 )
+from cl_lightning.models.convnet import ConvNet
 from cl_lightning.models.expansion import ExpandableBackbone
 from cl_lightning.models.heads import CosineHead, Head, LinearHead, align_head, align_rows
+from cl_lightning.models.masks import GatedBackbone
 from cl_lightning.models.network import Network, Output, batch_norms, frozen_copy
 from cl_lightning.models.normalization import AdaptiveBatchNorm, adapt_norms, norm_parameters, set_statistics
 from cl_lightning.models.peft.adapter import Adapter
@@ -56,10 +58,12 @@ __all__ = [
     "BasicBlock",
     "CifarResNet",
     "ClosedFormHead",
+    "ConvNet",
     "CosineHead",
     "DecomposedPrompts",
     "ExpandableBackbone",
     "FiLM",
+    "GatedBackbone",
     "Head",
     "LDAHead",
     "LinearHead",

@@ -11,13 +11,13 @@ def test_a_task_frees_the_smallest_of_its_own_weights_in_each_tensor():
     owners = Owners()
     owners.claim(weights, 0)
     owners.prune(weights, 0, 0.5)
-    assert owners.owner["a.b"].tolist() == [[-1, -1, 0, 0], [-1, -1, 0, 0]]
+    assert owners.owner["a.b"].tolist() == [[FREE, FREE, 0, 0], [FREE, FREE, 0, 0]]
     assert weights["a.b"].tolist() == [[0, 0, 3, -2], [0, 0, -4, 1]]
-    assert owners.owner["c"].tolist() == [[-1, -1, 0, 0, 0]]  # round(2.5) = 2
+    assert owners.owner["c"].tolist() == [[FREE, FREE, 0, 0, 0]]  # round(2.5) = 2
     owners.claim(weights, 1)
     weights["a.b"][0, 0], weights["a.b"][1, 1], weights["a.b"][0, 1] = 0.01, -0.02, 0.03  # all smaller than task 0's
     owners.prune(weights, 1, 0.5)
-    assert owners.owner["a.b"].tolist() == [[-1, 1, 0, 0], [-1, 1, 0, 0]]
+    assert owners.owner["a.b"].tolist() == [[FREE, 1, 0, 0], [FREE, 1, 0, 0]]
     torch.testing.assert_close(weights["a.b"], torch.tensor([[0, 0.03, 3, -2], [0, -0.02, -4, 1]]))
     assert owners.used_by(0)["a.b"].tolist() == [[False, False, True, True]] * 2
     assert owners.used_by(1)["a.b"].tolist() == [[False, True, True, True]] * 2
@@ -45,6 +45,14 @@ def test_ties_free_the_number_that_is_asked_for():
         owners.prune(weights, 0, 1.5)
 
 
+def test_there_are_no_more_tasks_than_owners():
+    owners = Owners()
+    owners.claim({"w": torch.ones(1, 2)}, 254)
+    assert owners.used_by(254)["w"].all()
+    with pytest.raises(ValueError, match="task 255; there are owners for 255 tasks"):
+        owners.claim({"w": torch.ones(1, 2)}, 255)
+
+
 def test_owners_are_restored_with_their_shapes(tmp_path):
     weights, owners = {"layer.weight": normal(3, 4)}, Owners()
     owners.claim(weights, 0)
@@ -53,7 +61,7 @@ def test_owners_are_restored_with_their_shapes(tmp_path):
     other = Owners()
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert torch.equal(other.owner["layer.weight"], owners.owner["layer.weight"])
-    assert owners.num_bytes() == 3 * 4 * 2 + 8
+    assert owners.num_bytes() == 3 * 4 + 8
 
 
 def test_held_weights_do_not_move_with_any_optimizer():

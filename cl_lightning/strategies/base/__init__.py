@@ -1,5 +1,6 @@
 """The base class of all continual-learning methods, and its components."""
 
+from cl_lightning.strategies.base.optimizers import refuse_weight_decay
 from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer
 from cl_lightning.strategies.base.replay import ExemplarReplay, Replay, check_loss_classes
 from cl_lightning.strategies.base.strategy import (
@@ -29,5 +30,6 @@ __all__ = [
     "Traits",
     "check_loss_classes",
     "default_optimizer",
+    "refuse_weight_decay",
     "sum_of_zeros",
 ]

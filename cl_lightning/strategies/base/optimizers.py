@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 _KEY = "lr_factor"
@@ -79,6 +80,28 @@ def apply_lr_factors(optimizer: torch.optim.Optimizer) -> None:
     """Multiply the learning rate of each group by its factor. Call it before a scheduler reads the base rates."""
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * group.pop(_KEY, 1.0)
+
+
+def refuse_weight_decay(owner: object, made: OptimizerLRScheduler, kinds: tuple[type, ...] = ()) -> None:
+    """Check the result of ``configure_optimizers`` of a method that holds weights by their gradients alone.
+
+    Args:
+        owner: Strategy, for the error.
+        made: An optimizer, or a dict with the key ``optimizer``.
+        kinds: Classes of optimizers that are allowed; empty for all.
+
+    Raises:
+        ValueError: If a group has weight decay, which moves weights without a gradient, or for another optimizer.
+    """
+    optimizer = cast(torch.optim.Optimizer, made["optimizer"] if isinstance(made, dict) else made)
+    decay = max(group.get("weight_decay", 0) for group in optimizer.param_groups)
+    if decay or (kinds and not isinstance(optimizer, kinds)):
+        what = f"{type(optimizer).__name__} with weight_decay {decay}" if decay else type(optimizer).__name__
+        allowed = " or ".join(f"torch.optim.{kind.__name__}" for kind in kinds) or "an optimizer"
+        raise ValueError(
+            f"{type(owner).__name__}: optimizer is {what}, which moves weights that must be kept; use {allowed} "
+            "without weight decay"
+        )
 
 
 _FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)

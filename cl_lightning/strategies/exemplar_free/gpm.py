@@ -27,7 +27,7 @@ from cl_lightning.batch import ImageShape
 from cl_lightning.checks import at_least, within
 from cl_lightning.memory import InputSpaces, input_grams, linear_maps
 from cl_lightning.models import batch_norms
-from cl_lightning.strategies.base import LossClasses
+from cl_lightning.strategies.base import LossClasses, refuse_weight_decay
 from cl_lightning.strategy import Batch, ContinualStrategy, Output, Task, Traits
 
 HEAD = "head"
@@ -84,14 +84,7 @@ class GPM(ContinualStrategy):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         made = super().configure_optimizers()
-        optimizer: torch.optim.Optimizer = made["optimizer"] if isinstance(made, dict) else made  # type: ignore[assignment]
-        name, decay = type(optimizer).__name__, max(g.get("weight_decay", 0) for g in optimizer.param_groups)
-        if not isinstance(optimizer, torch.optim.SGD) or decay:
-            what = f"{name} with weight_decay {decay}" if decay else name
-            raise ValueError(
-                f"{type(self).__name__}: optimizer is {what}, whose steps are no sums of projected gradients; use "
-                "torch.optim.SGD without weight_decay"
-            )
+        refuse_weight_decay(self, made, (torch.optim.SGD,))  # steps must be sums of projected gradients
         return made
 
     def edit_gradients(self, batch: Batch) -> None:

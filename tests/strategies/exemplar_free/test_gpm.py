@@ -88,7 +88,7 @@ def test_it_forgets_less_than_finetuning_where_the_head_is_shared():
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "said"), [(sgd, "SGD with weight_decay 0.01"), (torch.optim.Adam, "Adam, whose steps")]
+    ("optimizer", "said"), [(sgd, "SGD with weight_decay 0.01"), (torch.optim.Adam, "Adam, which moves")]
 )
 def test_optimizers_that_leave_the_space_are_refused(optimizer, said):
     with pytest.raises(ValueError, match=f"GPM: optimizer is {said}"):
