@@ -162,6 +162,7 @@ def test_no_gradient_reaches_the_teacher():
     losses += [cosine_feature_distillation(student, teacher)]
     torch.stack(losses).sum().backward()
     assert teacher.grad is None
+    assert not lwf_mc_targets(torch.tensor([4, 4, 4, 4]), 6, teacher).requires_grad
 
 
 def test_losses_are_float32_under_autocast_and_for_half_precision_logits():
@@ -183,6 +184,19 @@ def test_an_empty_batch_adds_nothing():
     assert cross_entropy(empty, torch.zeros(0, dtype=torch.int64)).item() == 0
 
 
-def test_a_teacher_that_knows_fewer_classes_is_an_error_that_says_what_to_do():
-    with pytest.raises(ValueError, match=r"student\[:, : teacher.shape\[1\]\]"):
-        softmax_distillation(torch.zeros(2, 5), torch.zeros(2, 3))
+@pytest.mark.parametrize(
+    "loss", [softmax_distillation, sigmoid_distillation, feature_distillation, cosine_feature_distillation]
+)
+def test_a_teacher_that_knows_fewer_classes_is_an_error_that_says_what_to_do(loss):
+    for fewer in (3, 1):  # 1 would be broadcast
+        with pytest.raises(ValueError, match=rf"{loss.__name__}: .*student\[:, : teacher.shape\[1\]\]"):
+            loss(torch.zeros(2, 5), torch.zeros(2, fewer))
+
+
+def test_the_mean_over_a_single_row_is_its_value():
+    student, teacher, labels = normal(1, 3), normal(1, 3, seed=1), torch.tensor([2])
+    p, q = (student / 2).softmax(1), (teacher / 2).softmax(1)
+    torch.testing.assert_close(softmax_distillation(student, teacher), -(q * p.log()).sum())  # T is 2
+    for rows in (student, torch.cat([teacher, student])):
+        hidden = F.pad(labels, (len(rows) - 1, 0), value=-1)
+        torch.testing.assert_close(cross_entropy(rows, hidden), -student.log_softmax(1)[0, 2])
