@@ -27,11 +27,30 @@ def test_ranks_together_draw_what_one_process_draws():
         assert torch.equal(torch.cat([draw(part) for part in parts]), draw(whole))
 
 
+def test_numbers_of_a_draw_depend_on_its_key_and_are_distributed_as_they_say():
+    draw = Draw.of(20_000, 3)
+    for numbers in (lambda d: d.rand(2), lambda d: d.randn(2), lambda d: d.randint(1000, 2)):
+        assert torch.equal(numbers(draw), numbers(Draw.of(20_000, 3)))
+        assert not torch.equal(numbers(draw), numbers(Draw.of(20_000, 4)))
+        assert not torch.equal(numbers(draw), numbers(draw.fork(0)))
+    uniform, normal = draw.rand(), draw.randn()
+    assert 0 <= uniform.min() < 1e-3
+    assert 0.999 < uniform.max() < 1
+    assert float(normal.mean()) == pytest.approx(0, abs=0.03)
+    assert float(normal.var()) == pytest.approx(1, abs=0.04)
+    assert float((normal.abs() < 1).float().mean()) == pytest.approx(0.6827, abs=0.015)
+
+
 def test_a_share_of_other_rows_covers_them_once_even_where_a_rank_has_none():
     parts = [Draw(5, 0, 0, 1), Draw(5, 0, 1, 1)]
     shares = [part.share(9, 2) for part in parts]
     assert [(share.start, share.stop) for share in shares] == [(0, 0), (0, 9)]
     assert shares[0].key == shares[1].key != parts[0].key
+    uneven = [Draw(5, 0, 3, 8).share(16), Draw(5, 3, 8, 8).share(16)]
+    assert [(share.start, share.stop, share.total) for share in uneven] == [(0, 6, 16), (6, 16, 16)]
+    for total in range(1, 40):
+        for other in range(40):  # n / total * total may be a little less than n
+            assert (Draw.of(total, 5).share(other).start, Draw.of(total, 5).share(other).stop) == (0, other)
 
 
 def test_the_weighted_means_of_joint_batches_are_the_mean_over_all_rows():
@@ -48,6 +67,7 @@ def test_moving_a_batch_keeps_raw_and_images_one_tensor_where_they_are():
     assert one.to("cpu").raw is one.to("cpu").images
     apart = one.replace(raw=one.raw.clone())
     assert apart.to("cpu").raw is not apart.to("cpu").images
+    assert Batch(one.images, one.labels, one.tasks, one.indices, one.raw, one.draw).weight == 1.0
 
 
 def test_numbers_of_a_row_go_with_it_wherever_it_stands():
@@ -60,6 +80,14 @@ def test_numbers_of_a_row_go_with_it_wherever_it_stands():
         assert torch.equal(one.randint(1000, 2)[order], other.randint(1000, 2))
     assert not torch.equal(draw.rand(), draw.fork(9).rand())
     assert not torch.equal(draw.rand(), RowDraw.of_rows(rows, 4).rand())
+
+
+def test_numbers_of_rows_are_the_same_on_every_platform():
+    draw, close = RowDraw.of_rows(torch.tensor([0, -3]), 7), {"atol": 1e-6, "rtol": 0}
+    torch.testing.assert_close(draw.rand(2), torch.tensor([[0.1717372, 0.0340993], [0.6565142, 0.8358587]]), **close)
+    torch.testing.assert_close(draw.randn(2), torch.tensor([[-0.1240618, 0.1674938], [0.9049470, -1.7995615]]), **close)
+    assert draw.randint(1000, 2).tolist() == [[171, 34], [656, 835]]
+    assert (draw.start, draw.stop, draw.total) == (0, 2, 2)
 
 
 def test_numbers_of_rows_are_distributed_as_they_say():
@@ -113,6 +141,23 @@ def test_a_part_of_a_joint_batch_has_its_rows_and_its_output():
         joint.part("dark", output)
     assert joint.select(slice(0, 2)).parts == {}  # rows are others now
     assert cat([joint, stream]).parts == {}
+
+
+def test_a_part_of_a_batch_without_rows_has_no_share():
+    none = rows(0, 0, 4, 2)  # of a process that holds no row, in the last batch of an epoch
+    assert none.weight == 0
+    joint = join({"stream": none})
+    assert joint.part("stream", Scores(joint.images.flatten(), joint.labels)).share == 0.0
+    empty = none.replace(draw=Draw(7, 0, 0, 0))
+    assert cat([empty, empty]).weight == 1.0  # no process has a row
+
+
+def test_joining_counts_all_processes(monkeypatch):
+    monkeypatch.setattr("cl_lightning.batch.world_size", lambda: 2)
+    joint = join({"stream": rows(0, 2, 5, 2), "replay": rows(0, 2, 3, 2)})
+    assert joint.weight == pytest.approx(2 * 4 / 8)
+    uneven = join({"stream": rows(0, 2, 5, 2), "replay": rows(0, 1, 3, 2)})
+    assert uneven.weight == pytest.approx(2 * 3 / 8)
 
 
 @pytest.mark.parametrize(("stream", "replay"), [((3, 2), (5, 5)), ((4, 0), (1, 2)), ((1, 0), (0, 3))])
