@@ -163,6 +163,17 @@ def test_pixels_are_those_of_pillow():
     torch.testing.assert_close(box_weights(32, 20).sum(1), torch.ones(20, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_borders_are_those_of_numpy_and_a_correlation_is_that_of_scipy(size):
+    line = torch.arange(size) + 10
+    for border, mode in (("nearest", "edge"), ("reflect", "symmetric"), ("reflect101", "reflect")):
+        places = corruptions._fold(torch.arange(-9, size + 9), size, border)
+        assert np.array_equal(line[places].numpy(), np.pad(line.numpy(), 9, mode=mode))
+    x, kernel = pictures(1)[0].double(), torch.tensor([[1.0, 2.0, 0.0], [-1.0, 3.0, 0.5], [0.0, 0.0, 4.0]]).double()
+    theirs = ndimage.correlate(x.numpy(), kernel[None].numpy(), mode="mirror")
+    torch.testing.assert_close(corruptions.correlate(x, kernel, "reflect101"), torch.from_numpy(theirs))
+
+
 def test_a_gaussian_blur_is_that_of_scipy():
     x = pictures(1)[0].double()
     for sigma, truncate, border, mode in ((0.4, 4.0, "nearest", "nearest"), (6.4, 3.0, "reflect", "reflect")):

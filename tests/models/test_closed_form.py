@@ -171,6 +171,10 @@ def test_a_singular_matrix_is_inverted_where_it_can_be():
     matrix, right = root @ root.T, normal(5, 2, seed=1)
     torch.testing.assert_close(solve_positive(matrix, right), torch.linalg.pinv(matrix) @ right)
     assert torch.equal(solve_positive(torch.zeros_like(matrix), right), torch.zeros_like(right))
+    torch.testing.assert_close(solve_positive(1e-20 * matrix, 1e-20 * right), solve_positive(matrix, right))
+    line = normal(5, 1, seed=2)  # of rank 1: the pseudo-inverse of v v^T is v v^T / |v|^4
+    expected = line @ (line.T @ right) / line.square().sum() ** 2
+    torch.testing.assert_close(solve_positive(line @ line.T, right), expected)
 
 
 def test_a_ridge_that_tends_to_infinity_leaves_the_sums_of_the_classes():
@@ -236,6 +240,8 @@ def test_the_validated_ridge_is_that_of_a_plain_search(count):
         weight = torch.linalg.solve(gram, inputs[~held_out].T @ targets[~held_out])
         return float((inputs[held_out] @ weight - targets[held_out]).square().mean())
 
+    fine = [10.0 ** (power / 20) for power in range(-80, 121)]  # a change of 12 % in a sum would be noticed
+    assert validated_ridge(head.expand, features, targets, held_out, fine) == min(fine, key=error)
     best = min(ridges, key=error)
     assert ridges[0] < best < ridges[-1]
     assert validated_ridge(head.expand, features, targets, held_out, ridges) == best
