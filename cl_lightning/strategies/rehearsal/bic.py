@@ -23,7 +23,8 @@ minimum. The paper does not give the optimizer of stage 2. With ``solver="sgd"``
 and augmented images, trained by Adam with learning rate 0.01 for 100 epochs: where the share is a single batch, beta is
 then far from the minimum, and at the learning rate of mammoth (0.001, 250 epochs) alpha hardly changes.
 Departs from the authors' code: the held-out exemplars were trained on in the task in which they were new; the authors
-reserve a part of the memory for stage 2 that is never trained on.
+reserve a part of the memory for stage 2 that is never trained on. Their code also adds 0.05 beta^2, without a penalty
+on alpha, to the loss of stage 2: its minimum has a beta closer to 0.
 Departs from re-implementations in which stage 2 computes the softmax of a softmax, or applies weight decay to alpha.
 Of each class ``int(held_out * K / C_old)`` samples are held out (as in PyCIL), at least 1 and never all. If a class has
 a single exemplar, no sample can be held out, and stage 2 is skipped with a warning; use ``WA`` in this case.
