@@ -28,6 +28,21 @@ def test_a_cosine_goes_from_the_base_rate_to_its_end_over_any_phase():
 def test_a_warm_up_rises_to_the_base_rate():
     found, _ = rates(CosineOverPhase, 5, warmup=3)
     assert found[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    found, last = rates(CosineOverPhase, 6, warmup=2, final=0.1)  # cosine of 0, 45, 90, 135, 180 degrees
+    cosines = [1.0, 0.5**0.5, 0.0, -(0.5**0.5)]
+    assert found == pytest.approx([2 / 3, 4 / 3, *(0.2 + 1.8 * (1 + cosine) / 2 for cosine in cosines)])
+    assert last == pytest.approx(0.2)
+    assert rates(CosineOverPhase, 3, warmup=2)[1] == pytest.approx(0.0)  # a cosine of one epoch
+    assert rates(CosineOverPhase, 1)[1] == pytest.approx(0.0)
+    with pytest.raises(ValueError, match="CosineOverPhase: warmup is -1"):
+        rates(CosineOverPhase, 4, warmup=-1)
+
+
+@pytest.mark.parametrize(("schedule_class", "end"), [(CosineOverPhase, 0.0), (QuarterCosineOverPhase, 0.015707)])
+def test_after_the_phase_the_rate_stays(schedule_class, end):
+    schedule = schedule_class(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0))
+    schedule.begin(4)
+    assert [schedule.factor(epoch) for epoch in (4, 5, 8)] == pytest.approx([end] * 3, abs=1e-6)
 
 
 def test_steps_come_at_fractions_of_the_phase():
@@ -69,6 +84,7 @@ def test_a_quarter_of_a_cosine_falls_late():
     assert found == pytest.approx([2 * math.cos(99 * math.pi * e / (200 * 4)) for e in range(5)])
     assert found[-1] == pytest.approx(0.0157 * 2, rel=1e-3)
     assert rates(QuarterCosineOverPhase, 1)[0] == [2.0]
+    assert rates(QuarterCosineOverPhase, 2)[0] == pytest.approx([2.0, 2 * math.cos(math.radians(89.1))])
 
 
 def test_a_late_quarter_of_a_cosine_has_the_released_factors_of_coda_prompt():
