@@ -182,15 +182,16 @@ def test_a_gaussian_blur_is_that_of_scipy():
         torch.testing.assert_close(mine, torch.from_numpy(theirs))
 
 
-def test_a_zoom_is_that_of_scipy():
-    x = pictures(1).double()
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (20, 30)])
+def test_a_zoom_is_that_of_scipy(height, width):
+    x = pictures(1).double()[..., :height, :width]
     for factor in (1.07, 1.26, 2.25):
-        inner = math.ceil(32 / factor)
-        top = (32 - inner) // 2
-        part = x[0, :, top : top + inner, top : top + inner].numpy()
+        inner = [math.ceil(size / factor) for size in (height, width)]
+        top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+        part = x[0, :, top : top + inner[0], left : left + inner[1]].numpy()
         large = ndimage.zoom(part, (1, factor, factor), order=1)
-        trim = (large.shape[1] - 32) // 2
-        theirs = torch.from_numpy(large[:, trim : trim + 32, trim : trim + 32])
+        top, left = (large.shape[1] - height) // 2, (large.shape[2] - width) // 2
+        theirs = torch.from_numpy(large[:, top : top + height, left : left + width])
         torch.testing.assert_close(corruptions.clipped_zoom(x, factor)[0], theirs)
 
 
