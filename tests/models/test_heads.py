@@ -23,6 +23,30 @@ def test_a_head_grows_by_blocks_and_its_old_parameters_stay_the_same_objects():
     assert head.block_sizes() == [2, 4]
 
 
+def test_single_classes_have_blocks_and_keep_their_parameters_when_they_load():
+    head = LinearHead(3)
+    for count in (1, 1, 0, 2):
+        head.grow(count)
+    assert head.block_sizes() == [1, 1, 2]
+    state, before = {name: value + 1 for name, value in head.state_dict().items()}, list(head.parameters())
+    head.load_state_dict(state)
+    assert [id(parameter) for parameter in head.parameters()] == [id(parameter) for parameter in before]
+    assert torch.equal(head.blocks[1].weight, state["blocks.1.weight"])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_of_new_classes_are_normal_with_the_given_deviation(bias):
+    torch.manual_seed(0)
+    head = LinearHead(200, bias=bias, init_std=0.02)
+    head.grow(100)
+    weight = head.weight().detach()
+    assert float(weight.std()) == pytest.approx(0.02, rel=0.03)
+    assert float((weight.abs() < 0.02).double().mean()) == pytest.approx(0.6827, abs=0.02)
+    assert (head.blocks[0].bias == 0).all() if bias else head.blocks[0].bias is None
+    with pytest.raises(ValueError, match="LinearHead: init_std is -1"):
+        LinearHead(4, init_std=-1)
+
+
 def test_logits_are_those_of_the_blocks_side_by_side():
     head = LinearHead(5).double()
     head.grow(2)

@@ -1,3 +1,4 @@
+import itertools
 from functools import partial
 
 import pytest
@@ -7,7 +8,14 @@ from support.fakes import normal
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation, affine
+from torchvision.transforms.functional import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_gamma,
+    adjust_hue,
+    adjust_saturation,
+    affine,
+)
 
 from cl_lightning.batch import Draw
 from cl_lightning.strategies.test_time import cotta
@@ -125,6 +133,18 @@ def test_contrast_and_saturation_are_those_of_torchvision():
     torch.testing.assert_close(both, adjust_contrast(adjust_saturation(images, 1.5), 0.7), rtol=0, atol=1e-6)
 
 
+def test_colours_are_those_of_torchvision_in_every_order():
+    images = torch.rand(1, 3, 6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    changes = {"brightness": 1.3, "contrast": 0.7, "saturation": 1.5, "hue": 0.05, "gamma": 1.2}
+    by_torchvision = [adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue, adjust_gamma]
+    for order in itertools.permutations(range(5)):
+        expected = images
+        for place in order:
+            expected = by_torchvision[place](expected, list(changes.values())[place])
+        found = PLAIN._replace(**changes, order=order).of(images)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # measured: 2e-6
+
+
 def test_a_blurred_point_is_the_kernel():
     point = torch.zeros(1, 1, 9, 9, dtype=torch.float64)
     point[..., 4, 4] = 1.0
@@ -150,7 +170,12 @@ def test_views_are_as_large_as_they_are_drawn_to_be():
         values = torch.tensor([getattr(view, name) for view in views])
         assert low <= values.min() < low + 0.02 * (high - low)
         assert high - 0.02 * (high - low) < values.max() <= high
-    assert 0.12 < torch.tensor([view.shift for view in views]).abs().max() <= 0.125
+    shifts = torch.tensor([view.shift for view in views])
+    assert (shifts.amax(0) <= 0.125).all()
+    assert (shifts.amax(0) > 0.12).all()
+    assert (shifts.amin(0) >= -0.125).all()
+    assert (shifts.amin(0) < -0.12).all()
+    assert all(sorted(view.order) == [0, 1, 2, 3, 4] for view in views)
     assert 200 < sum(view.mirrored for view in views) < 300
     assert len({view.order for view in views}) > 100
 
