@@ -102,6 +102,25 @@ def test_a_head_with_a_block_of_0_is_left_as_it_is(block):
     assert torch.equal(head.weight(), before)
 
 
+def test_a_head_of_one_block_has_nothing_to_align():
+    for count in (0, 3):
+        head = LinearHead(6)
+        head.grow(count)
+        before = [parameter.detach().clone() for parameter in head.parameters()]
+        align_head(head)
+        assert all(torch.equal(one, other) for one, other in zip(head.parameters(), before, strict=True))
+
+
+def test_weights_of_a_new_cosine_class_are_uniform_as_in_a_linear_layer():
+    torch.manual_seed(0)
+    head = CosineHead(64)
+    head.grow(500)
+    weight = head.weight().detach()
+    assert 0.124 < float(weight.abs().max()) <= 1 / 8
+    assert float(weight.var()) == pytest.approx(1 / (3 * 64), rel=0.02)
+    torch.testing.assert_close(head(8 * weight[:1])[0, 0], torch.tensor(16.0))  # the scale
+
+
 def test_cosine_logits_do_not_depend_on_lengths():
     head = CosineHead(4, scale=10.0).double()
     head.grow(3)

@@ -86,6 +86,14 @@ def test_views_are_images_drawn_once_for_a_batch():
     assert len(random_view(images[:0], Draw(0, 3, 3, 6))) == 0
 
 
+def test_the_noise_of_a_view_is_normal_with_its_deviation():
+    grey = torch.full((4, 3, 32, 32), 0.4)
+    noise = random_view(grey, Draw.of(4, 5)).double()
+    noise = noise - noise.mean((0, 2, 3), keepdim=True)  # colours change by the same amount everywhere
+    assert float(noise.std()) == pytest.approx(0.005, rel=0.03)
+    assert float((noise.abs() < 0.005).double().mean()) == pytest.approx(0.6827, abs=0.02)
+
+
 PLAIN = View(blur=1e-3)
 
 

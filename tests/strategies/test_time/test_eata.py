@@ -48,6 +48,7 @@ def test_the_loss_is_the_weighted_entropy_and_weights_take_no_gradient():
     (expected,) = torch.autograd.grad((weights * entropy(logits))[kept].sum(), logits)
     torch.testing.assert_close(gradient, expected)
     assert torch.equal(gradient[~kept], torch.zeros(3, 4, dtype=torch.float64))
+    torch.testing.assert_close(weighted_entropy(logits, kept, most_entropy=math.inf), values[kept].sum())
 
 
 def test_without_filters_weights_and_penalty_it_is_tent():

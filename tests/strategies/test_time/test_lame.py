@@ -58,6 +58,16 @@ def test_affinities_are_their_formulas():
     assert affinities(h[:3], "knn", 5).sum(1).tolist() == [2.0, 2.0, 2.0]
 
 
+def test_certain_predictions_and_equal_features_are_finite():
+    q = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]], dtype=torch.float64)
+    same = torch.ones(3, 4, dtype=torch.float64)
+    weights = affinities(same, "rbf", 2)
+    torch.testing.assert_close(weights, torch.ones(3, 3, dtype=torch.float64))
+    z = laplacian_step(q, q, torch.zeros(3, 3, dtype=torch.float64))
+    torch.testing.assert_close(z, q, rtol=0, atol=1e-9)
+    torch.testing.assert_close(laplacian_objective(z, q, weights), -(z.sum(0).square().sum()) / 2, rtol=0, atol=1e-6)
+
+
 def test_neighbours_agree():
     """Two groups; in each, one sample is taken for the other group's class, and is outvoted."""
     features = torch.cat([normal(5, 8) * 0.1 + 1, normal(5, 8, seed=1) * 0.1 - 1])
