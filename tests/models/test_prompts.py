@@ -288,3 +288,52 @@ def test_a_state_with_fewer_groups_drops_the_others():
 def test_options_out_of_range_are_errors(make, words):
     with pytest.raises(ValueError, match=words):
         make(tiny_vit())
+
+
+def test_prompts_and_keys_of_a_pool_are_uniform_and_its_defaults_are_small():
+    torch.manual_seed(0)
+    pool = PromptPool(tiny_vit(), size=50, length=20, low=-0.5, high=1.0)
+    for values in (pool.prompts.detach(), pool.keys.detach()):
+        assert -0.5 <= values.min() < -0.49
+        assert 0.99 < values.max() < 1.0
+        assert float(values.mean()) == pytest.approx(0.25, abs=0.06)
+        assert float(values.var()) == pytest.approx(1.5**2 / 12, rel=0.1)
+    plain = PromptPool(tiny_vit())  # U(0, 0.01)
+    assert plain.prompts.shape == (10, 10, 24)
+    assert 0 <= plain.prompts.min() < 1e-4
+    assert 0.0099 < plain.prompts.max() <= 0.01
+    assert plain.select(normal(3, 24).float()).shape == (3, 4)
+
+
+def test_selections_are_counted_in_training_passes_only():
+    pool = PromptPool(tiny_vit(), size=6, top_k=2, low=-1.0, high=1.0)
+    query = normal(30, 24).float()
+    votes = pool.votes(query)
+    assert int(votes.sum()) == 60
+    pool.train()
+    for _ in range(2):
+        pool.answer(query)
+    assert torch.equal(pool.selections, 2 * votes)
+    pool.eval().answer(query)
+    with torch.no_grad():
+        pool.train().answer(query)
+    assert torch.equal(pool.selections, 2 * votes)
+    pool.choice = torch.tensor([4, 1])
+    pool.answer(query)
+    assert torch.equal(pool.selections - 2 * votes, torch.tensor([0, 30, 0, 0, 30, 0]))
+
+
+def test_directions_of_new_rows_are_random_also_where_the_space_is_full():
+    torch.manual_seed(0)
+    row = orthonormal_rows(torch.zeros(0, 400), 1)[0]
+    assert abs(float(row.mean())) < 4 / 400  # 20 standard deviations would be all of one sign
+    for old in (torch.eye(5), torch.ones(7, 5)):
+        torch.manual_seed(1)
+        found = orthonormal_rows(old, 3)
+        torch.manual_seed(1)
+        torch.testing.assert_close(found, F.normalize(torch.randn(3, 5, dtype=torch.float64)).float())
+
+
+def test_weights_of_a_query_of_0_are_0():
+    weights = component_weights(torch.zeros(2, 4), torch.ones(3, 4), torch.ones(3, 4))
+    assert torch.equal(weights, torch.zeros(2, 3))

@@ -40,6 +40,12 @@ def test_the_scale_of_the_logits_does_not_change_the_loss():
     torch.testing.assert_close(losses[2], losses[1], rtol=1e-4, atol=0)
 
 
+def test_the_norm_is_bounded_below_and_the_default_temperature_is_a_tenth():
+    logits = torch.tensor([[1e-7, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    expected = torch.tensor([[1e-7 / (1.5e-7) / 0.1, 0.0], [0.0, 0.0]], dtype=torch.float64)  # norms 2e-7 and 1e-7
+    torch.testing.assert_close(normalised_logits(logits, [1, 1]), expected)
+
+
 def test_means_of_older_classes_are_pulled_further():
     tasks = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 0], [0, 1, 0, 1]], dtype=torch.bool)
     torch.testing.assert_close(mean_scales(tasks), torch.tensor([0.9 + 0.1 / 3, 1.0, 0.9 + 0.2 / 3, 1.0]))
