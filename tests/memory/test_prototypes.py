@@ -43,6 +43,16 @@ def test_covariance_of_float32_features_far_from_the_origin_keeps_its_digits():
     torch.testing.assert_close(covariance[0], features.double().T.cov(), rtol=1e-9, atol=0)
 
 
+def test_the_covariance_of_two_rows_is_half_the_square_of_their_difference_and_of_one_is_0():
+    features = normal(3, 4)
+    counts, means, covariances = class_statistics(features, torch.tensor([0, 2, 0]), 3)
+    gap = features[0] - features[2]
+    assert counts.tolist() == [2, 0, 1]
+    torch.testing.assert_close(means, torch.stack([features[[0, 2]].mean(0), torch.zeros(4).double(), features[1]]))
+    torch.testing.assert_close(covariances[0], torch.outer(gap, gap) / 2)
+    assert (covariances[1:] == 0).all()
+
+
 def test_class_means_come_in_the_features_type_but_at_least_float32():
     labels = torch.zeros(3, dtype=torch.int64)
     for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
@@ -184,6 +194,8 @@ def test_rescaled_distances_follow_the_definition_and_ignore_the_unit():
     torch.testing.assert_close(drift, weight @ (new - old))
     scaled = kernel_drift(10 * old, 10 * new, 10 * prototypes, 0.2, rescale=True)
     torch.testing.assert_close(scaled, 10 * drift)
+    small = kernel_drift(1e-3 * old, 1e-3 * new, 1e-3 * prototypes, 0.2, rescale=True)  # all distances are below 1
+    torch.testing.assert_close(small, 1e-3 * drift)
     alone = kernel_drift(old[:1], new[:1], prototypes[:1], 0.2, rescale=True)  # all distances are the same
     torch.testing.assert_close(alone, (new - old)[:1])
 
