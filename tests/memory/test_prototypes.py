@@ -70,6 +70,14 @@ def test_updates_in_parts_give_the_statistics_of_the_whole():
     assert store.counts.tolist() == whole.counts.tolist()
 
 
+def test_rows_that_come_one_by_one_have_the_covariance_of_all():
+    features, store = normal(3, 2), Prototypes(2, covariance=True).double()
+    for count in range(1, 4):
+        store.update(features[count - 1 : count], torch.tensor([0]), num_classes=1)
+        expected = features[:count].T.cov() if count > 1 else torch.zeros(2, 2).double()
+        torch.testing.assert_close(store.covariances[0], expected)
+
+
 def test_replacing_forgets_the_classes_at_hand_and_no_others():
     store = Prototypes(2, covariance=True).double()
     store.update(normal(20, 2), torch.arange(20) % 2, num_classes=2)

@@ -67,6 +67,19 @@ def test_in_train_mode_it_is_what_it_was_to_the_bit():
         assert torch.equal(value, made.state_dict()[name])
 
 
+@pytest.mark.parametrize("statistics", ["train", "batch", "mix", "collect"])
+def test_sums_over_processes_are_the_same_as_the_plain_layer(monkeypatch, statistics):
+    x, made = normal(5, 3, 4, 4, seed=5), [AdaptiveBatchNorm.of(layer()) for _ in range(2)]
+    for one in made:
+        one.train(statistics == "train")
+        set_statistics(one, "batch" if statistics == "train" else statistics, share=0.4, rate=0.3)
+    plain = made[0](x)
+    monkeypatch.setattr("cl_lightning.models.normalization.is_distributed", lambda: True)
+    torch.testing.assert_close(made[1](x), plain)
+    for name, value in made[0].state_dict().items():
+        torch.testing.assert_close(made[1].state_dict()[name], value)
+
+
 def test_a_single_value_takes_the_statistics_of_the_source():
     norm, x = layer(0), normal(1, 3)
     made = AdaptiveBatchNorm.of(norm).eval()
