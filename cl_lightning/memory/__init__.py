@@ -6,7 +6,9 @@ from cl_lightning.memory.class_statistics import (
     Metric,
     class_means,
     class_statistics,
+    dense_columns,
     nearest_mean_scores,
+    squared_distances,
 )
 from cl_lightning.memory.consolidation import Consolidation
 from cl_lightning.memory.drift import calibrate_new, calibrated, kernel_drift
@@ -62,6 +64,7 @@ __all__ = [
     "check_replay",
     "class_means",
     "class_statistics",
+    "dense_columns",
     "fisher_diagonal",
     "group_ids",
     "herding_indices",
@@ -73,5 +76,6 @@ __all__ = [
     "output_norm",
     "rank_in_group",
     "restore_shapes",
+    "squared_distances",
     "valid_columns",
 ]

@@ -87,8 +87,40 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int, *, reduce: b
     return means.to(torch.promote_types(features.dtype, torch.float32))
 
 
-def _squared_distances(rows: Tensor, columns: Tensor, metric: Tensor | None = None) -> Tensor:
-    """``(r - c)^T M (r - c)`` of all pairs, ``(n, m)``, by one matrix product; M symmetric, by default the identity."""
+def dense_columns(labels: Tensor, num_classes: int, *, reduce: bool = True) -> tuple[Tensor, Tensor]:
+    """Columns that occur in labels, and the labels as places in the list of these columns.
+
+    For columns ``[5, 2, -1, 5]`` these are ``[2, 5]`` and ``[1, 0, -1, 1]``.
+
+    Args:
+        labels: Columns, int64 ``(n,)``; -1 for unlabelled rows.
+        num_classes: C.
+        reduce: Whether ``labels`` is this process's share of the rows. A column then counts if it occurs on any
+            process, and the list is the same on all of them.
+
+    Returns:
+        Columns in ascending order, int64 ``(m,)``, and places, int64 ``(n,)``, -1 for -1.
+    """
+    present = labels[labels >= 0].bincount(minlength=num_classes)
+    columns = (all_sum(present) if reduce else present).nonzero().squeeze(1)
+    place = torch.full((num_classes + 1,), -1, device=labels.device)  # the last entry is for label -1
+    place[columns] = torch.arange(len(columns), device=labels.device)
+    return columns, place[labels]
+
+
+def squared_distances(rows: Tensor, columns: Tensor, metric: Tensor | None = None) -> Tensor:
+    """``(r - c)^T M (r - c)`` of all pairs, by one matrix product.
+
+    The difference of large products rounds: give points near the origin, or float64.
+
+    Args:
+        rows: r, ``(n, d)``.
+        columns: c, ``(m, d)``.
+        metric: M, symmetric, ``(d, d)``; None for the identity.
+
+    Returns:
+        ``(n, m)``, at least 0.
+    """
     mapped = columns if metric is None else columns @ metric
     own = rows if metric is None else rows @ metric
     distances = (own * rows).sum(dim=1)[:, None] - 2 * rows @ mapped.T + (mapped * columns).sum(dim=1)
@@ -117,7 +149,7 @@ def nearest_mean_scores(
     def score(block: Tensor) -> Tensor:
         if metric == "cosine":
             return F.normalize(block, dim=1) @ F.normalize(means, dim=1).T
-        return -_squared_distances(block - origin, means - origin)
+        return -squared_distances(block - origin, means - origin)
 
     with torch.autocast(features.device.type, enabled=False):
         return torch.cat([score(block.to(dtype)) for block in torch.split(features, block_size)])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_lightning.memory.class_statistics import _squared_distances
+from cl_lightning.memory.class_statistics import squared_distances
 from cl_lightning.memory.prototypes import Prototypes
 
 
@@ -58,7 +58,7 @@ def kernel_drift(
         metric = metric.double()
 
     def distances(block: Tensor) -> Tensor:
-        return _squared_distances(centred, block.double() - origin, metric)  # (c, b)
+        return squared_distances(centred, block.double() - origin, metric)  # (c, b)
 
     nearest = centred.new_full((len(centred),), torch.inf)
     farthest = centred.new_zeros(())

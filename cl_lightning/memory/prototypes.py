@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from cl_lightning.checks import at_least
-from cl_lightning.distributed import all_sum
 from cl_lightning.losses import full_precision
-from cl_lightning.memory.class_statistics import Metric, class_statistics, nearest_mean_scores
+from cl_lightning.memory.class_statistics import Metric, class_statistics, dense_columns, nearest_mean_scores
 from cl_lightning.memory.growing import GrowingBuffers
 from cl_lightning.models import LinearHead
 
@@ -90,11 +89,8 @@ class Prototypes(GrowingBuffers):
             reduce: Whether ``features`` is this process's share; False if each process gives all features.
         """
         self.grow(len(self) if num_classes is None else num_classes)
-        present = labels[labels >= 0].bincount(minlength=len(self))
-        columns = (all_sum(present) if reduce else present).nonzero().squeeze(1)
-        place = torch.full((len(self) + 1,), -1, device=labels.device)  # the last entry is for label -1
-        place[columns] = torch.arange(len(columns), device=labels.device)
-        fresh = class_statistics(features, place[labels], len(columns), covariance=self.covariance, reduce=reduce)
+        columns, places = dense_columns(labels, len(self), reduce=reduce)
+        fresh = class_statistics(features, places, len(columns), covariance=self.covariance, reduce=reduce)
 
         # Pooling of two samples (Chan, Golub & LeVeque 1979), with n of them old and m new.
         n = self.counts[columns].double() * (not replace)

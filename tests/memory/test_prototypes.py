@@ -12,8 +12,10 @@ from cl_lightning.memory import (
     Prototypes,
     class_means,
     class_statistics,
+    dense_columns,
     kernel_drift,
     nearest_mean_scores,
+    squared_distances,
 )
 
 
@@ -118,6 +120,25 @@ def test_a_store_without_features_of_its_size_refuses_to_load():
         Prototypes(2).load_state_dict(Prototypes(3).state_dict())
     with pytest.raises(ValueError, match="num_features is 0"):
         Prototypes(0)
+
+
+def test_distances_of_all_pairs_are_those_of_a_plain_loop():
+    rows, columns, root = normal(7, 4), normal(3, 4, seed=1), normal(4, 4, seed=2)
+    metric = root @ root.T
+    found, plain = squared_distances(rows, columns, metric), squared_distances(rows, columns)
+    for i in range(7):
+        for j in range(3):
+            gap = rows[i] - columns[j]
+            torch.testing.assert_close(found[i, j], gap @ metric @ gap)
+            torch.testing.assert_close(plain[i, j], gap @ gap)
+
+
+def test_columns_that_occur_are_listed_and_labels_are_their_places():
+    columns, places = dense_columns(torch.tensor([5, 2, -1, 5]), 8)
+    assert columns.tolist() == [2, 5]
+    assert places.tolist() == [1, 0, -1, 1]
+    columns, places = dense_columns(torch.tensor([-1]), 2, reduce=False)
+    assert (columns.tolist(), places.tolist()) == ([], [-1])
 
 
 @pytest.mark.parametrize("block_size", [1000, 3])
