@@ -65,8 +65,8 @@ ROOMS = (
     Room(
         "memory",
         "samples, prototypes, networks and importances kept from earlier tasks",
-        "replay, herding, prototypes, class_statistics, drift, teacher, importance, paths, sensitivity, consolidation, "
-        "owners, input_spaces, growing, accounting",
+        "replay, herding, prototypes, class_statistics, drift, teacher, importance, paths, sensitivity, "
+        "consolidation, owners, input_spaces, growing, accounting, mean_covariance",
     ),
     Room(
         "models",

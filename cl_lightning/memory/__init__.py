@@ -18,6 +18,8 @@ from cl_lightning.memory.importance import Importance, NamedBuffers
 from cl_lightning.memory.input_spaces import InputSpaces, input_grams, linear_maps
 from cl_lightning.memory.owners import FREE, Held, Owners
 from cl_lightning.memory.paths import PathIntegral, RiemannianWalk
+from cl_lightning.memory.importance import Importance, NamedBuffers, PathIntegral
+from cl_lightning.memory.mean_covariance import MeanCovariance
 from cl_lightning.memory.prototypes import GaussianPrototypes, PrototypeHead, Prototypes
 from cl_lightning.memory.replay import (
     ClassBalanced,
@@ -46,6 +48,7 @@ __all__ = [
     "Importance",
     "InputSpaces",
     "KeepsBytes",
+    "MeanCovariance",
     "Memory",
     "Metric",
     "NamedBuffers",
