@@ -287,22 +287,30 @@ class LDAHead(ClosedFormHead):
         self.sums += all_sum(sums)
         self.second += all_sum(second)
 
+    def means(self) -> Tensor:
+        """mu, float64 ``(C, d)``; 0 for classes without samples."""
+        return self.sums / self.counts.clamp(min=1)[:, None]
+
+    def scatter(self) -> Tensor:
+        """Sum of squared distances to the common mean or to the class means, float64 ``(d, d)``."""
+        if self.covariance == "total":
+            centre = self.sums.sum(dim=0)
+            scatter = self.second - centre[:, None] * centre / self.counts.sum().clamp(min=1)
+        else:
+            scatter = self.second - self.means().T @ self.sums
+        return (scatter + scatter.T) / 2
+
     def shared_covariance(self) -> Tensor:
         """Sigma, float64 ``(d, d)``."""
         total, classes = self.counts.sum().clamp(min=1), (self.counts > 0).sum()
-        if self.covariance == "total":
-            centre = self.sums.sum(dim=0)
-            scatter, freedom = self.second - centre[:, None] * centre / total, total - 1
-        else:
-            means = self.sums / self.counts.clamp(min=1)[:, None]
-            scatter, freedom = self.second - means.T @ self.sums, total - classes
-        spread = (scatter + scatter.T) / (2 * freedom.clamp(min=1))
+        freedom = total - 1 if self.covariance == "total" else total - classes
+        spread = self.scatter() / freedom.clamp(min=1)
         mean_variance = spread.diagonal().mean()
         identity = torch.eye(self.num_features, dtype=spread.dtype, device=spread.device)
         return (1 - self.shrinkage) * spread + (self.shrinkage * mean_variance + self.ridge) * identity
 
     def solution(self) -> tuple[Tensor, Tensor]:
-        weight, bias = gaussian_classifier(self.sums / self.counts.clamp(min=1)[:, None], self.shared_covariance())
+        weight, bias = gaussian_classifier(self.means(), self.shared_covariance())
         if self.priors == "counts":
             bias = bias + (self.counts.clamp(min=1) / self.counts.sum().clamp(min=1)).log()
         return weight, bias
