@@ -18,6 +18,8 @@ from cl_lightning.distributed import all_sum, rank, world_size
 from cl_lightning.models.heads import Head
 
 Activation = Literal["relu", "tanh", "identity"]
+Targets = Callable[[Tensor, Tensor], Tensor]
+"""Targets of a regression, float64 ``(n, C)``, of features ``(n, d)`` and columns ``(n,)``."""
 _ROWS = 2048  # samples whose expanded features are in memory at a time
 _CHUNK = 256  # samples of one recursive update, which solves a system of _CHUNK equations
 _HELD_OUT = 0x41D6E  # salt
@@ -193,16 +195,18 @@ class ClosedFormHead(Head):
         scores = features.new_zeros(len(features), 0, dtype=torch.promote_types(features.dtype, torch.float32))
         if not self.blocks:
             return scores
-        bias = torch.cat([cast(Tensor, block.bias) for block in self.blocks])
         with torch.autocast(features.device.type, enabled=False):
-            solved = F.linear(self.expand(features), self.weight(), bias)
+            solved = self.linear(features)
         return solved.to(scores.dtype).masked_fill(self.counts == 0, -torch.inf)
+
+    def linear(self, features: Tensor) -> Tensor:
+        """The linear map of features ``(n, d)``, float64 ``(n, C)``; 0 for classes without samples."""
+        bias = torch.cat([cast(Tensor, block.bias) for block in self.blocks])
+        return F.linear(self.expand(features), self.weight(), bias)
 
     @torch.no_grad()
     def fit_features(self, features: Tensor, labels: Tensor) -> None:
-        features, labels = features[labels >= 0], labels[labels >= 0]
-        counts = labels.bincount(minlength=len(self.counts))
-        self.counts += counts if self.needs_all_rows else all_sum(counts)
+        features, labels = self._counted(features, labels)
         self.add(features, labels)
         self._place(*self.solution())
 
@@ -213,6 +217,13 @@ class ClosedFormHead(Head):
     def one_hot(self, labels: Tensor) -> Tensor:
         """One-hot targets ``(n, C)``, float64, of labels ``(n,)``."""
         return F.one_hot(labels, len(self.counts)).double()
+
+    def _counted(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows that have a label, after they are added to ``counts``."""
+        features, labels = features[labels >= 0], labels[labels >= 0]
+        counts = labels.bincount(minlength=len(self.counts))
+        self.counts += counts if self.needs_all_rows else all_sum(counts)
+        return features, labels
 
     def _place(self, weight: Tensor, bias: Tensor | None) -> None:
         sizes = self.block_sizes()
@@ -404,11 +415,25 @@ class RidgeHead(ClosedFormHead):
             return projected
         return projected.relu() if self.activation == "relu" else projected.tanh()
 
-    def add(self, features: Tensor, labels: Tensor) -> None:
+    @torch.no_grad()
+    def fit_targets(self, features: Tensor, labels: Tensor, targets: Targets) -> None:
+        """Fit the head as :meth:`fit_features` does, to other targets than one-hot labels.
+
+        Args:
+            features: ``(n, d)``.
+            labels: Columns, int64 ``(n,)``; rows with label -1 are left out.
+            targets: Returns the targets, float64 ``(m, C)``, of some of the features, ``(m, d)``, and of their labels.
+        """
+        features, labels = self._counted(features, labels)
+        self.add(features, labels, targets)
+        self._place(*self.solution())
+
+    def add(self, features: Tensor, labels: Tensor, targets: Targets | None = None) -> None:
+        targets = targets or (lambda _, columns: self.one_hot(columns))
         if self.backend == "recursive":
-            self._update(features, labels)
+            self._update(features, labels, targets)
             return
-        self._choose(features, labels)
+        self._choose(features, labels, targets)
         width, columns = self.num_inputs, len(self.counts)
         if not len(self.gram):
             self.gram, self.cross = self.gram.new_zeros(width, width), self.cross.new_zeros(width, 0)
@@ -416,9 +441,9 @@ class RidgeHead(ClosedFormHead):
         gram, cross = torch.zeros_like(self.gram), torch.zeros_like(self.cross)
         if self.needs_all_rows:  # every process has all rows and sums its share
             features, labels = features[rank() :: world_size()], labels[rank() :: world_size()]
-        for inputs, targets in self._rows(features, labels, _ROWS):
+        for inputs, wanted in self._rows(features, labels, targets, _ROWS):
             gram += inputs.T @ inputs
-            cross += inputs.T @ targets
+            cross += inputs.T @ wanted
         self.gram += all_sum(gram)
         self.cross += all_sum(cross)
 
@@ -429,21 +454,21 @@ class RidgeHead(ClosedFormHead):
         shifted.diagonal().add_(self.chosen)
         return solve_positive(shifted, self.cross).T, None
 
-    def _rows(self, features: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _rows(self, features: Tensor, labels: Tensor, targets: Targets, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for rows, part in zip(torch.split(features, size), torch.split(labels, size), strict=True):
-            yield self.expand(rows), self.one_hot(part)
+            yield self.expand(rows), targets(rows, part)
 
-    def _update(self, features: Tensor, labels: Tensor) -> None:
+    def _update(self, features: Tensor, labels: Tensor, targets: Targets) -> None:
         self.chosen.fill_(self.ridges[0])
         if not len(self.inverse):
             identity = torch.eye(self.num_inputs, dtype=torch.float64, device=features.device)
             self.inverse = identity / self.ridges[0]
         weight = self.weight().T
-        for inputs, targets in self._rows(features, labels, _CHUNK):
-            self.inverse, weight = recursive_ridge(self.inverse, weight, inputs, targets)
+        for inputs, wanted in self._rows(features, labels, targets, _CHUNK):
+            self.inverse, weight = recursive_ridge(self.inverse, weight, inputs, wanted)
         self._place(weight.T, None)
 
-    def _choose(self, features: Tensor, labels: Tensor) -> None:
+    def _choose(self, features: Tensor, labels: Tensor, targets: Targets) -> None:
         """Set ``chosen``: a task with fewer than 5 samples keeps the previous ridge, the first one the median ridge."""
         if len(self.ridges) == 1 or (len(labels) < 5 and not self.chosen):
             self.chosen.fill_(sorted(self.ridges)[len(self.ridges) // 2])
@@ -451,7 +476,6 @@ class RidgeHead(ClosedFormHead):
             generator = torch.Generator().manual_seed(mix(_HELD_OUT, int(self.counts.sum())))
             held_out = torch.zeros(len(labels), dtype=torch.bool)
             held_out[torch.randperm(len(labels), generator=generator)[: len(labels) // 5]] = True
-            targets = self.one_hot(labels)
-            self.chosen.fill_(
-                validated_ridge(self.expand, features, targets, held_out.to(features.device), self.ridges)
-            )
+            held_out = held_out.to(features.device)
+            wanted = targets(features, labels)
+            self.chosen.fill_(validated_ridge(self.expand, features, wanted, held_out, self.ridges))
