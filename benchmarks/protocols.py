@@ -138,6 +138,7 @@ METHODS = {
     "SI": Method("finetune_si"),
     "SDC": Method("sdc"),
     "PASS": Method("pass", online=False),
+    "SSRE": Method("ssre", online=False),
     "EFC": Method("efc", online=False),
     "EFC++": Method("efc_pp", online=False),
     "FeTrIL": Method("fetril", online=False),

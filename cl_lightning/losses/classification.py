@@ -34,10 +34,12 @@ def masked_logits(logits: Tensor, loss_classes: Tensor) -> Tensor:
     return logits.masked_fill(~loss_classes, -torch.inf)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, weights: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of softmax(z), mean over the labelled rows, in nats.
 
-        L = 1/n sum_i [ -(1 - s) log p_i,y_i - s / V_i sum_{c in loss classes} log p_ic ]
+        L = 1/n sum_i w_i [ -(1 - s) log p_i,y_i - s / V_i sum_{c in loss classes} log p_ic ]
 
     The smoothing is spread over the V_i classes with a finite logit, so it can be combined with :func:`masked_logits`.
 
@@ -45,18 +47,24 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
         logits: ``(B, C)``; -inf excludes a class.
         labels: Columns, int64 ``(B,)``; rows with -1 are ignored. Without any labelled row, loss and gradient are 0.
         label_smoothing: s, in [0, 1).
+        weights: w, a factor for each row, without gradient, ``(B,)``; None for 1. The sum is divided by the number n of
+            labelled rows, not by the sum of the weights.
 
     Returns:
         A scalar.
     """
     labelled = labels >= 0
     log_p = F.log_softmax(full_precision(logits), dim=1)
-    loss = F.nll_loss(log_p, labels, ignore_index=-1, reduction="sum")
+    loss = _weighted_sum(F.nll_loss(log_p, labels, ignore_index=-1, reduction="none"), weights)
     if label_smoothing:
         hidden = logits == -torch.inf
         uniform = -log_p.masked_fill(hidden, 0.0).sum(dim=1) / (~hidden).sum(dim=1)
-        loss = (1 - label_smoothing) * loss + label_smoothing * uniform.where(labelled, 0.0).sum()
+        loss = (1 - label_smoothing) * loss + label_smoothing * _weighted_sum(uniform.where(labelled, 0.0), weights)
     return loss / labelled.sum().clamp(min=1)
+
+
+def _weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values.sum() if weights is None else (weights.detach().to(values.dtype) * values).sum()
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -58,6 +58,13 @@ class Prototypes(GrowingBuffers):
         """Whether a class has samples, bool ``(C,)``."""
         return self.counts > 0
 
+    def known_columns(self) -> Tensor:
+        """Columns of the classes with samples, int64, on the CPU; synchronises with the device.
+
+        On the CPU, so that a step that draws some of these classes does not synchronise.
+        """
+        return self.known.nonzero().squeeze(1).cpu()
+
     def grow(self, num_classes: int) -> None:
         """Append rows of zeros up to ``num_classes`` classes in all; the present rows are unchanged."""
         missing = num_classes - len(self)

@@ -33,6 +33,7 @@ from cl_lightning.models.peft.adapter import Adapter
 from cl_lightning.models.peft.backbone import AdaptedBackbone, PeftPair
 from cl_lightning.models.peft.base import Peft, PeftFactory, Site, WholeModel, blocks_of, layers_of
 from cl_lightning.models.peft.lora import LoRA
+from cl_lightning.models.peft.parallel import ParallelAdapters
 from cl_lightning.models.peft.scale_shift import SSF, FiLM
 from cl_lightning.models.peft.tokens import VPT, Prefix, PrefixSite, PromptSite
 from cl_lightning.models.prompts import (
@@ -71,6 +72,7 @@ __all__ = [
     "Network",
     "Output",
     "PadShortcut",
+    "ParallelAdapters",
     "Peft",
     "PeftFactory",
     "PeftPair",

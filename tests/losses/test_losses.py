@@ -41,6 +41,16 @@ def test_cross_entropy_is_the_mean_over_the_labelled_rows():
     torch.testing.assert_close(cross_entropy(logits, labels), F.cross_entropy(logits[[0, 2, 4]], labels[[0, 2, 4]]))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_weights_of_rows_are_factors_without_gradient(smoothing: float):
+    logits, labels = normal(4, 3), torch.tensor([0, 2, -1, 1])
+    weights = torch.tensor([0.5, 0.0, 7.0, 2.0], dtype=torch.float64, requires_grad=True)
+    loss = cross_entropy(logits, labels, label_smoothing=smoothing, weights=weights)
+    rows = F.cross_entropy(logits[[0, 1, 3]], labels[[0, 1, 3]], reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(loss, (0.5 * rows[0] + 2 * rows[2]) / 3)
+    assert not loss.requires_grad
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_without_a_labelled_row_loss_and_gradient_are_zero(smoothing: float):
     logits = normal(4, 3, requires_grad=True)

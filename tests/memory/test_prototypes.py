@@ -91,6 +91,7 @@ def test_replacing_forgets_the_classes_at_hand_and_no_others():
     torch.testing.assert_close(store.covariances[1], fresh.T.cov())
     assert store.counts.tolist() == [10, 6, 0]
     assert store.known.tolist() == [True, True, False]
+    assert store.known_columns().tolist() == [0, 1]
 
 
 def test_growing_keeps_what_is_there():

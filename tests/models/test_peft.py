@@ -9,7 +9,21 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from cl_lightning.models import MLP, SSF, VPT, AdaptedBackbone, Adapter, FiLM, LoRA, PeftPair, Prefix, Timm, WholeModel
+from cl_lightning.models import (
+    MLP,
+    SSF,
+    VPT,
+    AdaptedBackbone,
+    Adapter,
+    FiLM,
+    LoRA,
+    ParallelAdapters,
+    PeftPair,
+    Prefix,
+    SlimResNet18,
+    Timm,
+    WholeModel,
+)
 
 SILENT = {  # at the beginning nothing changes
     "lora": LoRA,
@@ -18,6 +32,7 @@ SILENT = {  # at the beginning nothing changes
     "adapter beside attention": partial(Adapter, place="attention", activation="gelu", learn_scale=True, blocks=[-1]),
     "adapter in a row": partial(Adapter, place="sequential"),
     "film": FiLM,
+    "parallel": ParallelAdapters,
     "ssf without spread": partial(SSF, spread=0.0),
 }
 LOUD = {
@@ -30,7 +45,7 @@ LOUD = {
     "prefix of lae": partial(Prefix, low=0.0, high=0.01, compensate=True, learn_scale=True),
 }
 ALL = SILENT | LOUD
-MERGED = {"lora", "lora of keys and values", "ssf", "film", "ssf without spread"}
+MERGED = {"lora", "lora of keys and values", "ssf", "film", "parallel", "ssf without spread"}
 
 
 @pytest.fixture
@@ -415,6 +430,58 @@ def test_a_vit_from_a_file_takes_them_all(shared_data):
             assert torch.equal(net(images), before) == (name in SILENT)
             peft.remove()
         assert torch.equal(net(images), before)
+
+
+def test_folded_parallel_adapters_are_in_the_weights_and_start_again_from_zero(images):
+    net = SlimResNet18((3, 8, 8), width=2).double().eval()
+    plain = copy.deepcopy(net)
+    peft = disturbed(ParallelAdapters, net)
+    before = net(images)
+    assert (before - plain(images)).abs().max() > 0.1
+    peft.fold()
+    torch.testing.assert_close(net(images), before, rtol=1e-12, atol=1e-12)
+    assert not any(value.any() for value in peft.parameters())
+    kernel = net.layer2[0].conv1.weight - plain.layer2[0].conv1.weight  # of stride 2
+    assert kernel[:, :, 1, 1].abs().min() > 0
+    kernel[:, :, 1, 1] = 0
+    assert not kernel.any()
+    assert torch.equal(net.layer2[0].downsample[0].weight, plain.layer2[0].downsample[0].weight)  # of size 1
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2),
+        nn.Conv2d(4, 6, (3, 1), padding=(1, 0)),
+        nn.Conv2d(4, 6, 5, padding=4, dilation=2, bias=False),
+        nn.Linear(4, 6),
+    ],
+)
+def test_a_parallel_adapter_is_added_to_the_output_of_its_layer(host):
+    host = copy.deepcopy(host).double()
+    inputs = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    if isinstance(host, nn.Linear):
+        inputs = inputs[:, :, 0, 0]
+    before = host(inputs)
+    peft = disturbed(ParallelAdapters, host)
+    [site] = peft.sites
+    pixels = inputs[:, :, :: host.stride[0], :: host.stride[1]] if inputs.ndim == 4 else inputs
+    groups = getattr(host, "groups", 1)
+    blocks = zip(pixels.chunk(groups, 1), site.weight.chunk(groups), strict=True)
+    change = torch.cat([torch.einsum("bi...,oi->bo...", part, weight) for part, weight in blocks], 1)
+    if host.bias is not None:
+        change = change + site.bias.view(-1, *[1] * (inputs.ndim - 2))
+    after = host(inputs)
+    torch.testing.assert_close(after, before + change)
+    peft.merge()
+    torch.testing.assert_close(host(inputs), after)
+
+
+def test_layers_whose_windows_have_no_centre_get_no_parallel_adapter():
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 4, padding=2), nn.Conv2d(3, 3, 3, 1, 1))
+    assert [site.host[0] for site in ParallelAdapters(net).sites] == [net[3]]
+    with pytest.raises(ValueError, match="give other targets"):
+        ParallelAdapters(net[:3])
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ class EFC(ContinualStrategy):
 
     def begin_phase(self, phase: Phase, origin: int, sources: Sequence[AddsLosses] = ()) -> None:
         super().begin_phase(phase, origin, sources)
-        old = self.gaussians.known.nonzero().squeeze(1).tolist()
+        old = self.gaussians.known_columns().tolist()
         # On the CPU, so that the number of images of a step is known without a synchronisation.
         self._candidates = torch.tensor([*old, *(column for column in self.task.columns if column not in old)])
         self._num_old = len(old)

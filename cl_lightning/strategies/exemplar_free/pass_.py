@@ -105,7 +105,7 @@ class PASS(ContinualStrategy):
 
     def begin_phase(self, phase: Phase, origin: int, sources: Sequence[AddsLosses] = ()) -> None:
         super().begin_phase(phase, origin, sources)
-        self._old = self.class_means.known.nonzero().squeeze(1).cpu()
+        self._old = self.class_means.known_columns()
 
     def trainable(self) -> Iterable[nn.Parameter]:
         yield from super().trainable()
