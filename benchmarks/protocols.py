@@ -139,6 +139,7 @@ METHODS = {
     "SDC": Method("sdc"),
     "PASS": Method("pass", online=False),
     "SSRE": Method("ssre", online=False),
+    "IL2A": Method("il2a", online=False),
     "EFC": Method("efc", online=False),
     "EFC++": Method("efc_pp", online=False),
     "FeTrIL": Method("fetril", online=False),

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cl_lightning.batch import Batch
+from cl_lightning.distributed import rows_norm, world_size
 from cl_lightning.losses.classification import binary_cross_entropy, full_precision, mean_over_rows
 
 NewClassTargets = Literal["lowest", "zero", "free"]
@@ -188,6 +190,35 @@ def feature_distillation(student: Tensor, teacher: Tensor, metric: Tensor | None
         return mean_over_rows(gap.square().sum(dim=1))
     with torch.autocast(gap.device.type, enabled=False):  # under autocast, matrix products run in half precision
         return mean_over_rows((gap @ metric.to(gap.dtype) * gap).sum(dim=1))
+
+
+def feature_norm_distillation(student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+    """Euclidean distance between the features of student and teacher, all rows of the batch as one vector.
+
+        L = || f(X) - g(X) ||_2 = ( sum_i || f(x_i) - g(x_i) ||^2 )^(1/2),   gradient 0 at 0
+
+    Neither squared nor divided by the batch size, so it grows with the square root of the batch size (PASS, IL2A,
+    NAPA-VQ). With several processes it is over the rows of all processes; if a batch has fewer rows than there are
+    processes, each process takes its own rows. With gradients accumulated over n batches, the norms of the batches are
+    averaged, which is smaller than the norm over all of their rows by a factor of about sqrt(n).
+
+    Args:
+        student: Features of the student, ``(n, d)``.
+        teacher: Features of the teacher, ``(n, d)``.
+        batch: The batch of the step: the strategy multiplies the loss by its weight, and the norm is divided by it.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    _same_shape("feature_norm_distillation", student, teacher)
+    gap = full_precision(student) - full_precision(teacher.detach())
+    if batch.draw.total < world_size():  # a process without rows takes no part in an exchange
+        own: Tensor = gap.norm()
+        return own
+    return rows_norm(gap) / batch.weight
 
 
 def cosine_feature_distillation(student: Tensor, teacher: Tensor) -> Tensor:

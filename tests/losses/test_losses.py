@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from support.fakes import normal
+from support.fakes import batch_of, normal
 from torch.nn import functional as F
 
 from cl_lightning.losses import (
@@ -10,6 +10,7 @@ from cl_lightning.losses import (
     cosine_feature_distillation,
     cross_entropy,
     feature_distillation,
+    feature_norm_distillation,
     lwf_mc_targets,
     masked_logits,
     sigmoid_distillation,
@@ -210,3 +211,18 @@ def test_the_mean_over_a_single_row_is_its_value():
     for rows in (student, torch.cat([teacher, student])):
         hidden = F.pad(labels, (len(rows) - 1, 0), value=-1)
         torch.testing.assert_close(cross_entropy(rows, hidden), -student.log_softmax(1)[0, 2])
+
+
+def test_the_norm_of_feature_differences_is_of_all_rows_as_one_vector_with_gradient_to_the_student():
+    student, teacher, batch = normal(3, 2, requires_grad=True), normal(3, 2, seed=1), batch_of(torch.zeros(3).long())
+    loss = feature_norm_distillation(student, teacher.requires_grad_(), batch)
+    gap = (student - teacher).detach()
+    torch.testing.assert_close(loss.detach(), sum(gap.flatten() ** 2) ** 0.5)
+    loss.backward()
+    torch.testing.assert_close(student.grad, gap / gap.norm())
+    assert teacher.grad is None
+    half = batch.replace(weight=0.5)  # the strategy multiplies by the weight
+    torch.testing.assert_close(0.5 * feature_norm_distillation(student, teacher, half), loss)
+    same = student.detach().clone().requires_grad_()
+    feature_norm_distillation(same, student, batch).backward()
+    assert torch.equal(same.grad, torch.zeros_like(same))

@@ -13,9 +13,6 @@ of the first task. The norm is of the differences of the whole batch as one vect
 batch size, so it grows with the square root of the batch size. The first task has the first term only. The prediction
 is the largest of the C logits with k = 0.
 tau -> temperature, lambda -> prototype_weight, gamma -> distill_weight.
-With several processes the norm is over the rows of all processes; if a batch has fewer rows than there are processes,
-each process takes the norm over its own rows. With accumulated gradients the norm is of each batch, which is smaller
-than the norm over all n of them by a factor of sqrt(n).
 Departs from the paper: predictions are not averaged over the rotations; the ResNet-18 has no CBAM. p_c and r are
 computed from un-augmented images, where the released code takes augmented images, whose variance is larger.
 """
@@ -30,8 +27,8 @@ from torch.nn import functional as F
 from cl_lightning.batch import ImageShape
 from cl_lightning.checks import above, at_least
 from cl_lightning.data import rotate_batch, rotation_labels
-from cl_lightning.distributed import all_sum, rows_norm, world_size
-from cl_lightning.losses import cross_entropy, full_precision
+from cl_lightning.distributed import all_sum
+from cl_lightning.losses import cross_entropy, feature_norm_distillation, full_precision
 from cl_lightning.memory import Prototypes, Teacher
 from cl_lightning.models import Head
 from cl_lightning.strategies.base import AddsLosses
@@ -125,10 +122,8 @@ class PASS(ContinualStrategy):
         augmented = self.class_means.means[old] + self.radius * noise  # p~, (B, d)
         logits = self.network.head(augmented)
         terms["prototypes"] = self.prototype_weight * self._cross_entropy(augmented, logits, old)
-        gap = output.features.float() - self.teacher(batch.images).features.float()
-        everywhere = batch.draw.total >= world_size()  # a process without rows takes no part in an exchange
-        norm = rows_norm(gap) / batch.weight if everywhere else gap.norm()  # the base class multiplies by the weight
-        terms["distill"] = self.distill_weight * norm
+        before = self.teacher(batch.images).features
+        terms["distill"] = self.distill_weight * feature_norm_distillation(output.features, before, batch)
         return terms
 
     def end_task(self, task: Task) -> None:
