@@ -140,6 +140,7 @@ METHODS = {
     "PASS": Method("pass", online=False),
     "SSRE": Method("ssre", online=False),
     "IL2A": Method("il2a", online=False),
+    "NAPA-VQ": Method("napa_vq", online=False),
     "EFC": Method("efc", online=False),
     "EFC++": Method("efc_pp", online=False),
     "FeTrIL": Method("fetril", online=False),

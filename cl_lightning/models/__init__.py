@@ -27,6 +27,7 @@ from cl_lightning.models.convnet import ConvNet
 from cl_lightning.models.expansion import ExpandableBackbone
 from cl_lightning.models.heads import CosineHead, Head, LinearHead, align_head, align_rows
 from cl_lightning.models.masks import GatedBackbone
+from cl_lightning.models.heads import CosineHead, DistanceHead, Head, LinearHead, align_head, align_rows, distances
 from cl_lightning.models.network import Network, Output, batch_norms, frozen_copy
 from cl_lightning.models.normalization import AdaptiveBatchNorm, adapt_norms, norm_parameters, set_statistics
 from cl_lightning.models.peft.adapter import Adapter
@@ -62,6 +63,7 @@ __all__ = [
     "ConvNet",
     "CosineHead",
     "DecomposedPrompts",
+    "DistanceHead",
     "ExpandableBackbone",
     "FiLM",
     "GatedBackbone",
@@ -98,6 +100,7 @@ __all__ = [
     "batch_norms",
     "blocks_of",
     "component_weights",
+    "distances",
     "frozen_copy",
     "gaussian_classifier",
     "layers_of",

@@ -204,6 +204,45 @@ def align_head(head: Head) -> None:
         new.copy_(align_rows(torch.cat(old), new))
 
 
+class _VectorBlock(nn.Module):
+    def __init__(self, num_features: int, num_new: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_new, num_features))
+
+
+def distances(features: Tensor, vectors: Tensor) -> Tensor:
+    """Euclidean distances of ``features (B, d)`` and ``vectors (C, d)``, ``(B, C)``, at least float32.
+
+    From differences, not from inner products, whose rounding is larger and depends on the number of rows.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        features = full_precision(features)
+        return torch.cdist(features, vectors.to(features.dtype), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+class DistanceHead(Head):
+    """Learnt vector of each class: logits ``-||f - w_c||``; predictions compare directions, ``-||f/|f| - w_c/|w_c|||``.
+
+    Initial vectors are standard normal (coding vectors of NAPA-VQ: Malepathirana et al., ICCV 2023, arXiv:2308.09297).
+
+    Args:
+        num_features: Size of a feature vector, d.
+    """
+
+    def new_block(self, num_new: int) -> nn.Module:
+        return _VectorBlock(self.num_features, num_new)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if not self.blocks:
+            return features.new_zeros(len(features), 0)
+        return -distances(features, self.weight())
+
+    def classify(self, features: Tensor) -> Tensor:
+        if not self.blocks:
+            return features.new_zeros(len(features), 0)
+        return -distances(F.normalize(full_precision(features), dim=1), F.normalize(self.weight(), dim=1))
+
+
 class _CosineBlock(nn.Module):
     def __init__(self, num_features: int, num_new: int) -> None:
         super().__init__()

@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import pytest
@@ -6,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cl_lightning.memory import PrototypeHead
-from cl_lightning.models import CosineHead, LinearHead, align_head, align_rows
+from cl_lightning.models import CosineHead, DistanceHead, LinearHead, align_head, align_rows
 
 
 def test_a_head_grows_by_blocks_and_its_old_parameters_stay_the_same_objects():
@@ -62,7 +63,7 @@ def test_without_classes_there_are_no_logits():
         assert head(torch.randn(2, 4)).shape == (2, 0)
 
 
-@pytest.mark.parametrize("head_class", [LinearHead, CosineHead, PrototypeHead])
+@pytest.mark.parametrize("head_class", [LinearHead, CosineHead, DistanceHead, PrototypeHead])
 def test_a_head_takes_its_shape_from_the_state_that_it_loads(head_class):
     head = head_class(4)
     head.grow(3)
@@ -174,3 +175,17 @@ def test_scores_of_predictions_are_those_of_float32_under_mixed_precision(head):
     assert torch.equal(found, expected)
     if not isinstance(made, LinearHead):  # cosines are those of float32 in training too
         assert torch.equal(logits, expected)
+
+
+def test_a_distance_head_compares_distances_in_training_and_directions_in_predictions():
+    head = DistanceHead(2).double()
+    assert head(torch.ones(3, 2)).shape == head.classify(torch.ones(3, 2)).shape == (3, 0)
+    head.grow(1)
+    head.grow(1)
+    with torch.no_grad():
+        head.blocks[0].weight.copy_(torch.tensor([[3.0, 0.0]]))
+        head.blocks[1].weight.copy_(torch.tensor([[0.0, 0.5]]))
+    features = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    torch.testing.assert_close(head(features), -torch.tensor([[4.0, math.sqrt(9 + 3.5**2)]]).double())
+    expected = -torch.tensor([[math.sqrt(2 - 2 * 0.6), math.sqrt(2 - 2 * 0.8)]]).double()
+    torch.testing.assert_close(head.classify(features), expected)  # the other class

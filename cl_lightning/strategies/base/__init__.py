@@ -1,6 +1,7 @@
 """The base class of all continual-learning methods, and its components."""
 
 from cl_lightning.strategies.base.optimizers import refuse_weight_decay
+from cl_lightning.strategies.base.optimizers import separate_group
 from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer
 from cl_lightning.strategies.base.replay import ExemplarReplay, Replay, check_loss_classes
 from cl_lightning.strategies.base.strategy import (
@@ -31,5 +32,6 @@ __all__ = [
     "check_loss_classes",
     "default_optimizer",
     "refuse_weight_decay",
+    "separate_group",
     "sum_of_zeros",
 ]

@@ -11,6 +11,22 @@ from torch import Tensor, nn
 _KEY = "lr_factor"
 
 
+def separate_group(
+    parameters: Iterable[nn.Parameter], chosen: Iterable[nn.Parameter], **options: Any
+) -> list[dict[str, Any]]:
+    """Parameter groups: the parameters that are not among ``chosen``, then the parameters that are, with options.
+
+    Args:
+        parameters: Parameters that a phase trains.
+        chosen: Parameters of the second group; those that the phase does not train are left out.
+        options: Options of the second group, such as ``weight_decay=0.0``; an optimizer ignores options of others.
+    """
+    own = {id(parameter) for parameter in chosen}
+    parameters = list(parameters)
+    others = [parameter for parameter in parameters if id(parameter) not in own]
+    return [{"params": others}, {"params": [p for p in parameters if id(p) in own], **options}]
+
+
 def with_lr_factors(
     groups: Sequence[nn.Parameter] | Sequence[dict[str, Any]],
     names: Iterable[tuple[str, nn.Parameter]],

@@ -43,6 +43,7 @@ from cl_lightning.losses import (
 )
 from cl_lightning.memory import Teacher
 from cl_lightning.models import CosineHead
+from cl_lightning.strategies.base import separate_group
 from cl_lightning.strategy import Batch, ContinualStrategy, HeadFactory, Output, Task, Traits
 
 Axis = Literal["samples", "prototypes"]
@@ -138,11 +139,9 @@ class PRD(ContinualStrategy):
         yield from self.projection.parameters()
 
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[nn.Parameter] | list[dict[str, Any]]:
-        rows = {id(parameter) for parameter in self.network.head.parameters()}
         options: dict[str, Any] = {"momentum": 0.0, "weight_decay": 0.0}
         options |= {} if self.prototype_lr is None else {"lr": self.prototype_lr}
-        others = [parameter for parameter in parameters if id(parameter) not in rows]
-        return [{"params": others}, {"params": [p for p in parameters if id(p) in rows], **options}]
+        return separate_group(parameters, self.network.head.parameters(), **options)
 
     def prepare_batch(self, batch: Batch) -> Batch:
         second = self.data.augment(batch.replace(draw=batch.draw.fork(_VIEW)))

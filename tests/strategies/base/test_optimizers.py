@@ -7,7 +7,7 @@ from support.runs import loop, plain_net
 from torch import nn
 
 from cl_lightning.models import MLP
-from cl_lightning.strategies.base.optimizers import apply_lr_factors, with_lr_factors
+from cl_lightning.strategies.base.optimizers import apply_lr_factors, separate_group, with_lr_factors
 from cl_lightning.strategies.base.schedules import StepsOverPhase
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.prd import PRD
@@ -94,3 +94,10 @@ def test_parameters_with_factor_0_are_frozen_and_the_first_pattern_that_matches_
     trained = {name for name, parameter in strategy.network.named_parameters() if parameter.requires_grad}
     assert trained == {"backbone.layers.3.weight", "head.blocks.0.weight", "head.blocks.0.bias"}
     torch.testing.assert_close(torch.tensor(watch.rates), torch.tensor([[0.05, 0.025]]))
+
+
+def test_a_separate_group_has_the_chosen_parameters_that_are_trained():
+    first, second, third = (nn.Parameter(torch.zeros(1)) for _ in range(3))
+    groups = separate_group([first, second], [second, third], weight_decay=0.5)
+    assert [[id(parameter) for parameter in group.pop("params")] for group in groups] == [[id(first)], [id(second)]]
+    assert groups == [{}, {"weight_decay": 0.5}]
