@@ -137,6 +137,7 @@ METHODS = {
     "EWC": Method("ewc", "--model.fisher_samples 2000"),
     "SI": Method("finetune_si"),
     "SDC": Method("sdc"),
+    "PLwF": Method("plwf"),
     "PASS": Method("pass", online=False),
     "SSRE": Method("ssre", online=False),
     "IL2A": Method("il2a", online=False),

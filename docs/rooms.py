@@ -49,7 +49,8 @@ ROOMS = (
     Room(
         "strategies.base",
         "the base class of methods and its parts",
-        "strategy, replay, task_incremental, phases, schedules, optimizers, terms, passes, evaluation, traits, host",
+        "strategy, replay, task_incremental, phases, schedules, optimizers, terms, passes, evaluation, traits, "
+        "host, gradients",
     ),
     Room(
         "data",

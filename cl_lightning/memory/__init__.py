@@ -34,7 +34,7 @@ from cl_lightning.memory.replay import (
     valid_columns,
 )
 from cl_lightning.memory.sensitivity import fisher_diagonal, output_norm
-from cl_lightning.memory.teacher import Teacher
+from cl_lightning.memory.teacher import Teacher, Teachers
 
 __all__ = [
     "FREE",
@@ -61,6 +61,7 @@ __all__ = [
     "RiemannianWalk",
     "Ring",
     "Teacher",
+    "Teachers",
     "bytes_by_kind",
     "calibrate_new",
     "calibrated",

@@ -1,4 +1,4 @@
-"""Frozen copy of a network, as teacher for distillation or as reference for features."""
+"""Frozen copies of a network, as teachers for distillation or as references for features."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
@@ -79,3 +79,20 @@ class Teacher(nn.Module):
     def num_bytes(self) -> int:
         """Size of the copy in bytes; 0 while the teacher is empty."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
+
+
+class Teachers(nn.ModuleList):
+    """A frozen copy of the network after each task so far, in the order of the tasks; empty in the first task."""
+
+    def learn_from(self, student: Network) -> None:
+        """Append a frozen copy of ``student``."""
+        teacher = Teacher(reference=True)
+        teacher.learn_from(student)
+        self.append(teacher)
+
+    def restore_network(self, student: Network, state: Mapping[str, Any], prefix: str) -> None:
+        """Prepare for loading ``state``: hold as many copies of ``student`` as the state has networks."""
+        numbers = {key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)}
+        del self[len(numbers) :]
+        while len(self) < len(numbers):
+            self.learn_from(student)

@@ -1,6 +1,7 @@
 """The base class of all continual-learning methods, and its components."""
 
 from cl_lightning.strategies.base.optimizers import refuse_weight_decay
+from cl_lightning.strategies.base.gradients import flat_gradient, set_gradient, without_conflict
 from cl_lightning.strategies.base.optimizers import separate_group
 from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer
 from cl_lightning.strategies.base.replay import ExemplarReplay, Replay, check_loss_classes
@@ -32,6 +33,9 @@ __all__ = [
     "check_loss_classes",
     "default_optimizer",
     "refuse_weight_decay",
+    "flat_gradient",
     "separate_group",
+    "set_gradient",
     "sum_of_zeros",
+    "without_conflict",
 ]

@@ -38,7 +38,7 @@ from cl_lightning.batch import Draw
 from cl_lightning.checks import at_least
 from cl_lightning.distributed import all_sum
 from cl_lightning.memory import Policy, Ring
-from cl_lightning.strategies.base import check_loss_classes
+from cl_lightning.strategies.base import check_loss_classes, flat_gradient, set_gradient, without_conflict
 from cl_lightning.strategy import Batch, Replay, Traits
 
 _PAST = 0x6E3  # salt of the draws from the memory
@@ -102,21 +102,6 @@ def gem_projection(gradient: Tensor, past: Tensor, *, memory_strength: float = 0
     return gradient + v.to(gradient) @ past
 
 
-def agem_projection(gradient: Tensor, reference: Tensor) -> Tensor:
-    """g~ of A-GEM: the component of the gradient opposite to the reference is removed. Without a synchronisation.
-
-    Args:
-        gradient: g, ``(P,)``.
-        reference: g_ref, ``(P,)``.
-
-    Returns:
-        g~, ``(P,)``.
-    """
-    product, square = torch.dot(gradient, reference), torch.dot(reference, reference)
-    share = torch.where(product < 0, product / square, 0.0)
-    return torch.addcmul(gradient, reference, share, value=-1)
-
-
 class _EpisodicMemory(Replay):
     """Cross-entropy on the batch, with its gradient projected by gradients on a memory; the base of GEM and A-GEM.
 
@@ -143,15 +128,10 @@ class _EpisodicMemory(Replay):
         if self.task.is_first or len(self.memory) == 0:
             return
         trained = list(self._trained())
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        gradient = torch.cat([part.flatten() for part in parts])
+        gradient = flat_gradient(trained)
         edited = self.projected(gradient, batch.draw.fork(_PAST))
-        if edited is gradient:
-            return
-        for parameter, part, values in zip(
-            trained, parts, torch.split(edited, [p.numel() for p in trained]), strict=True
-        ):
-            parameter.grad = part.copy_(values.view_as(part))  # in place: with DDP it may be a view of a bucket
+        if edited is not gradient:
+            set_gradient(trained, edited)
 
     def reference_gradient(self, replay: Batch) -> Tensor:
         """This process's summand ``(P,)`` of the gradient of the mean loss on samples of the memory.
@@ -223,4 +203,4 @@ class AGEM(_EpisodicMemory):
 
     def projected(self, gradient: Tensor, draw: Draw) -> Tensor:
         replay = self.memory.sample(self.replay_size or draw.total, draw, tasks=range(self.task.index))
-        return agem_projection(gradient, all_sum(self.reference_gradient(replay))) if replay.draw.total else gradient
+        return without_conflict(gradient, all_sum(self.reference_gradient(replay))) if replay.draw.total else gradient
