@@ -132,6 +132,7 @@ MEMORY = "--model.memory_size {memory}"
 METHODS = {
     "Finetune": Method("finetune"),
     "Joint": Method("joint", online=False),
+    "Softmax masking": Method("softmax_masking"),
     "LwF": Method("lwf"),
     "LwF.MC": Method("lwf_mc"),
     "EWC": Method("ewc", "--model.fisher_samples 2000"),
@@ -147,6 +148,7 @@ METHODS = {
     "FeTrIL": Method("fetril", online=False),
     "PRD": Method("prd", online=False),
     "ER": Method("er", MEMORY),
+    "ER + softmax masking": Method("er_softmax_masking", MEMORY),
     "ER + EMA": Method("er_ema", f"{MEMORY} --trainer.callbacks.momentum 0.99"),
     "DER++": Method("derpp", MEMORY),
     "A-GEM": Method("agem", MEMORY),

@@ -5,6 +5,9 @@ of a teacher (``teacher``) or into ``targets``. The mean over a batch without ro
 nothing.
 """
 
+import math
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,18 +23,32 @@ def mean_over_rows(values: Tensor) -> Tensor:
     return values.sum() / max(len(values), 1)
 
 
-def masked_logits(logits: Tensor, loss_classes: Tensor) -> Tensor:
-    """Exclude classes from a softmax: their logits become -inf and their gradient is exactly 0.
+def masked_logits(logits: Tensor, loss_classes: Tensor, fill: float | Literal["adaptive"] = -math.inf) -> Tensor:
+    """Replace the logits of classes by a constant without gradient; with -inf they are excluded from a softmax.
+
+        z~_c = z_c for c in the loss classes A, else m;   q_c = exp(z_c) / (sum_A exp(z) + n exp(m))
+        dCE/dz_c = q_c - [c = y] for c in A, exactly 0 for the n others
+
+    With a finite m (softmax masking, arXiv:2309.14808) the logits of A are compared with the level m: their gradients
+    sum to ``-n exp(m) / (sum_A exp(z) + n exp(m))``, which is 0 for m = -inf. With ``adaptive``, which is not in the
+    paper, m of each row is the logarithm of the mean of exp over its own masked logits: value and gradient of A are
+    those of the cross-entropy over all classes.
 
     Args:
         logits: ``(B, C)``.
-        loss_classes: Classes that stay in the softmax, bool, ``(C,)`` or one row per sample ``(B, C)``; at least one
-            True in each row.
+        loss_classes: A, the classes that keep their logits, bool, ``(C,)`` or one row per sample ``(B, C)``; at least
+            one True in each row.
+        fill: m, below infinity, or ``adaptive``.
 
     Returns:
-        ``(B, C)``. The cross-entropy of a label whose class is excluded is infinite.
+        ``(B, C)``. With -inf the cross-entropy of a label whose class is masked is infinite.
     """
-    return logits.masked_fill(~loss_classes, -torch.inf)
+    if fill != "adaptive":
+        return logits.masked_fill(~loss_classes, fill)
+    hidden = full_precision(logits.detach()).masked_fill(loss_classes, -math.inf)
+    number = (~loss_classes).sum(dim=-1, keepdim=True).to(hidden.dtype)
+    level = hidden.logsumexp(dim=1, keepdim=True) - number.clamp(min=1).log()  # -inf where nothing is masked
+    return torch.where(loss_classes, logits, level.to(logits.dtype))
 
 
 def cross_entropy(

@@ -1,6 +1,7 @@
 """Base class of all continual-learning methods: a LightningModule that is trained on one task after another."""
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self, get_args
@@ -12,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from cl_lightning.batch import Batch, ImageShape, mix
-from cl_lightning.checks import one_of
+from cl_lightning.checks import one_of, within
 from cl_lightning.data.feature_cache import KEYS, STORED
 from cl_lightning.distributed import rank
 from cl_lightning.lightning_private import HOOK_NAME
@@ -28,7 +29,7 @@ from cl_lightning.strategies.base.terms import AddsLosses, LossTerms
 from cl_lightning.strategies.base.traits import Traits
 from cl_lightning.stream import Task
 
-LossClasses = Literal["all", "current", "task"]
+LossClasses = Literal["all", "current", "task", "new"]
 FreezeNorm = Literal["never", "after_first", "always"]
 BackboneFactory = Callable[[ImageShape], Backbone]
 HeadFactory = Callable[[int], Head]
@@ -54,8 +55,10 @@ class ContinualStrategy(LightningModule):
         first_scheduler: As ``scheduler``, for the first task; None for ``scheduler``, or for a constant learning rate
             if ``first_optimizer`` is given.
         loss_classes: Logits over which the classification loss is computed: ``all`` classes seen so far, only the
-            classes of the ``current`` task, or for each sample the classes of its own ``task`` (training with task
-            ids).
+            classes of the ``current`` task, for each sample the classes of its own ``task`` (training with task ids),
+            or the classes of the current task for its ``new`` samples and all classes for replayed samples (as ER-ACE).
+        masked_logit: Constant in place of the logits of all other classes, without gradient, or ``adaptive`` for their
+            own level (softmax masking, see ``masked_logits``); None to exclude these classes from the softmax.
         freeze_backbone: Freeze the backbone as it is built, in eval mode, and train the head alone.
         freeze_norm: When the statistics and weights of the backbone's batch normalisation are frozen: ``never``,
             ``after_first`` task, or ``always`` (for pretrained backbones).
@@ -93,6 +96,7 @@ class ContinualStrategy(LightningModule):
         first_optimizer: OptimizerCallable | None = None,
         first_scheduler: LRSchedulerCallable | None = None,
         loss_classes: LossClasses = "all",
+        masked_logit: float | Literal["adaptive"] | None = None,
         freeze_backbone: bool = False,
         freeze_norm: FreezeNorm = "never",
         lr_factors: dict[str, float] | None = None,
@@ -100,12 +104,20 @@ class ContinualStrategy(LightningModule):
         super().__init__()
         one_of(self, get_args(LossClasses), loss_classes=loss_classes)
         one_of(self, get_args(FreezeNorm), freeze_norm=freeze_norm)
+        if masked_logit != "adaptive":
+            within(self, "(-inf, inf)", masked_logit=masked_logit, optional=True)
+        if masked_logit is not None and loss_classes == "all":
+            raise ValueError(
+                f"{type(self).__name__}: masked_logit is {masked_logit}, but loss_classes is 'all', which masks no "
+                "class; use 'current', 'new' or 'task'"
+            )
         # Not defaults of the signature: the command line would pass their options on to a class that replaces them.
         self.build_backbone: BackboneFactory = backbone or MLP
         self.build_head: HeadFactory = head or LinearHead
         self._options = PhaseOptions(optimizer=optimizer or default_optimizer, scheduler=scheduler)
         self._first_options = PhaseOptions(optimizer=first_optimizer, scheduler=first_scheduler)
         self.loss_classes: LossClasses = loss_classes
+        self._masked_logit: float | Literal["adaptive"] = -math.inf if masked_logit is None else masked_logit
         self.freeze_backbone: bool = freeze_backbone
         self.freeze_norm: FreezeNorm = freeze_norm
         self._lr_factors = lr_factors
@@ -233,7 +245,9 @@ class ContinualStrategy(LightningModule):
         if self.loss_classes == "all":
             return cross_entropy(output.logits, batch.labels)
         mask = self.task_columns[batch.tasks] if self.loss_classes == "task" else self.task_columns[-1]
-        return cross_entropy(masked_logits(output.logits, mask), batch.labels)
+        if self.loss_classes == "new":
+            mask = mask | (batch.tasks != self.task.index)[:, None]
+        return cross_entropy(masked_logits(output.logits, mask, self._masked_logit), batch.labels)
 
     @property
     def epoch(self) -> int:
