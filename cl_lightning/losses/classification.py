@@ -103,7 +103,7 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         L = -1/B sum_i sum_c [ y_ic log s(z_ic) + (1 - y_ic) log(1 - s(z_ic)) ],   dL/dz_ic = (s(z_ic) - y_ic) / B
 
     Rebuffi et al. (CVPR 2017, arXiv:1611.07725). Implementations that also take the mean over the classes compute this
-    loss divided by C.
+    loss divided by C: a learning rate for the mean is C times the learning rate for the sum.
 
     Args:
         logits: ``(B, C)``, finite.

@@ -4,6 +4,7 @@ from cl_lightning.strategies.base.optimizers import refuse_weight_decay
 from cl_lightning.strategies.base.gradients import flat_gradient, set_gradient, without_conflict
 from cl_lightning.strategies.base.optimizers import separate_group
 from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer
+from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer, sigmoid_optimizer
 from cl_lightning.strategies.base.replay import ExemplarReplay, Replay, check_loss_classes
 from cl_lightning.strategies.base.strategy import (
     BackboneFactory,
@@ -36,6 +37,7 @@ __all__ = [
     "flat_gradient",
     "separate_group",
     "set_gradient",
+    "sigmoid_optimizer",
     "sum_of_zeros",
     "without_conflict",
 ]

@@ -10,19 +10,21 @@ T -> temperature. LwF.MC (iCaRL, arXiv:1611.07725, sec. 4.2, without exemplars) 
 
     L(x, y) = sum_c BCE(sigmoid f_c(x), t_c),  t_c = sigmoid g_c(x) for old classes, 1[y = c] for new ones  sigmoid form
 
-where the targets of old classes are the sigmoids of g instead of zeros, so that there is no lambda.
+where the targets of old classes are the sigmoids of g instead of zeros, so that there is no lambda. The learning rate
+2.0 in the code of iCaRL is for the mean over 100 classes; for this sum it is 0.02, the default of the sigmoid form.
 Departs from the paper: one softmax is over all old classes, since no task id is given at test time; old rows of the
 head are trained by the distillation (the survey framework of Masana et al. excludes them from the optimizer).
 """
 
 from typing import Any, Literal
 
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from cl_lightning.checks import above, at_least, one_of
 from cl_lightning.losses import binary_cross_entropy, lwf_mc_targets, softmax_distillation
 from cl_lightning.memory import Teacher
-from cl_lightning.strategies.base import LossClasses
+from cl_lightning.strategies.base import LossClasses, sigmoid_optimizer
 from cl_lightning.strategy import Batch, ContinualStrategy, Output, Phase, PhaseOptions, Task, Traits
 
 WARMUP = "warmup"
@@ -39,6 +41,8 @@ class LwF(ContinualStrategy):
         warmup_epochs: Number of epochs in which only the new rows of the head are trained, at the start of each task
             with new classes apart from the first task (the paper's warm-up step), at least 0.
         loss_classes: Classes of CE_new in the softmax form, see the base class.
+        optimizer: As in the base class; None for SGD with momentum 0.9 and learning rate 0.05 in the softmax form,
+            0.02 in the sigmoid form.
         kwargs: Options of the base class.
     """
 
@@ -53,9 +57,11 @@ class LwF(ContinualStrategy):
         scale_by_temperature: bool = False,
         warmup_epochs: int = 0,
         loss_classes: LossClasses = "current",
+        optimizer: OptimizerCallable | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(loss_classes=loss_classes, **kwargs)
+        default = sigmoid_optimizer if form == "sigmoid" else None
+        super().__init__(loss_classes=loss_classes, optimizer=optimizer or default, **kwargs)
         at_least(self, 0, distill_weight=distill_weight, warmup_epochs=warmup_epochs)
         above(self, 0, temperature=temperature)
         one_of(self, ("softmax", "sigmoid"), form=form)

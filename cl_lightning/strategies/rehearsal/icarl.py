@@ -14,19 +14,22 @@ test image is classified by the nearest mean of exemplars,
 
 with mu_y normalised to norm 1 again (alg. 1). The softmax form is the loss of PyCIL, which most published tables use.
 Departs from the paper: the sigmoid form is a sum over the classes seen so far, while the authors' code takes the mean
-over all outputs (for 100 classes, a learning rate of 2.0 and weight decay of 1e-5 there are 0.02 and 1e-3 here); the
-features of an image are not averaged with the features of its mirror image. During a task its classes have no exemplars
-yet: predictions are then by the head, and so are all predictions of the callback ``ContinualEvaluation``.
+over all outputs. For 100 classes its learning rate of 2.0 is 0.02 here, the default of the sigmoid form, and its
+penalty 1e-5 ||theta||^2, which has no factor 1/2, is a weight decay of 2e-3. The features of an image are not averaged
+with the features of its mirror image. During a task its classes have no exemplars yet: predictions are then by the
+head, and so are all predictions of the callback ``ContinualEvaluation``.
 """
 
 from typing import Any, Literal
 
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from cl_lightning.batch import ImageShape
 from cl_lightning.checks import above, at_least, one_of
 from cl_lightning.losses import binary_cross_entropy, lwf_mc_targets, softmax_distillation
 from cl_lightning.memory import Prototypes, Teacher
+from cl_lightning.strategies.base import sigmoid_optimizer
 from cl_lightning.strategy import Batch, ExemplarReplay, Output, Task, Traits
 
 
@@ -39,6 +42,8 @@ class ICaRL(ExemplarReplay):
         distill_weight: lambda of the softmax form, at least 0.
         temperature: T of the softmax form, above 0.
         classifier: ``nme`` for the nearest mean of exemplars, ``head`` for the head of the network.
+        optimizer: As in the base class; None for SGD with momentum 0.9 and learning rate 0.02 in the sigmoid form,
+            0.05 in the softmax form.
         kwargs: Options of the base class.
     """
 
@@ -52,9 +57,11 @@ class ICaRL(ExemplarReplay):
         distill_weight: float = 1.0,
         temperature: float = 2.0,
         classifier: Literal["nme", "head"] = "nme",
+        optimizer: OptimizerCallable | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(memory_size=memory_size, **kwargs)
+        default = sigmoid_optimizer if form == "sigmoid" else None
+        super().__init__(memory_size=memory_size, optimizer=optimizer or default, **kwargs)
         one_of(self, ("sigmoid", "softmax"), form=form)
         one_of(self, ("nme", "head"), classifier=classifier)
         at_least(self, 0, distill_weight=distill_weight)

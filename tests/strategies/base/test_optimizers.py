@@ -10,7 +10,9 @@ from cl_lightning.models import MLP
 from cl_lightning.strategies.base.optimizers import apply_lr_factors, separate_group, with_lr_factors
 from cl_lightning.strategies.base.schedules import StepsOverPhase
 from cl_lightning.strategies.baselines.finetune import Finetune
+from cl_lightning.strategies.exemplar_free.lwf import LwF
 from cl_lightning.strategies.exemplar_free.prd import PRD
+from cl_lightning.strategies.rehearsal.icarl import ICaRL
 
 NAMES = ("network.backbone.weight", "network.backbone.bias", "network.head.weight")
 
@@ -101,3 +103,23 @@ def test_a_separate_group_has_the_chosen_parameters_that_are_trained():
     groups = separate_group([first, second], [second, third], weight_decay=0.5)
     assert [[id(parameter) for parameter in group.pop("params")] for group in groups] == [[id(first)], [id(second)]]
     assert groups == [{}, {"weight_decay": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rate"),
+    [
+        (ICaRL(), 0.02),
+        (ICaRL(form="softmax"), 0.05),
+        (LwF(form="sigmoid"), 0.02),
+        (LwF(), 0.05),
+        (Finetune(), 0.05),
+        (ICaRL(optimizer=partial(torch.optim.SGD, lr=0.3, momentum=0.9)), 0.3),
+        (LwF(form="sigmoid", optimizer=partial(torch.optim.SGD, lr=0.3, momentum=0.9)), 0.3),
+    ],
+)
+def test_the_sum_of_sigmoid_losses_over_classes_has_the_learning_rate_of_the_mean_over_100_classes(strategy, rate):
+    """In the code of iCaRL: 2.0 for the mean over 100 classes."""
+    built = strategy._options.optimizer([nn.Parameter(torch.ones(1))])
+    assert isinstance(built, torch.optim.SGD)
+    assert built.defaults["lr"] == rate
+    assert built.defaults["momentum"] == 0.9
