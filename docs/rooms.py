@@ -55,7 +55,8 @@ ROOMS = (
     Room(
         "data",
         "from files to augmented tensors",
-        "sources, images, loaders, transforms, pixels, corruptions, rotations, feature_pool, feature_cache",
+        "sources, images, loaders, transforms, auto_augment, pixels, corruptions, rotations, feature_pool, "
+        "feature_cache",
     ),
     Room(
         "report",

@@ -1,5 +1,6 @@
 """From files to tensors: sources, loaders, transforms, corruptions, stored features."""
 
+from cl_lightning.data.auto_augment import AutoAugment
 from cl_lightning.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from cl_lightning.data.feature_cache import FeatureCache, FeatureStore, Table
 from cl_lightning.data.feature_pool import FeaturePool, GaussianFeatures
@@ -29,6 +30,7 @@ __all__ = [
     "CORRUPTIONS",
     "SEVERITIES",
     "AlternatingFlip",
+    "AutoAugment",
     "ColorJitter",
     "Compose",
     "Context",

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cl_lightning.batch import Draw, mix
@@ -222,6 +223,7 @@ class RandomResizedCrop(Transform):
         ratio: Range of width / height of the box, log-uniform.
         antialias: Whether to average over the input pixels of each output pixel where the box is larger than the
             result.
+        padding: Black pixels added on each side before the box is drawn, at least 0.
     """
 
     def __init__(
@@ -230,14 +232,17 @@ class RandomResizedCrop(Transform):
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         antialias: bool = True,
+        padding: int = 0,
     ) -> None:
         self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
         allowed = min(self.size) >= 1 and 0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]
+        _require(self, padding >= 0, f"padding {padding}; give at least 0")
         message = "give size of at least 1, increasing scale in (0, 1], increasing ratio above 0"
         _require(self, allowed, f"size {size}, scale {scale}, ratio {ratio}; {message}")
-        self.scale, self.ratio, self.antialias = scale, ratio, antialias
+        self.scale, self.ratio, self.antialias, self.padding = scale, ratio, antialias, padding
 
     def apply(self, images: Tensor, draw: Draw, context: Context | None) -> Tensor:
+        images = F.pad(images, (self.padding,) * 4) if self.padding else images
         height, width = images.shape[-2:]
         return pixels.resized_crop(images, self.boxes(draw, height, width), self.size, self.antialias)
 
