@@ -1,16 +1,14 @@
 """Adapt Your Teacher: the normalisation statistics of a teacher adapt to the new data."""
 
 import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from cl_lightning.callback import ContinualCallback
 from cl_lightning.distributed import average_batch_statistics
 from cl_lightning.memory import Teacher
+from cl_lightning.models import batch_norms
 from cl_lightning.stream import Task
 
 if TYPE_CHECKING:
@@ -55,7 +53,7 @@ class TeacherAdaptation(ContinualCallback):
                 f"TeacherAdaptation: remove the callback; the teacher of {type(strategy).__name__} is a reference for "
                 "the drift of features and must not change"
             )
-        if not any(_layers(strategy.network)):
+        if not any(batch_norms(strategy.network)):
             warnings.warn(
                 f"TeacherAdaptation: {type(strategy.network.backbone).__name__} has no batch normalisation, so the "
                 "callback has no effect",
@@ -79,15 +77,10 @@ class TeacherAdaptation(ContinualCallback):
     @staticmethod
     def _set_mode(trainer: Trainer, strategy: object, *, training: bool) -> None:
         for teacher in _teachers(trainer, strategy):
-            for layer in _layers(teacher):
-                layer.training = training
+            teacher.train_norms(training)
 
 
 def _teachers(trainer: Trainer, strategy: object) -> list[Teacher]:
     owners = (strategy, *trainer.callbacks)  # type: ignore[attr-defined]
     found = (getattr(owner, "teacher", None) for owner in owners)
     return [teacher for teacher in found if isinstance(teacher, Teacher)]
-
-
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    return (layer for layer in module.modules() if isinstance(layer, _BatchNorm))

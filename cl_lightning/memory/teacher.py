@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from cl_lightning.models import Network, Output, frozen_copy
+from cl_lightning.models import Network, Output, batch_norms, frozen_copy
 
 
 class Teacher(nn.Module):
@@ -19,13 +19,15 @@ class Teacher(nn.Module):
         reference: Whether the copy must stay the network before the task, because features or prototypes are compared
             with its outputs. A callback that adapts teachers to the new images (``TeacherAdaptation``) refuses such a
             teacher.
+        adapts: Whether batch normalisation of the copy uses the statistics of the batch in training steps, and its
+            running statistics follow them; all weights stay frozen.
     """
 
     kept_as: ClassVar[str] = "teachers"
 
-    def __init__(self, *, reference: bool = False) -> None:
+    def __init__(self, *, reference: bool = False, adapts: bool = False) -> None:
         super().__init__()
-        self.reference = reference
+        self.reference, self.adapts = reference, adapts
         self.network: Network | None = None
 
     def __bool__(self) -> bool:
@@ -39,6 +41,7 @@ class Teacher(nn.Module):
     def learn_from(self, student: Network) -> None:
         """Replace the network of the teacher by a frozen copy of ``student``."""
         self.network = frozen_copy(student)
+        self.train(student.training)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Output:
@@ -67,7 +70,15 @@ class Teacher(nn.Module):
         return output.logits[:, : target.shape[1]], target
 
     def train(self, mode: bool = True) -> Self:
-        return super().train(False)
+        super().train(False)
+        if self.adapts:
+            self.train_norms(mode)
+        return self
+
+    def train_norms(self, mode: bool = True) -> None:
+        """Set the mode of batch normalisation alone; the rest of the copy stays in eval mode."""
+        for layer in batch_norms(self):
+            layer.training = mode
 
     def restore_network(self, student: Network, state: Mapping[str, Any], prefix: str) -> None:
         """Prepare for loading ``state``: hold a copy of ``student`` if and only if the state has a network."""

@@ -14,6 +14,14 @@ from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.ewc import EWC
 from cl_lightning.stream import ClassIncremental, PermutedDomains
 
+PUBLISHED = {
+    "finetune_mas": {
+        "source": "Aljundi et al., ECCV 2018: lambda 1 of a penalty without the factor 1/2",
+        "trainer.gradient_clip_val": 1.0,
+        "trainer.callbacks": ["ImportancePenalty(estimator=mas, weight=2.0)"],
+    },
+}
+
 
 def finetune(**options):
     return Finetune(**{"backbone": NormNet, "optimizer": sgd, **options})

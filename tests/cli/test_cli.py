@@ -642,40 +642,6 @@ def test_the_command_in_the_head_of_a_method_file_is_right(run, monkeypatch, pat
             config_of(run(command, "--print_config"))
 
 
-PUBLISHED = {
-    "coda_prompt": {"crop": 0.08, "interpolation": "bilinear", "tasks": 10},
-    "lae": {"crop": 0.08, "interpolation": "bilinear", "tasks": 10},
-    "lae_lora": {"crop": 0.08, "interpolation": "bilinear", "tasks": 10},
-    "lae_prefix": {"crop": 0.08, "interpolation": "bilinear", "tasks": 10},
-    "slca": {"crop": 0.08, "interpolation": "bicubic", "tasks": 10},
-    "l2p": {"crop": 0.05, "interpolation": "bilinear", "tasks": 10},
-    "aper": {"crop": 0.05, "interpolation": "bicubic", "tasks": 20},
-    "aper_finetune": {"crop": 0.05, "interpolation": "bicubic", "tasks": 20},
-    "aper_ssf": {"crop": 0.05, "interpolation": "bicubic", "tasks": 20},
-    "aper_vpt": {"crop": 0.05, "interpolation": "bicubic", "tasks": 20},
-}
-"""Smallest area of a crop, interpolation and number of tasks for which the published values of a method were chosen."""
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_values_run_on_the_images_and_tasks_that_they_belong_to(run, name):
-    Path("experiments").symlink_to(ROOT / "experiments")
-    (command,) = commands_of(ROOT / f"experiments/methods/pretrained/published/{name}.yaml")
-    data = config_of(run(command, "--print_config"))["data"]["init_args"]
-    crop, flip, *more = data["transforms"]
-    found = {
-        "crop": crop["init_args"]["scale"][0],
-        "interpolation": data["interpolation"],
-        "tasks": data["scenario"]["init_args"]["tasks"],
-    }
-    assert found == PUBLISHED[name]
-    assert crop["init_args"]["size"] == 224
-    assert [part["class_path"].rpartition(".")[2] for part in (flip, *more)] == [
-        "RandomHorizontalFlip",
-        *(["ColorJitter"] if name == "slca" else []),
-    ]
-
-
 @pytest.mark.rotating(1, each=lambda path: path.parent.name)
 @pytest.mark.parametrize(
     "path", [path for path in METHODS if any(map(on_digits, commands_of(path)))], ids=lambda path: path.stem

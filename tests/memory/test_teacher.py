@@ -62,3 +62,23 @@ def test_a_teacher_takes_its_network_from_the_state():
     assert other(images()).logits.equal(saved(images()).logits)
     other.restore_network(student, {}, "a.")
     assert not other
+
+
+def test_a_teacher_that_adapts_normalises_by_the_batch_in_training_steps_alone():
+    student = Network(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4, momentum=0.25), nn.Dropout(0.9)), LinearHead(4))
+    student.head.grow(3)
+    owner, inputs = nn.Module(), 3 * images(6) + 1
+    owner.teacher, owner.fixed = Teacher(adapts=True), Teacher()
+    owner.teacher.learn_from(student.eval())
+    owner.fixed.learn_from(student)
+    asleep = owner.teacher(inputs).features
+    torch.testing.assert_close(asleep, inputs.flatten(1) / (1 + 1e-5) ** 0.5)  # statistics 0 and 1
+    owner.train()
+    rows = inputs.flatten(1)
+    centred = (rows - rows.mean(0)) / (rows.var(0, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(owner.teacher(inputs).features, centred)  # without dropout
+    torch.testing.assert_close(owner.fixed(inputs).features, asleep)
+    owner.eval()
+    mean, var = 0.25 * rows.mean(0), 0.75 + 0.25 * rows.var(0)
+    torch.testing.assert_close(owner.teacher(inputs).features, (rows - mean) / (var + 1e-5).sqrt())
+    assert not any(parameter.requires_grad for parameter in owner.teacher.parameters())

@@ -15,12 +15,12 @@ known task.
 alpha -> prototype_weight, beta -> distill_weight, T -> distill_temperature.
 
 The softmax of L_D is over the views of the batch (``relation_axis="samples"``), as in the paper. In the released code
-it is over the prototypes of a task for each view (``"prototypes"``). It is not known which of the two the published
-results are from. The mean over the prototypes of a task is our choice, since the code has a mean over views there. The
-prototypes are rows of a ``CosineHead``, one block per task, trained without momentum and weight decay. In the released
-code the copy of the network normalises by the statistics of the batch: add the callback ``TeacherAdaptation``. The
-default weights are from its CIFAR-100 runs with known tasks; its class-incremental runs search alpha in {4, 8} and beta
-from 4 to 12.
+it is over the prototypes of a task for each view (``"prototypes"``), and the copy of the network stays in train mode:
+its batch normalisation uses the statistics of the batch, and its running statistics follow them. ``released=True`` does
+both. It is not known which of the two the published results are from. The mean over the prototypes of a task is our
+choice, since the code has a mean over views there. The prototypes are rows of a ``CosineHead``, one block per task,
+trained without momentum and weight decay. The default weights are from the CIFAR-100 runs of the code with known tasks;
+its class-incremental runs search alpha in {4, 8} and beta from 4 to 12.
 With several processes, L_SC and L_D over samples are over the views of all processes. If a batch has fewer images than
 there are processes, each process takes its own views only.
 """
@@ -87,7 +87,9 @@ class PRD(ContinualStrategy):
         distill_weight: beta, at least 0.
         contrast_temperature: Temperature of L_SC, above 0.
         distill_temperature: T of L_D, above 0.
-        relation_axis: Axis of the softmax of L_D: ``samples`` or ``prototypes``.
+        relation_axis: Axis of the softmax of L_D: ``samples`` or ``prototypes``; None for ``prototypes`` if
+            ``released``, else ``samples``.
+        released: Whether L_D is the one of the released code: over prototypes, with a copy in train mode.
         prototype_lr: Learning rate of the prototypes, at least 0; None for the learning rate of the optimizer.
         projection_hidden: Number of units of each of the two hidden layers of g, at least 1.
         projection_size: Number of outputs of g, at least 1.
@@ -104,7 +106,8 @@ class PRD(ContinualStrategy):
         distill_weight: float = 4.0,
         contrast_temperature: float = 0.1,
         distill_temperature: float = 1.0,
-        relation_axis: Axis = "samples",
+        relation_axis: Axis | None = None,
+        released: bool = False,
         prototype_lr: float | None = None,
         projection_hidden: int = 512,
         projection_size: int = 128,
@@ -114,14 +117,15 @@ class PRD(ContinualStrategy):
         super().__init__(head=head or CosineHead, **kwargs)
         at_least(self, 0, prototype_weight=prototype_weight, distill_weight=distill_weight)
         above(self, 0, contrast_temperature=contrast_temperature, distill_temperature=distill_temperature)
-        one_of(self, get_args(Axis), relation_axis=relation_axis)
+        axis: Axis = relation_axis or ("prototypes" if released else "samples")
+        one_of(self, get_args(Axis), relation_axis=axis)
         at_least(self, 0, prototype_lr=prototype_lr, optional=True)
         at_least(self, 1, projection_hidden=projection_hidden, projection_size=projection_size)
         self.prototype_weight, self.distill_weight = prototype_weight, distill_weight
         self.contrast_temperature, self.distill_temperature = contrast_temperature, distill_temperature
-        self.relation_axis, self.prototype_lr = relation_axis, prototype_lr
+        self.relation_axis, self.prototype_lr = axis, prototype_lr
         self.projection_sizes = (projection_hidden, projection_size)
-        self.teacher = Teacher()
+        self.teacher = Teacher(adapts=released)
         self.projection: nn.Module  # g
 
     def build(self, image_shape: ImageShape) -> None:

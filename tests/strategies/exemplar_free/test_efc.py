@@ -29,6 +29,65 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "efc": {
+        "source": "simomagi/elastic_feature_consolidation: parse_utils.py, OptimizerManager.py; steps at 45, 90 of 100",
+        "feature_weight": 10.0,
+        "identity_weight": 0.1,
+        "drift_sigma": 0.2,
+        "first_optimizer": "Adam(lr=0.001, weight_decay=0.0002)",
+        "first_scheduler": "StepsOverPhase(at=[0.45, 0.9])",
+        "optimizer": "Adam(lr=0.0001, weight_decay=0.0002)",
+    },
+    "efc_pp": {
+        "source": "the same, --balanced_epochs, --balanced_bs, --balanced_lr, and the SGD of balance_head",
+        "feature_weight": 10.0,
+        "identity_weight": 0.1,
+        "drift_sigma": 0.2,
+        "rebalance_options": {
+            "epochs": 50,
+            "batch_size": 256,
+            "optimizer": "SGD(lr=0.001, momentum=0.9, weight_decay=0.0005)",
+        },
+        "first_optimizer": "Adam(lr=0.001, weight_decay=0.0002)",
+        "first_scheduler": "StepsOverPhase(at=[0.45, 0.9])",
+        "optimizer": "Adam(lr=0.0001, weight_decay=0.0002)",
+    },
+    "efc_cifar100": {
+        "source": "the same, --batch_size, --epochs_first_task, and dataset_utils.py: Pad(4), RandomResizedCrop(32)",
+        "backbone": "ResNet18",
+        "feature_weight": 10.0,
+        "identity_weight": 0.1,
+        "drift_sigma": 0.2,
+        "first_optimizer": "Adam(lr=0.001, weight_decay=0.0002)",
+        "first_scheduler": "StepsOverPhase(at=[0.45, 0.9])",
+        "optimizer": "Adam(lr=0.0001, weight_decay=0.0002)",
+        "data.scenario": "ClassIncremental(class_order=1993, first=50, increment=10)",
+        "data.batch_size": 64,
+        "data.transforms": ["RandomResizedCrop(padding=4, size=32)", "RandomHorizontalFlip()"],
+        "trainer.max_epochs": 100,
+    },
+    "efc_pp_cifar100": {
+        "source": "the same lines as for EFC",
+        "backbone": "ResNet18",
+        "feature_weight": 10.0,
+        "identity_weight": 0.1,
+        "drift_sigma": 0.2,
+        "rebalance_options": {
+            "epochs": 50,
+            "batch_size": 256,
+            "optimizer": "SGD(lr=0.001, momentum=0.9, weight_decay=0.0005)",
+        },
+        "first_optimizer": "Adam(lr=0.001, weight_decay=0.0002)",
+        "first_scheduler": "StepsOverPhase(at=[0.45, 0.9])",
+        "optimizer": "Adam(lr=0.0001, weight_decay=0.0002)",
+        "data.scenario": "ClassIncremental(class_order=1993, first=50, increment=10)",
+        "data.batch_size": 64,
+        "data.transforms": ["RandomResizedCrop(padding=4, size=32)", "RandomHorizontalFlip()"],
+        "trainer.max_epochs": 100,
+    },
+}
+
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.01)
 
 

@@ -26,6 +26,28 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "fetril_cifar100": {
+        "source": "LAMDA-CL/PyCIL: exps/fetril.json, utils/data.py iCIFAR100_AA (jitter 63/255); C of LinearSVC",
+        "backbone": "ResNet32",
+        "classifier": "svm",
+        "svm_cost": 1.0,
+        "optimizer": "SGD(lr=0.1, momentum=0.9, weight_decay=0.0005)",
+        "scheduler": "CosineOverPhase",
+        "data.scenario": "ClassIncremental(class_order=1993, first=50, increment=10)",
+        "data.batch_size": 128,
+        "data.transforms": [
+            "RandomCrop(padding=4)",
+            "RandomHorizontalFlip()",
+            "ColorJitter(brightness=0.247)",
+            "AutoAugment()",
+            "Cutout(size=16)",
+        ],
+        "loop.first_task_epochs": 200,
+        "trainer.max_epochs": 200,
+    },
+}
+
 
 def pool(means: Tensor, known: list[bool], *, normalise: bool = False) -> TranslatedFeatures:
     """Of new classes 3 and 4, with 30 and 20 samples."""

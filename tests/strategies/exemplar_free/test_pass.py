@@ -29,6 +29,30 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "pass": {
+        "source": "Impression2805/CVPR21_PASS: defaults of main.py",
+        "prototype_weight": 10.0,
+        "distill_weight": 10.0,
+        "temperature": 0.1,
+        "optimizer": "Adam(lr=0.001, weight_decay=0.0002)",
+        "scheduler": "StepLR(gamma=0.1, step_size=45)",
+    },
+    "pass_cifar100": {
+        "source": "the same; 101 epochs, batches of 64, jitter 63/255",
+        "backbone": "ResNet18",
+        "prototype_weight": 10.0,
+        "distill_weight": 10.0,
+        "temperature": 0.1,
+        "optimizer": "Adam(lr=0.001, weight_decay=0.0002)",
+        "scheduler": "StepLR(gamma=0.1, step_size=45)",
+        "data.scenario": "ClassIncremental(class_order=1993, first=50, increment=10)",
+        "data.batch_size": 64,
+        "data.transforms": ["RandomCrop(padding=4)", "RandomHorizontalFlip()", "ColorJitter(brightness=0.247)"],
+        "trainer.max_epochs": 101,
+    },
+}
+
 ADAM = partial(torch.optim.Adam, lr=1e-3)
 
 

@@ -1,4 +1,5 @@
 import math
+from copy import deepcopy
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from support import forks
 from support.fakes import normal
-from support.runs import plain_net, run, sgd
+from support.runs import NormNet, plain_net, run, sgd
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,7 +19,7 @@ from cl_lightning.data import RandomCrop
 from cl_lightning.distributed import all_gather_rows, gather_rows
 from cl_lightning.losses import cosine_feature_distillation, supervised_contrastive
 from cl_lightning.measures import last_accuracy
-from cl_lightning.models import MLP, CosineHead, LinearHead
+from cl_lightning.models import MLP, CosineHead, LinearHead, batch_norms
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.prd import PRD, relation_distillation, relation_scores
 from cl_lightning.stream import ClassIncremental, RotatedDomains
@@ -32,11 +33,36 @@ SUBJECTS = {
         first_task_is_finetuning=False,
         reason="a contrastive loss takes the place of cross-entropy",
     ),
-    "PRD(relation_axis=prototypes)": Subject(
-        small(PRD, projection_hidden=16, projection_size=8, relation_axis="prototypes"),
+    "PRD(released=True)": Subject(
+        small(PRD, projection_hidden=16, projection_size=8, released=True),
         first_task_is_finetuning=False,
         reason="a contrastive loss takes the place of cross-entropy",
     ),
+}
+
+PUBLISHED = {
+    "prd_cifar100": {
+        "source": "naderAsadi/Probing-Continual-Learning: the command for Split-CIFAR100, defaults of utils/parser.py "
+        "(--lr_decay_epochs 120,160 for epoch > 120)",
+        "released": True,
+        "prototype_weight": 2.0,
+        "distill_weight": 4.0,
+        "contrast_temperature": 0.1,
+        "prototype_lr": 0.01,
+        "backbone": "ResNet18",
+        "optimizer": "SGD(lr=0.01, momentum=0.9, weight_decay=0.0001)",
+        "scheduler": "MultiStepLR(gamma=0.1, milestones=[121, 161])",
+        "data.scenario": "ClassIncremental(class_order=1993, tasks=20)",
+        "data.batch_size": 128,
+        "data.transforms": [
+            "RandomCrop(padding=4)",
+            "RandomHorizontalFlip()",
+            "ColorJitter(brightness=0.4, contrast=0.4, p=0.8, saturation=0.4)",
+            "RandomGrayscale(p=0.2)",
+        ],
+        "loop.first_task_epochs": 220,
+        "trainer.max_epochs": 100,
+    },
 }
 
 SMALL = partial(PRD, backbone=plain_net, optimizer=sgd, projection_hidden=16, projection_size=8)
@@ -271,6 +297,44 @@ def test_the_terms_of_a_step_are_those_of_the_paper(axis):
     run(Learning(backbone=plain_net, optimizer=fast, **options), limit_train_batches=4, data={"batch_size": 8})
     assert len(seen) == 3 * 2 * 4
     assert max(terms.get("distill", 0) for terms in seen) > 0.1
+
+
+def test_the_released_relation_loss_is_over_prototypes_with_a_copy_that_normalises_by_the_batch():
+    seen = []
+
+    class Learning(PRD):
+        def losses(self, batch, output):
+            if self.task.is_first:
+                return super().losses(batch, output)
+            copy = deepcopy(self.teacher.network)
+            for layer in batch_norms(copy):
+                layer.train()
+            new, old = self.network.head.weight().detach(), copy.head.weight()
+            with torch.no_grad():
+                taught = relation_scores(copy.backbone(batch.images), old)
+            before = [value.clone() for value in self.teacher.buffers()]
+            terms = super().losses(batch, output)
+            scores = relation_scores(output.features.detach(), new[: len(old)])
+            sizes = [4, 3][: self.task.index]
+            expected = 4.0 * relation_distillation(scores, taught, sizes, 1.0, "prototypes")
+            torch.testing.assert_close(terms["distill"].detach(), expected, rtol=1e-4, atol=1e-6)
+            assert all(torch.allclose(a, b) for a, b in zip(copy.buffers(), self.teacher.buffers(), strict=True))
+            moved = [not torch.equal(a, b) for a, b in zip(before, self.teacher.buffers(), strict=True)]
+            seen.append(float(expected))
+            assert sum(moved) == 3  # mean, variance and number of batches of one layer
+            return terms
+
+    made = run(
+        Learning(backbone=NormNet, optimizer=sgd, projection_hidden=16, projection_size=8, released=True),
+        limit_train_batches=3,
+        max_epochs=1,
+        data={"val_fraction": 0.1},
+    )
+    assert len(seen) == 6
+    assert max(seen) > 1e-3
+    assert not any(module.training for module in made.strategy.eval().teacher.modules())
+    kept = PRD(released=True, relation_axis="samples")
+    assert (kept.relation_axis, kept.teacher.adapts, PRD().teacher.adapts) == ("samples", True, False)
 
 
 def test_the_teacher_is_asked_only_where_its_answer_counts():

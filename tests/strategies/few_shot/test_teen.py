@@ -24,6 +24,17 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "teen": {
+        "source": "wangkiw/TEEN: the command for CIFAR-100",
+        "shift_weight": 0.1,
+        "temperature": 16.0,
+        "scale": 16.0,
+        "optimizer": "SGD(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.0005)",
+        "scheduler": "CosineOverPhase",
+    },
+}
+
 
 def test_it_is_the_formula_of_a_plain_loop():
     novel, base, beta, tau = normal(3, 5), normal(4, 5, seed=1), 0.3, 7.0

@@ -24,6 +24,17 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "pcr": {
+        "source": "FelixHuiweiLin/PCR: defaults of general_main.py (--num_tasks 10), agents/pcr.py",
+        "memory_size": 1000,
+        "temperature": 0.09,
+        "optimizer": "SGD(lr=0.1)",
+        "data.scenario": "Online(base=ClassIncremental(tasks=10), batch_size=10)",
+        "data.batch_size": 10,
+    },
+}
+
 FIVE = {"scenario": Online(ClassIncremental(tasks=5), batch_size=10)}
 
 

@@ -23,6 +23,29 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "coda_prompt": {
+        "source": "GT-RIPL/CODA-Prompt: cifar-100_prompt.yaml and its script (100 components over 10 tasks, mu 0)",
+        "backbone": "Timm(name=vit_base_patch16_224.augreg_in21k_ft_in1k, pretrained=True)",
+        "components": 10,
+        "length": 8,
+        "blocks": [0, 1, 2, 3, 4],
+        "ortho_weight": 0.0,
+        "optimizer": "Adam(lr=0.001)",
+        "scheduler": "QuarterCosineOverPhase(late=1)",
+        "data.resize": 224,
+        "data.center_crop": None,
+        "data.interpolation": "bilinear",
+        "data.mean": [0],
+        "data.std": [1],
+        "data.transforms": ["RandomResizedCrop(scale=[0.08, 1.0], size=224)", "RandomHorizontalFlip()"],
+        "data.scenario": "ClassIncremental(class_order=1993, tasks=10)",
+        "data.batch_size": 128,
+        "data.drop_last": True,
+        "trainer.max_epochs": 20,
+    },
+}
+
 adam = partial(torch.optim.Adam, lr=0.03)
 SMALL = partial(CODAPrompt, backbone=TinyViT, components=2, length=4, blocks=[0, 1], optimizer=adam)
 

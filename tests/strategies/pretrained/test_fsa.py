@@ -21,6 +21,26 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "fsa": {
+        "source": "aresPanos/fsa: FSA-FiLM on CIFAR-100",
+        "backbone": "Timm(name=tf_efficientnet_b0.aa_in1k, pretrained=True)",
+        "peft": "FiLM(targets=['bn1', 'blocks.0.*.bn1', 'blocks.[1-6].*.bn2', 'bn2'])",
+        "session_dropout": 0.5,
+        "session_epochs": 200,
+        "optimizer": "Adam(lr=0.005)",
+        "scheduler": "MultiStepLR(gamma=0.7, milestones=[50, 100, 150])",
+        "data.resize": 224,
+        "data.center_crop": None,
+        "data.interpolation": "bicubic",
+        "data.mean": [0.5],
+        "data.std": [0.5],
+        "data.transforms": ["RandomHorizontalFlip", "RandomVerticalFlip"],
+        "data.scenario": "ClassIncremental(class_order=1993, tasks=10)",
+        "data.batch_size": 256,
+    },
+}
+
 Norm = partial(NormNet, units=64)
 adam = partial(torch.optim.Adam, lr=5e-3)
 

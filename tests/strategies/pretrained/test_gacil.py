@@ -21,6 +21,23 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "gacil": {
+        "source": "Zhuang et al., NeurIPS 2024: gamma 100, 5,000 units, DeiT-S/16",
+        "ridge": 100.0,
+        "projection": 5000,
+        "backbone": "Timm(name=deit_small_patch16_224.fb_in1k, pretrained=True)",
+        "data.resize": 256,
+        "data.center_crop": 224,
+        "data.interpolation": "bicubic",
+        "data.mean": [0.485, 0.456, 0.406],
+        "data.std": [0.229, 0.224, 0.225],
+        "data.transforms": ["RandomResizedCrop(scale=[0.05, 1.0], size=224)", "RandomHorizontalFlip()"],
+        "data.scenario": "Blurry(tasks=5)",
+        "data.batch_size": 128,
+    },
+}
+
 random_features = partial(MLP, hidden=(64,))
 SMALL = partial(GACIL, backbone=random_features, ridge=1.0, projection=200)
 

@@ -25,6 +25,29 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "l2p": {
+        "source": "google-research/l2p: configs/cifar100_l2p.py; 0.03 * 128 / 256",
+        "backbone": "Timm(name=vit_base_patch16_224.orig_in21k, pretrained=True)",
+        "pool_size": 10,
+        "length": 10,
+        "top_k": 4,
+        "key_weight": 1.0,
+        "batchwise_prompt": "training",
+        "optimizer": "Adam(lr=0.015)",
+        "data.resize": 256,
+        "data.center_crop": 224,
+        "data.interpolation": "bilinear",
+        "data.mean": [0],
+        "data.std": [1],
+        "data.transforms": ["RandomResizedCrop(scale=[0.05, 1.0], size=224)", "RandomHorizontalFlip()"],
+        "data.scenario": "ClassIncremental(class_order=1993, tasks=10)",
+        "data.batch_size": 128,
+        "trainer.max_epochs": 5,
+        "trainer.gradient_clip_val": 1.0,
+    },
+}
+
 adam = partial(torch.optim.Adam, lr=0.03)
 SMALL = partial(L2P, backbone=TinyViT, pool_size=6, length=3, top_k=2, optimizer=adam)
 

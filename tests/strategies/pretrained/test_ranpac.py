@@ -21,6 +21,26 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "ranpac": {
+        "source": "RanPAC/RanPAC: CIFAR-100, M 10000, phase 1 with adapters",
+        "backbone": "Timm(name=vit_base_patch16_224.augreg_in21k, pretrained=True)",
+        "projection": 10000,
+        "peft": "Adapter(bottleneck=64, dropout=0.1, place=parallel, scale=0.1)",
+        "session_epochs": 20,
+        "optimizer": "SGD(lr=0.01, momentum=0.9, weight_decay=0.0005)",
+        "scheduler": "CosineOverPhase",
+        "data.resize": 224,
+        "data.center_crop": None,
+        "data.interpolation": "bicubic",
+        "data.mean": [0],
+        "data.std": [1],
+        "data.transforms": ["RandomResizedCrop(scale=[0.05, 1.0], size=224)", "RandomHorizontalFlip()"],
+        "data.scenario": "ClassIncremental(class_order=1993, tasks=10)",
+        "data.batch_size": 48,
+    },
+}
+
 random_features = partial(MLP, hidden=(64,))
 adam = partial(torch.optim.Adam, lr=3e-3)
 SMALL = partial(RanPAC, backbone=random_features, peft=SSF, projection=300, optimizer=adam)

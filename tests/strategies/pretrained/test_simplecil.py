@@ -21,6 +21,22 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "simplecil": {
+        "source": "zhoudw-zdw/RevisitingCIL: exps of CIFAR-100, SimpleCIL",
+        "metric": "cosine",
+        "backbone": "Timm(name=vit_base_patch16_224.augreg_in21k, pretrained=True)",
+        "data.resize": 256,
+        "data.center_crop": 224,
+        "data.interpolation": "bicubic",
+        "data.mean": [0],
+        "data.std": [1],
+        "data.transforms": ["RandomResizedCrop(scale=[0.05, 1.0], size=224)", "RandomHorizontalFlip()"],
+        "data.scenario": "ClassIncremental(class_order=1993, tasks=10)",
+        "data.batch_size": 128,
+    },
+}
+
 random_features = partial(MLP, hidden=(256,))
 
 

@@ -21,6 +21,34 @@ SUBJECTS = {
     "SLCA": Subject(small(SLCA, align_options=PhaseOptions(epochs=2, batch_size=24), align_samples=8)),
 }
 
+PUBLISHED = {
+    "slca": {
+        "source": "GengDavid/SLCA: CIFAR-100, 20 epochs, milestone 18; slca.py (256 samples, 5 epochs)",
+        "backbone": "Timm(name=vit_base_patch16_224.augreg_in21k, pretrained=True)",
+        "lr_factors": {"backbone.*": 0.01},
+        "align_options": {"epochs": 5, "batch_size": 256},
+        "align_samples": 256,
+        "align_temperature": 0.1,
+        "mean_shrink": 0.1,
+        "fresh_norm": True,
+        "optimizer": "SGD(lr=0.01, momentum=0.9, weight_decay=0.0005)",
+        "scheduler": "StepsOverPhase(at=[0.9])",
+        "data.resize": 256,
+        "data.center_crop": 224,
+        "data.interpolation": "bicubic",
+        "data.mean": [0.5071, 0.4867, 0.4408],
+        "data.std": [0.2675, 0.2565, 0.2761],
+        "data.transforms": [
+            "RandomResizedCrop(scale=[0.08, 1.0], size=224)",
+            "RandomHorizontalFlip()",
+            "ColorJitter(brightness=0.247)",
+        ],
+        "data.scenario": "ClassIncremental(class_order=1993, tasks=10)",
+        "data.batch_size": 128,
+        "trainer.max_epochs": 20,
+    },
+}
+
 wide = partial(MLP, hidden=(64,))
 
 

@@ -27,6 +27,22 @@ SUBJECTS = {
     "BiC sgd": Subject(small(BiC, solver="sgd", bias_options=PhaseOptions(epochs=2))),
 }
 
+PUBLISHED = {
+    "bic_cifar100": {
+        "source": "LAMDA-CL/PyCIL: models/bic.py, utils/data.py (jitter 63/255); mammoth: 250 epochs of stage 2",
+        "memory_size": 2000,
+        "solver": "sgd",
+        "bias_options": {"epochs": 250, "optimizer": "Adam(lr=0.01)"},
+        "backbone": "ResNet32",
+        "optimizer": "SGD(lr=0.1, momentum=0.9, weight_decay=0.0002)",
+        "scheduler": "MultiStepLR(gamma=0.1, milestones=[60, 100, 140])",
+        "data.scenario": "ClassIncremental(class_order=1993, tasks=10)",
+        "data.batch_size": 128,
+        "data.transforms": ["RandomCrop(padding=4)", "RandomHorizontalFlip()", "ColorJitter(brightness=0.247)"],
+        "trainer.max_epochs": 170,
+    },
+}
+
 SGD = {"solver": "sgd", "bias_options": PhaseOptions(epochs=2)}
 SMALL = partial(BiC, backbone=plain_net, optimizer=sgd, memory_size=60, **SGD)
 

@@ -22,6 +22,15 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "derpp": {
+        "source": "aimagelab/mammoth: best arguments of DER++ on CIFAR-10 with a memory of 500",
+        "memory_size": 500,
+        "logit_weight": 0.1,
+        "label_weight": 0.5,
+    },
+}
+
 SMALL = partial(DERpp, backbone=plain_net, optimizer=sgd, memory_size=60)
 NAN = float("nan")
 

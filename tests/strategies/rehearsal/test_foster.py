@@ -19,6 +19,30 @@ from cl_lightning.strategy import PhaseOptions
 from cl_lightning.stream import ClassIncremental, RotatedDomains
 from cl_lightning.testing import check_strategy, small
 
+PUBLISHED = {
+    "foster_cifar100": {
+        "source": "G-U-N/ECCV22-FOSTER: configs/cifar/b50inc10.json, utils/data.py (jitter 63/255)",
+        "memory_size": 2000,
+        "boost_beta": 0.94,
+        "compress_beta": 0.97,
+        "backbone": "ResNet32",
+        "optimizer": "SGD(lr=0.1, momentum=0.9, weight_decay=0.0005)",
+        "scheduler": "CosineOverPhase()",
+        "compress_options": {"epochs": 130, "optimizer": "SGD(lr=0.1, momentum=0.9)", "scheduler": "CosineOverPhase()"},
+        "data.scenario": "ClassIncremental(class_order=1993, first=50, increment=10)",
+        "data.batch_size": 128,
+        "data.transforms": [
+            "RandomCrop(padding=4)",
+            "RandomHorizontalFlip()",
+            "ColorJitter(brightness=0.247)",
+            "AutoAugment()",
+            "Cutout(size=16)",
+        ],
+        "loop.first_task_epochs": 200,
+        "trainer.max_epochs": 170,
+    },
+}
+
 SMALL = partial(FOSTER, backbone=plain_net, optimizer=sgd, memory_size=60)
 
 

@@ -25,6 +25,35 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "icarl_cifar100": {
+        "source": "LAMDA-CL/PyCIL: models/icarl.py, utils/data.py (jitter 63/255)",
+        "memory_size": 2000,
+        "form": "softmax",
+        "backbone": "ResNet32",
+        "first_optimizer": "SGD(lr=0.1, momentum=0.9, weight_decay=0.0005)",
+        "first_scheduler": "MultiStepLR(gamma=0.1, milestones=[60, 120, 170])",
+        "optimizer": "SGD(lr=0.1, momentum=0.9, weight_decay=0.0002)",
+        "scheduler": "MultiStepLR(gamma=0.1, milestones=[80, 120])",
+        "data.scenario": "ClassIncremental(class_order=1993, tasks=10)",
+        "data.batch_size": 128,
+        "data.transforms": ["RandomCrop(padding=4)", "RandomHorizontalFlip()", "ColorJitter(brightness=0.247)"],
+        "loop.first_task_epochs": 200,
+        "trainer.max_epochs": 170,
+    },
+    "icarl_cifar100_paper": {
+        "source": "srebuffi/iCaRL: main_cifar_100_theano.py; lr_old / 100, 2 * wght_decay * 100",
+        "memory_size": 2000,
+        "form": "sigmoid",
+        "backbone": "ResNet32",
+        "optimizer": "SGD(lr=0.02, momentum=0.9, weight_decay=0.002)",
+        "scheduler": "MultiStepLR(gamma=0.2, milestones=[49, 63])",
+        "data.scenario": "ClassIncremental(class_order=1993, tasks=10)",
+        "data.batch_size": 128,
+        "trainer.max_epochs": 70,
+    },
+}
+
 SMALL = partial(ICaRL, backbone=plain_net, optimizer=sgd)
 
 

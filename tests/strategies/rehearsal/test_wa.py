@@ -21,6 +21,24 @@ SUBJECTS = {
     "WA": Subject(small(WA), first_task_is_finetuning=False, reason="weights of the head are clipped after each step"),
 }
 
+PUBLISHED = {
+    "wa_cifar100": {
+        "source": "LAMDA-CL/PyCIL: models/wa.py, utils/data.py (jitter 63/255)",
+        "memory_size": 2000,
+        "clip_weights": False,
+        "backbone": "ResNet32",
+        "first_optimizer": "SGD(lr=0.1, momentum=0.9, weight_decay=0.0005)",
+        "first_scheduler": "MultiStepLR(gamma=0.1, milestones=[60, 120, 170])",
+        "optimizer": "SGD(lr=0.1, momentum=0.9, weight_decay=0.0002)",
+        "scheduler": "MultiStepLR(gamma=0.1, milestones=[60, 100, 140])",
+        "data.scenario": "ClassIncremental(class_order=1993, tasks=10)",
+        "data.batch_size": 128,
+        "data.transforms": ["RandomCrop(padding=4)", "RandomHorizontalFlip()", "ColorJitter(brightness=0.247)"],
+        "loop.first_task_epochs": 200,
+        "trainer.max_epochs": 170,
+    },
+}
+
 SMALL = partial(WA, backbone=plain_net, optimizer=sgd, memory_size=60)
 
 

@@ -28,6 +28,18 @@ SUBJECTS = {
     "CoTTA": Subject(small(CoTTA, backbone=tiny_resnet, views=2, teacher_momentum=0.9)),
 }
 
+PUBLISHED = {
+    "cotta": {
+        "source": "qinenergy/cotta: cifar/cfgs/cifar10/cotta.yaml and cotta.py",
+        "teacher_momentum": 0.999,
+        "restore": 0.01,
+        "threshold": 0.92,
+        "views": 32,
+        "backbone": "CifarResNet(depth=8, width=8)",
+        "optimizer": "Adam(lr=0.001)",
+    },
+}
+
 adam = partial(torch.optim.Adam, lr=1e-3)
 sgd = partial(torch.optim.SGD, lr=0.01)
 

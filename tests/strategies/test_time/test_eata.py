@@ -22,6 +22,18 @@ SUBJECTS = {
     "EATA": Subject(small(EATA, backbone=tiny_resnet, margin=0.8, diversity=0.9, fisher_weight=1.0)),
 }
 
+PUBLISHED = {
+    "eata": {
+        "source": "test-time-adaptation benchmarks: cfgs/cifar10_c/eata.yaml",
+        "margin": 0.4,
+        "diversity": 0.4,
+        "fisher_weight": 1.0,
+        "fisher_batch_size": 200,
+        "backbone": "CifarResNet(depth=8, width=8)",
+        "optimizer": "Adam(lr=0.001)",
+    },
+}
+
 adam = partial(torch.optim.Adam, lr=0.01)
 TENT = {"margin": math.inf, "diversity": 2.0, "fisher_weight": 0.0}
 

@@ -15,6 +15,14 @@ SUBJECTS = {
     "Tent": Subject(small(Tent, backbone=tiny_resnet)),
 }
 
+PUBLISHED = {
+    "tent": {
+        "source": "DequanWang/tent: cfgs/tent.yaml",
+        "backbone": "CifarResNet(depth=8, width=8)",
+        "optimizer": "Adam(lr=0.001)",
+    },
+}
+
 
 def test_entropy_is_that_of_a_plain_loop_and_its_gradient_the_closed_form():
     logits = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
