@@ -21,8 +21,8 @@ and d and w per class c and sample i:
     d_ci = (f'(x_i) - p_c)^T E (f'(x_i) - p_c), scaled to [0, 1] over all c and i
 
 Then E and the distributions of the new classes are computed. In the first task, rotations of the images by 90, 180 and
-270 degrees are trained as 3 C additional classes, with a head that is removed afterwards. From the second task on batch
-normalisation is frozen.
+270 degrees are trained as 3 C additional classes, with a head that is removed afterwards; as in the released code it
+has biases, unlike the head of the classes. From the second task on batch normalisation is frozen.
 lambda -> feature_weight, eta -> identity_weight, sigma -> drift_sigma.
 Departs from the released code: classes of L_PR are drawn with replacement; the image of a new class is the image in the
 same row of the previous batch, not one of the first images of that batch. In the first batch of a task, which has no
@@ -115,7 +115,7 @@ class EFC(ContinualStrategy):
             name = type(self.network.head).__name__
             raise ValueError(f"{type(self).__name__}: head is {name}; use a LinearHead, since E is made of its weights")
         num_features = self.network.head.num_features
-        self.rotation_head, self.gaussians = LinearHead(num_features, bias=False), GaussianPrototypes(num_features)
+        self.rotation_head, self.gaussians = LinearHead(num_features), GaussianPrototypes(num_features)
         self.register_buffer("feature_matrix", torch.zeros(num_features, num_features))
 
     def begin_task(self, task: Task) -> None:
