@@ -148,6 +148,8 @@ class Batch:
             in the first or last epoch and, for an online stream with several steps on each batch, in the first or last
             of these steps.
         parts: Rows and original batch of each part of a joint batch, by name (see ``join``).
+        passes: Rows of each forward pass of the network, in order, which together are all rows; empty for one pass.
+            Batch normalisation takes its statistics over the rows of a pass.
     """
 
     images: Tensor
@@ -161,6 +163,7 @@ class Batch:
     first_pass: bool = True
     last_pass: bool = True
     parts: dict[str, tuple[slice, "Batch"]] = field(default_factory=dict)
+    passes: tuple[slice, ...] = ()
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -207,7 +210,7 @@ class Batch:
         }
         changes["raw"] = changes["images"] if self.raw is self.images else function(self.raw)
         changes["extra"] = {name: function(value) for name, value in self.extra.items()}
-        changes["parts"] = {}  # the rows of the parts are no longer valid
+        changes["parts"], changes["passes"] = {}, ()  # their rows are no longer valid
         return replace(self, **changes)
 
 
@@ -259,7 +262,7 @@ def cat(batches: Sequence[Batch], world_size: int = 1) -> Batch:
     extra = {name: torch.cat([batch.extra[name] for batch in batches]) for name in names}
     total = sum(batch.draw.total for batch in batches)
     weight = world_size * len(joined["labels"]) / total if total else 1.0
-    return first.replace(**joined, extra=extra, weight=weight, parts={})
+    return first.replace(**joined, extra=extra, weight=weight, parts={}, passes=())
 
 
 ImageShape = tuple[int, int, int]  # channels, height, width

@@ -29,6 +29,7 @@ from cl_lightning.models.heads import CosineHead, Head, LinearHead, align_head, 
 from cl_lightning.models.masks import GatedBackbone
 from cl_lightning.models.heads import CosineHead, DistanceHead, Head, LinearHead, align_head, align_rows, distances
 from cl_lightning.models.network import Network, Output, batch_norms, frozen_copy
+from cl_lightning.models.network import Network, Output, batch_norms, frozen_copy, joined
 from cl_lightning.models.normalization import AdaptiveBatchNorm, adapt_norms, norm_parameters, set_statistics
 from cl_lightning.models.peft.adapter import Adapter
 from cl_lightning.models.peft.backbone import AdaptedBackbone, PeftPair
@@ -103,6 +104,7 @@ __all__ = [
     "distances",
     "frozen_copy",
     "gaussian_classifier",
+    "joined",
     "layers_of",
     "linear_svm",
     "most_frequent",

@@ -1,9 +1,10 @@
 """A backbone with a head that grows."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,6 +21,11 @@ class Output(NamedTuple):
 
     features: Tensor
     logits: Tensor
+
+
+def joined(outputs: Sequence[Output]) -> Output:
+    """Output of several forward passes, at least one, row after row."""
+    return outputs[0] if len(outputs) == 1 else Output(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
 
 
 def batch_norms(module: nn.Module) -> Iterator[nn.Module]:

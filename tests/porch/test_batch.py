@@ -70,6 +70,11 @@ def test_moving_a_batch_keeps_raw_and_images_one_tensor_where_they_are():
     assert Batch(one.images, one.labels, one.tasks, one.indices, one.raw, one.draw).weight == 1.0
 
 
+def test_passes_are_of_the_rows_of_this_batch_and_no_other():
+    one = batch(0, 4, 4, 1).replace(passes=(slice(0, 2), slice(2, 4)))
+    assert one.select(slice(1, 3)).passes == one.to("cpu").passes == cat([one, one]).passes == ()
+
+
 def test_numbers_of_a_row_go_with_it_wherever_it_stands():
     rows = torch.tensor([5, -(2**63), 2**63 - 1, 0, 7])
     draw, order = RowDraw.of_rows(rows, 3), torch.tensor([3, 0, 4, 1, 2])

@@ -19,7 +19,7 @@ from cl_lightning.distributed import rank
 from cl_lightning.lightning_private import HOOK_NAME
 from cl_lightning.losses import cross_entropy, masked_logits
 from cl_lightning.memory import Memory, bytes_by_kind, restore_shapes
-from cl_lightning.models import MLP, Backbone, Head, LinearHead, Network, Output, batch_norms
+from cl_lightning.models import MLP, Backbone, Head, LinearHead, Network, Output, batch_norms, joined
 from cl_lightning.strategies.base.evaluation import Evaluation
 from cl_lightning.strategies.base.optimizers import apply_lr_factors, fuse, with_lr_factors, without_lr
 from cl_lightning.strategies.base.passes import Passes, StrategyData
@@ -38,11 +38,12 @@ HeadFactory = Callable[[int], Head]
 class ContinualStrategy(LightningModule):
     """Base class of all methods: it owns the network and the training loop, and a subclass defines the losses.
 
-    A training step is ``batch = prepare_batch(batch)``, one forward pass, and ``losses(batch, output)``. The base class
-    adds the losses of callbacks, sums all terms, logs them and takes the optimizer step. A subclass implements
-    ``losses`` and, where the method needs them, ``prepare_batch``, ``edit_gradients``, ``after_step``, ``begin_task``,
-    ``end_task``, ``phases``, ``trainable`` and ``predict``. State that must outlive a task is a parameter, a buffer or
-    a module that holds tensors: ``state_dict`` then contains it, and a resumed run restores it.
+    A training step is ``batch = prepare_batch(batch)``, a forward pass (several with ``batch.passes``), and
+    ``losses(batch, output)``. The base class adds the losses of callbacks, sums all terms, logs them and takes the
+    optimizer step. A subclass implements ``losses`` and, where the method needs them, ``prepare_batch``,
+    ``edit_gradients``, ``after_step``, ``begin_task``, ``end_task``, ``phases``, ``trainable`` and ``predict``. State
+    that must outlive a task is a parameter, a buffer or a module that holds tensors: ``state_dict`` then contains it,
+    and a resumed run restores it.
 
     Args:
         backbone: Builds the feature extractor for an image shape ``(channels, height, width)``; None for ``MLP``.
@@ -341,7 +342,8 @@ class ContinualStrategy(LightningModule):
         if on_features or STORED in batch.extra:
             output = Output(batch.images, self.network.head(batch.images))
         else:
-            output = self.network(batch.images)
+            outputs = [self.network(batch.images[rows]) for rows in batch.passes if rows.start < rows.stop]
+            output = joined(outputs) if outputs else self.network(batch.images)
             if KEYS in batch.extra and (store := self.passes.store(training=True)) is not None:
                 store.add(batch.extra[KEYS], output.features)
         terms = self.losses(batch, output)

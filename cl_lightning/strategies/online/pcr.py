@@ -14,6 +14,8 @@ loss is therefore
 a cross-entropy over the classes present in the step, weighted by their numbers of rows. Weights of absent classes get
 no gradient, so that training on new classes does not lower the logits of old classes. After the step the batch is
 offered to a reservoir, without augmentation.
+In the released code the two views of the batch and the two views of the samples of the memory are two passes of the
+network, so that batch normalisation takes the statistics of each; ``separate_passes=True`` does the same.
 Departs from the authors' code: the first step of the stream, with an empty memory, trains on its batch alone, while it
 has no loss there; the classifier grows with the classes. The augmentation of the data module is not used. With several
 epochs over the stream, batches are offered to the memory in the first epoch only.
@@ -75,6 +77,7 @@ class PCR(Replay):
     Args:
         memory_size: Number of samples in the memory, over all processes; with 0 only the stream is trained on.
         temperature: tau, above 0; the default head has the scale 1 / tau.
+        separate_passes: Whether the batch and the samples of the memory are two passes, as in the authors' code.
         transforms: Augmentation of the second view, in order; None for the augmentation of the paper. The latter
             mirrors images: give other transforms if a mirrored image belongs to another class.
         head: Builds the classifier; None for a ``CosineHead`` of scale 1 / tau. The logits of another head are used in
@@ -89,6 +92,7 @@ class PCR(Replay):
         *,
         memory_size: int = 1000,
         temperature: float = 0.09,
+        separate_passes: bool = False,
         transforms: list[Transform] | None = None,
         head: HeadFactory | None = None,
         **kwargs: Any,
@@ -100,6 +104,7 @@ class PCR(Replay):
                 f"PCR: loss_classes is {self.loss_classes!r}, but the loss is over the classes of the step; use 'all'"
             )
         self.transforms = None if transforms is None else Compose(transforms)
+        self.separate_passes = separate_passes
         self._counts: Tensor | None = None
 
     def phases(self, task: Task) -> list[Phase]:
@@ -115,6 +120,8 @@ class PCR(Replay):
         # Here, not in `losses`, which is not called on a process without rows.
         columns = torch.arange(self.network.head.num_columns, device=joint.labels.device)
         self._counts = all_sum((joint.labels[:, None] == columns).sum(dim=0))
+        if self.separate_passes:
+            joint = joint.replace(passes=(slice(0, 2 * len(batch)), slice(2 * len(batch), len(joint))))
         return joint
 
     def views(self, part: Batch) -> tuple[Batch, Batch]:

@@ -19,9 +19,12 @@ all processes, on un-augmented images, like the images of predictions:
     min over alpha, beta of   mean_i CE(q(x_i), y_i) + r / 2 ((alpha - 1)^2 + beta^2),      r -> bias_ridge
 
 The paper has r = 0. A small r bounds the solution where a threshold separates the few held-out samples: CE then has no
-minimum. The paper does not give the optimizer of stage 2. With ``solver="sgd"`` stage 2 is a phase ``bias`` with r = 0
-and augmented images, trained by Adam with learning rate 0.01 for 100 epochs: where the share is a single batch, beta is
-then far from the minimum, and at the learning rate of mammoth (0.001, 250 epochs) alpha hardly changes.
+minimum. The default is from validation data, 10,000 training images of Fashion-MNIST (MLP, 5 tasks, 500 exemplars, mean
+accuracy of tasks 2 to 5 in % over 3 seeds): 84.4 with 1e-5, 84.5 with 1e-3 and 3e-3, 84.3 with 1e-2, 82.7 with 0.1,
+80.7 with 1; without stage 2 69.9, with the pair of least CE on the validation data itself 84.7. The paper does not give
+the optimizer of stage 2. With ``solver="sgd"`` stage 2 is a phase ``bias`` with r = 0 and augmented images, trained by
+Adam with learning rate 0.01 for 100 epochs: where the share is a single batch, beta is then far from the minimum, and
+at the learning rate of mammoth (0.001, 250 epochs) alpha hardly changes.
 Departs from the authors' code: the held-out exemplars were trained on in the task in which they were new; the authors
 reserve a part of the memory for stage 2 that is never trained on. Their code also adds 0.05 beta^2, without a penalty
 on alpha, to the loss of stage 2: its minimum has a beta closer to 0.

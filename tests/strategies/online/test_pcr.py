@@ -1,16 +1,19 @@
 """Proxy-based Contrastive Replay."""
 
+import math
+from copy import deepcopy
 from functools import partial
 
 import pytest
 import torch
 from support.fakes import normal
 from support.runs import plain_net, run
+from torch import nn
 from torch.nn import functional as F
 
 from cl_lightning.batch import Batch, Draw
 from cl_lightning.data import RandomCrop
-from cl_lightning.models import CosineHead, LinearHead
+from cl_lightning.models import Backbone, CosineHead, LinearHead
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.online.pcr import PCR, proxy_contrastive, strong_augmentation
 from cl_lightning.stream import ClassIncremental, Online
@@ -29,6 +32,7 @@ PUBLISHED = {
         "source": "FelixHuiweiLin/PCR: defaults of general_main.py (--num_tasks 10), agents/pcr.py",
         "memory_size": 1000,
         "temperature": 0.09,
+        "separate_passes": True,
         "optimizer": "SGD(lr=0.1)",
         "data.scenario": "Online(base=ClassIncremental(tasks=10), batch_size=10)",
         "data.batch_size": 10,
@@ -155,6 +159,46 @@ def test_a_step_has_two_views_of_the_batch_and_of_as_many_samples_of_the_memory(
         assert torch.equal(plain.labels, strong.labels)
         assert torch.equal(plain.raw, strong.raw)
         assert not torch.equal(plain.images, strong.images)
+
+
+class Norm(Backbone):
+    """One hidden layer with batch normalisation."""
+
+    def __init__(self, image_shape):
+        super().__init__(image_shape)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), 12), nn.BatchNorm1d(12), nn.ReLU())
+        self.num_features = 12
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_batch_and_memory_are_one_pass_or_two_with_statistics_of_their_own(separate):
+    apart = []
+
+    class Look(PCR):
+        def prepare_batch(self, batch):
+            self.size = 2 * len(batch)
+            return super().prepare_batch(batch)
+
+        def losses(self, batch, output):
+            backbone = deepcopy(self.network.backbone)  # in train mode, where running statistics have no effect
+            one = backbone(batch.images)
+            parts = batch.images[: self.size], batch.images[self.size :]
+            two = torch.cat([backbone(part) for part in parts if len(part)])
+            apart.append(float((one - two).abs().max()))
+            expected = two if separate else one
+            torch.testing.assert_close(output.features, expected)
+            torch.testing.assert_close(output.logits, self.network.head(expected))
+            return super().losses(batch, output)
+
+    strategy = Look(backbone=Norm, optimizer=plain_sgd, memory_size=100, separate_passes=separate)
+    made = run(strategy, data=FIVE, limit_train_batches=4)
+    assert apart[0] == 0  # the memory is empty
+    assert min(apart[1:]) > 0.01
+    steps = int(made.strategy.network.backbone.layers[2].num_batches_tracked)
+    assert steps == (2 * len(apart) - 1 if separate else len(apart))
 
 
 def test_without_transforms_both_views_are_the_images():
