@@ -12,7 +12,7 @@ from cl_lightning.measures import last_accuracy
 from cl_lightning.models import MLP, LinearHead, Network
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.ewc import EWC
-from cl_lightning.stream import ClassIncremental, PermutedDomains
+from cl_lightning.stream import PermutedDomains
 
 PUBLISHED = {
     "finetune_mas": {
@@ -192,13 +192,16 @@ def test_importances_of_the_path_and_of_the_output_keep_old_domains():
     assert min(ours) > plain + 0.1
 
 
-def test_importances_of_the_path_and_of_the_output_hardly_help_in_a_class_incremental_stream():
-    options = {"data": {"scenario": ClassIncremental(tasks=5), "batch_size": 32}, "max_epochs": 5}
+def test_in_a_class_incremental_stream_importances_hardly_help_but_where_the_task_is_known():
+    estimators = [{"estimator": "si", "weight": 1.0, "xi": 0.01}, {"estimator": "mas", "weight": 1.0}]
     plain, *ours = (
-        last_accuracy(run(Finetune(**COMMON), *callbacks, **options).matrix.R_ci)
-        for callbacks in ([], *([ImportancePenalty(**estimator)] for estimator in ESTIMATORS))
+        run(Finetune(backbone=plain_net), *callbacks, max_epochs=4, gradient_clip_val=1.0).matrix
+        for callbacks in ([], *([ImportancePenalty(**estimator)] for estimator in estimators))
     )
-    assert max(abs(accuracy - plain) for accuracy in ours) < 0.15
+    # Measured: .30 (SI) and .33 (MAS) against .27; of old tasks that are known .93 and .97 against .77.
+    for matrix in ours:
+        assert abs(last_accuracy(matrix.R_ci) - last_accuracy(plain.R_ci)) < 0.15
+        assert matrix.R_ti[-1, :-1].mean() > plain.R_ti[-1, :-1].mean() + 0.08
 
 
 class FirstPenalty(ImportancePenalty):

@@ -133,10 +133,11 @@ def test_it_forgets_far_less_than_finetuning_on_permuted_images():
     assert ewc.matrix.R_ci[3, 0] > finetune.matrix.R_ci[3, 0] + 0.13
 
 
-def test_it_hardly_helps_in_a_class_incremental_stream():
+def test_in_a_class_incremental_stream_it_hardly_helps_but_where_the_task_is_known():
     ewc, finetune = (run(cls(backbone=plain_net), max_epochs=4) for cls in (EWC, Finetune))
-    # Measured: .32 against .25.
+    # Measured: .32 against .25; of old tasks that are known .94 against .44.
     assert ewc.matrix.measures()["average_accuracy"] < finetune.matrix.measures()["average_accuracy"] + 0.15
+    assert ewc.matrix.R_ti[-1, :-1].mean() > finetune.matrix.R_ti[-1, :-1].mean() + 0.25
 
 
 def test_the_memory_of_importances_does_not_grow_with_the_tasks_but_for_the_head():
