@@ -2,13 +2,14 @@
 
     python -m benchmarks.comparison run fashion_mlp --data DIR      all methods, seeds 0, 1, 2
     python -m benchmarks.comparison run fashion_mlp --only er lwf --seeds 0
-    python -m benchmarks.comparison table                           writes docs/results.md from what was run
+    python -m benchmarks.comparison table                           writes docs/results.md
 
 DIR holds ``fashion_mnist.npz``, ``cifar100.npz`` and ``cifar10_test.npz`` (x_train, y_train, x_test, y_test,
 class_names; the last one without training images), and weights in ``models``. Runs that are done are passed over, one
 that was stopped goes on from its last checkpoint. Methods have the options of their configs in
 ``experiments/methods`` and what ``benchmarks/protocols.py`` says beside them; epochs, batches, network and memory are
-those of the protocol. No option was chosen by these test data.
+those of the protocol. No option was chosen by these test data. ``table`` writes rows of what was run; it keeps the
+other rows of docs/results.md as long as their options are the present ones.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.protocols import PROTOCOLS, rows_of
@@ -52,7 +54,12 @@ def parts(protocol: str, method: str, data: str) -> tuple[str, str, str]:
         f"{shared_by.options} --trainer.accelerator cpu",
         row.options,
     )
-    values = {"data": data, "memory": shared_by.memory, "epochs": shared_by.epochs, "runs": RUNS}
+    values = {
+        "data": data,
+        "memory": shared_by.memory,
+        "epochs": shared_by.epochs,
+        "runs": RUNS,
+    }
     filled = (text.format(**values) for text in texts)
     config, shared, own = (" ".join(text.split()) for text in filled)
     return config, shared, own
@@ -108,54 +115,116 @@ def finished(target: Path) -> bool:
     return (target / "results.json").is_file() and records.read(target).complete
 
 
-def page(runs: Path) -> str:
-    """docs/results.md, from what was run."""
-    sections = [INTRODUCTION]
+@dataclass
+class Section:
+    """A section of the page.
+
+    Attributes:
+        heads: Of the columns after the method.
+        rows: Cells of each method.
+        detail: Cells of each method in the table by task, and the heads of this table under ``%``.
+        shared: Options that all rows share.
+        options: Config and options of each method.
+    """
+
+    heads: list[str] = field(default_factory=list)
+    rows: dict[str, list[str]] = field(default_factory=dict)
+    detail: dict[str, list[str]] = field(default_factory=dict)
+    shared: str = ""
+    options: dict[str, str] = field(default_factory=dict)
+
+
+def sections(text: str) -> dict[str, Section]:
+    """The sections of a page, by title."""
+    found: dict[str, Section] = {}
+    for part in text.split("\n## ")[1:]:
+        section, tables = Section(), 0
+        for line in part.splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split(" | ")] if line.startswith("| ") else []
+            if cells and cells[0] in ("method", "%"):
+                tables += 1
+                section.heads = cells[1:] if tables == 1 else section.heads
+            if cells and tables == 1 and cells[0] != "method":
+                section.rows[cells[0]] = cells[1:]
+            elif cells and tables == 2:
+                section.detail[cells[0]] = cells[1:]
+            elif line.startswith("SHARED: "):
+                section.shared = line.removeprefix("SHARED: ")
+            elif section.shared and ": --config " in line:
+                method, _, options = line.partition(": ")
+                section.options[method] = options
+        found[part.partition("\n")[0]] = section
+    return found
+
+
+def page(runs: Path, old: str = "") -> str:
+    """docs/results.md: rows of what was run, and the other rows of an old page whose options are still the same."""
+    parts = [INTRODUCTION]
+    before = sections(old)
     for name, protocol in PROTOCOLS.items():
-        rows = {
-            method: [records.read(path) for seed in SEEDS if finished(path := folder(name, method, seed, runs))]
-            for method in chosen(name)
-        }
-        rows = {method: found for method, found in rows.items() if found}
-        if not rows:
+        made = section_of(name, runs, before.get(protocol.title, Section()))
+        if not made.rows:
             continue
-        cells: list[list[str]] = []
-        heads = ["method", "seeds"]
-        for measure in protocol.columns:
-            values = [[measure.of(run) for run in found] for found in rows.values()]
-            if measure is measures.SECONDS:
-                values = [[min(value for value in part if value is not None)] for part in values]
-            unit, texts = column([estimate(part) for part in values], measure.unit)
-            heads.append(f"{measure.title} ({unit})")
-            cells.append(texts)
-        lines = [f"## {protocol.title}", "", protocol.says, "", " | ".join(["", *heads, ""]).strip()]
-        lines.append("|" + "---|" * len(heads))
-        for place, (method, found) in enumerate(rows.items()):
-            lines.append(" | ".join(["", method, str(len(found)), *(texts[place] for texts in cells), ""]).strip())
-        if protocol.detail:
-            lines += ["", *by_task(protocol.detail, rows)]
-        options = {method: parts(name, method, "DIR") for method in rows}
-        shared = next(iter(options.values()))[1]
-        lines += ["", "<details><summary>options</summary>", "", "```", f"SHARED: {shared}", ""]
-        lines += [f"{method}: {config} {own}".rstrip() for method, (config, _, own) in options.items()]
-        sections.append("\n".join([*lines, "```", "", "</details>"]))
-    return "\n\n".join(sections) + "\n"
+        lines = [f"## {protocol.title}", "", protocol.says, "", row("method", made.heads)]
+        lines += ["|" + "---|" * (len(made.heads) + 1), *(row(method, cells) for method, cells in made.rows.items())]
+        if made.detail:
+            (head, names), *others = made.detail.items()
+            lines += ["", row(head, names), "|" + "---|" * (len(names) + 1)]
+            lines += [row(method, cells) for method, cells in others]
+        lines += ["", "<details><summary>options</summary>", "", "```", f"SHARED: {made.shared}", ""]
+        lines += [f"{method}: {options}" for method, options in made.options.items()]
+        parts.append("\n".join([*lines, "```", "", "</details>"]))
+    return "\n\n".join(parts) + "\n"
 
 
-def by_task(name: str, rows: dict[str, list[records.Run]]) -> list[str]:
-    """A table of a number per task in percent, the mean over the seeds; tasks without one are left out."""
-    means: dict[str, list[float]] = {}
-    told: list[str] = []
+def row(first: str, cells: Sequence[str]) -> str:
+    return " | ".join(["", first, *cells, ""]).strip()
+
+
+def section_of(name: str, runs: Path, old: Section) -> Section:
+    """The section of a protocol: rows of what was run, and rows of the old section with the same options."""
+    protocol, made = PROTOCOLS[name], Section()
+    options = {method: parts(name, method, "DIR") for method in chosen(name)}
+    made.shared = next(iter(options.values()))[1]
+    lines = {method: f"{config} {own}".rstrip() for method, (config, _, own) in options.items()}
+    new = {
+        method: [records.read(path) for seed in SEEDS if finished(path := folder(name, method, seed, runs))]
+        for method in lines
+    }
+    new = {method: found for method, found in new.items() if found}
+    same = {method for method, line in old.options.items() if line == lines.get(method) and old.shared == made.shared}
+    kept = {method: cells for method, cells in old.rows.items() if method in same and method not in new}
+    columns: list[list[str]] = [[str(len(found)) for found in new.values()]]
+    made.heads = ["seeds"]
+    for place, measure in enumerate(protocol.columns, start=1):
+        values = [[measure.of(run) for run in found] for found in new.values()]
+        if measure is measures.SECONDS:
+            values = [[min(value for value in part if value is not None)] for part in values]
+        unit = old.heads[place].rpartition("(")[2].rstrip(")") if kept else None
+        unit, cells = column([estimate(part) for part in values], measure.unit, name=unit)
+        made.heads.append(f"{measure.title} ({unit})")
+        columns.append(cells)
+    measured = dict(zip(new, map(list, zip(*columns, strict=True)), strict=True))
+    made.options = {method: line for method, line in lines.items() if method in kept or method in measured}
+    made.rows = {method: measured.get(method) or kept[method] for method in made.options}
+    if protocol.detail and made.rows:
+        tables = by_task(protocol.detail, new) if new else {}
+        heads = tables.get("%") or old.detail["%"]
+        made.detail = {"%": heads, **{method: tables.get(method) or old.detail[method] for method in made.rows}}
+    return made
+
+
+def by_task(name: str, rows: dict[str, list[records.Run]]) -> dict[str, list[str]]:
+    """Numbers per task in percent, the mean over the seeds, and names of tasks; tasks without a number are left out."""
+    table: dict[str, list[str]] = {}
     for method, found in rows.items():
-        parts = [json.loads((run.folder / "results.json").read_text(encoding="utf-8")) for run in found]
-        series = [part["matrix"].get(name) or [task[name] for task in part["measures_per_task"]] for part in parts]
+        files = [json.loads((run.folder / "results.json").read_text(encoding="utf-8")) for run in found]
+        series = [file["matrix"].get(name) or [task[name] for task in file["measures_per_task"]] for file in files]
         values = [[value for value in column if value is not None] for column in series]
-        tasks = [task["name"] for task in parts[0]["tasks"]]
-        told = tasks[len(tasks) - len(values[0]) :]
-        means[method] = [100 * sum(column) / len(column) for column in zip(*values, strict=True)]
-    lines = [" | ".join(["", "%", *(task.replace("_", " ") for task in told), ""]).strip()]
-    lines.append("|" + "---|" * (len(told) + 1))
-    return lines + [" | ".join(["", method, *(f"{v:.1f}" for v in row), ""]).strip() for method, row in means.items()]
+        tasks = [task["name"] for task in files[0]["tasks"]]
+        table["%"] = [task.replace("_", " ") for task in tasks[len(tasks) - len(values[0]) :]]
+        table[method] = [f"{100 * sum(column) / len(column):.1f}" for column in zip(*values, strict=True)]
+    return table
 
 
 def main() -> None:
@@ -173,7 +242,8 @@ def main() -> None:
     if options.what == "run":
         run(options.protocol, chosen(options.protocol, options.only), options.seeds, options.data, options.runs)
     else:
-        (ROOT / "docs" / "results.md").write_text(page(options.runs), encoding="utf-8")
+        target = ROOT / "docs" / "results.md"
+        target.write_text(page(options.runs, target.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 import re
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from support import ROOT
@@ -76,6 +78,48 @@ def test_the_command_of_a_config_keeps_its_further_lines(generate, tmp_path, mon
     config.write_text("# Mine.\nmodel: ER\n")
     with pytest.raises(ValueError, match=r"mine.yaml: the head has no command; add `#   python -m"):
         generate.command_of(config)
+
+
+def test_the_page_of_results_has_the_texts_and_options_of_its_protocols(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import comparison
+
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert text == comparison.page(Path("no runs"), text), "run python -m benchmarks.comparison table"
+
+
+def test_a_row_is_replaced_by_new_runs_kept_with_its_options_and_dropped_with_others(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import comparison
+    from benchmarks.protocols import Method, Protocol
+
+    last, time = comparison.measures.LAST, comparison.measures.SECONDS
+    columns = (replace(last, of=lambda run: run[0]), replace(time, of=lambda run: run[1]))
+    monkeypatch.setattr(comparison.measures, "SECONDS", columns[1])
+    methods = {name: Method(name.lower(), "--x 1") for name in "ABC"}
+
+    def table(measured, methods, old=""):
+        protocol = Protocol("P", "it says", "--s", methods=methods, columns=columns)
+        monkeypatch.setattr(comparison, "PROTOCOLS", {"p": protocol})
+        monkeypatch.setattr(comparison, "rows_of", lambda name: methods)
+        monkeypatch.setattr(comparison, "finished", lambda path: path.parts[-2] in measured and int(path.name) < 2)
+        monkeypatch.setattr(
+            comparison.records, "read", lambda path: (0.5 + 0.1 * int(path.name), measured[path.parts[-2]])
+        )
+        page = comparison.page(Path("runs"), old)
+        return page, [line for line in page.splitlines() if line.startswith("| ")]
+
+    first, lines = table({"a": 600.0, "b": 90.0}, methods)
+    head, of_a, of_b = lines
+    assert head.endswith("time (min) |")
+    assert of_a == "| A | 2 | 55.0 ± 63.5 | 10.0 |"
+    assert of_b == "| B | 2 | 55.0 ± 63.5 | 1.50 |"
+    second, lines = table({"c": 3.0}, methods, first)
+    assert lines == [head, of_a, of_b, "| C | 2 | 55.0 ± 63.5 | 0.05 |"]  # in the unit of the page
+    assert table({}, methods, second)[0] == second
+    assert table({"b": 30.0}, methods, second)[1][2] == "| B | 2 | 55.0 ± 63.5 | 0.50 |"
+    _, lines = table({}, methods | {"A": Method("a", "--x 2")}, second)
+    assert [line[2] for line in lines[1:]] == ["B", "C"]
 
 
 def test_the_page_of_benchmarks_is_what_their_numbers_say(monkeypatch):

@@ -35,16 +35,20 @@ class Sheet:
 # ---------------------------------------------------------------------- numbers as text
 
 
-def scale_of(values: Sequence[float], unit: Unit) -> tuple[float, str]:
-    """Divisor and name of the unit for a column of values, chosen by the largest value."""
-    largest = max((abs(value) for value in values), default=0.0)
-    if unit == "percent":
-        return 0.01, "%"
-    if unit == "seconds":
-        steps = ((1.0, "s"), (60.0, "min"), (3600.0, "h"))
-        return next(step for step in reversed(steps) if largest >= 2 * step[0] or step[0] == 1.0)
-    sizes = ((1.0, "B"), (2.0**10, "KiB"), (2.0**20, "MiB"), (2.0**30, "GiB"))
-    return next(size for size in reversed(sizes) if largest >= size[0] or size[0] == 1.0)
+_SCALES: dict[Unit, tuple[tuple[float, str], ...]] = {
+    "percent": ((0.01, "%"),),
+    "seconds": ((1.0, "s"), (60.0, "min"), (3600.0, "h")),
+    "bytes": ((1.0, "B"), (2.0**10, "KiB"), (2.0**20, "MiB"), (2.0**30, "GiB")),
+}
+
+
+def scale_of(values: Sequence[float], unit: Unit, name: str | None = None) -> tuple[float, str]:
+    """Divisor and name of the unit for a column of values, chosen by the largest value unless ``name`` is given."""
+    if name is not None:
+        return next(scale for scale in _SCALES[unit] if scale[1] == name)
+    largest, factor = max((abs(value) for value in values), default=0.0), 2 if unit == "seconds" else 1
+    scales = _SCALES[unit]
+    return next((scale for scale in reversed(scales) if largest >= factor * scale[0]), scales[0])
 
 
 def digits(value: float, divisor: float, unit: Unit, *, signed: bool = False) -> str:
@@ -73,9 +77,11 @@ def estimated(value: Estimate | None, divisor: float, unit: Unit, *, signed: boo
     return f"{mean} ± {digits(value.half, divisor, unit)}"
 
 
-def column(values: Sequence[Estimate | None], unit: Unit, *, signed: bool = False) -> tuple[str, list[str]]:
-    """Name of the unit, and the cells of a column."""
-    divisor, name = scale_of([value.mean for value in values if value is not None], unit)
+def column(
+    values: Sequence[Estimate | None], unit: Unit, *, name: str | None = None, signed: bool = False
+) -> tuple[str, list[str]]:
+    """Name of the unit, chosen by the values unless it is given, and the cells of a column."""
+    divisor, name = scale_of([value.mean for value in values if value is not None], unit, name)
     return name, [estimated(value, divisor, unit, signed=signed) for value in values]
 
 
