@@ -78,7 +78,9 @@ def facts(path: Path, *, whole: bool) -> dict[str, Any]:
 def claims(path: Path) -> bool:
     """Whether a config says that it has published numbers."""
     head = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    return path.parent.name == "published" or any(word in " ".join(head) for word in ("paper's", "authors' values"))
+    return path.parent.name == "published" or any(
+        word in " ".join(head) for word in ("paper's", "of the paper", "authors' values")
+    )
 
 
 def numbers() -> dict[str, dict[str, Any]]:

@@ -16,6 +16,15 @@ from cl_lightning.strategies.rehearsal.gem import AGEM, GEM, gem_projection, non
 from cl_lightning.stream import ClassIncremental, RotatedDomains
 from cl_lightning.testing import check_strategy, small
 
+PUBLISHED = {
+    "gem": {
+        "source": "Lopez-Paz & Ranzato, NeurIPS 2017, CIFAR-100: learning rate 0.1, gamma 0.5",
+        "memory_size": 500,
+        "memory_strength": 0.5,
+        "optimizer": "SGD(lr=0.1)",
+    },
+}
+
 EXACT = {"memory_strength": 0.0, "ridge": 0.0}
 
 
