@@ -16,10 +16,9 @@ from cl_lightning.memory.growing import GrowingBuffers, restore_shapes
 from cl_lightning.memory.herding import herding_indices, herding_per_class
 from cl_lightning.memory.importance import Importance, NamedBuffers
 from cl_lightning.memory.input_spaces import InputSpaces, input_grams, linear_maps
+from cl_lightning.memory.mean_covariance import MeanCovariance
 from cl_lightning.memory.owners import FREE, Held, Owners
 from cl_lightning.memory.paths import PathIntegral, RiemannianWalk
-from cl_lightning.memory.importance import Importance, NamedBuffers, PathIntegral
-from cl_lightning.memory.mean_covariance import MeanCovariance
 from cl_lightning.memory.prototypes import GaussianPrototypes, PrototypeHead, Prototypes
 from cl_lightning.memory.replay import (
     ClassBalanced,

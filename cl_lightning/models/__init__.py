@@ -25,10 +25,8 @@ from cl_lightning.models.closed_form import (
 )
 from cl_lightning.models.convnet import ConvNet
 from cl_lightning.models.expansion import ExpandableBackbone
-from cl_lightning.models.heads import CosineHead, Head, LinearHead, align_head, align_rows
-from cl_lightning.models.masks import GatedBackbone
 from cl_lightning.models.heads import CosineHead, DistanceHead, Head, LinearHead, align_head, align_rows, distances
-from cl_lightning.models.network import Network, Output, batch_norms, frozen_copy
+from cl_lightning.models.masks import GatedBackbone
 from cl_lightning.models.network import Network, Output, batch_norms, frozen_copy, joined
 from cl_lightning.models.normalization import AdaptiveBatchNorm, adapt_norms, norm_parameters, set_statistics
 from cl_lightning.models.peft.adapter import Adapter

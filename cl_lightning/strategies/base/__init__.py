@@ -1,9 +1,7 @@
 """The base class of all continual-learning methods, and its components."""
 
-from cl_lightning.strategies.base.optimizers import refuse_weight_decay
 from cl_lightning.strategies.base.gradients import flat_gradient, set_gradient, without_conflict
-from cl_lightning.strategies.base.optimizers import separate_group
-from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer
+from cl_lightning.strategies.base.optimizers import refuse_weight_decay, separate_group
 from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer, sigmoid_optimizer
 from cl_lightning.strategies.base.replay import ExemplarReplay, Replay, check_loss_classes
 from cl_lightning.strategies.base.strategy import (
@@ -33,8 +31,8 @@ __all__ = [
     "Traits",
     "check_loss_classes",
     "default_optimizer",
-    "refuse_weight_decay",
     "flat_gradient",
+    "refuse_weight_decay",
     "separate_group",
     "set_gradient",
     "sigmoid_optimizer",
