@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from support import costs, rotation
+from support import costs, rotation, selection
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
@@ -28,11 +28,23 @@ def shared_data() -> Path:
 # ------------------------------------------------------------------ which tests run, and where
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None) and not _is_chosen(config):
+        try:
+            selection.now()  # for all workers
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
+
+
+def _is_chosen(config: pytest.Config) -> bool:
+    """Whether single tests were asked for."""
+    return bool(config.option.keyword) or any("::" in arg for arg in config.args)
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist writes the groups into the names
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is not this run's turn; keep together what shares a reference run, or a file."""
-    selected = config.option.keyword or any("::" in arg for arg in config.args)
-    if not selected and (left_out := rotation.left_out(items)):
+    if not _is_chosen(config) and (left_out := rotation.left_out(items)):
         config.hook.pytest_deselected(items=left_out)
         skipped = set(left_out)
         items[:] = [item for item in items if item not in skipped]
@@ -73,5 +85,5 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for line in costs.TOTALS.summary():
+    for line in [*costs.TOTALS.summary(), *rotation.summary()]:
         terminalreporter.write_line(line)

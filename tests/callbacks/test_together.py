@@ -1,7 +1,7 @@
 """The callbacks with one another: killed and resumed at any place, and on two processes."""
 
 import pytest
-from support.subjects import all_callbacks, with_callbacks
+from support.together import all_callbacks, with_callbacks
 
 from cl_lightning.testing import check_strategy
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from support import ROOT
+from support import ROOT, selection
 
 from cl_lightning import cli, report
 from cl_lightning.cli import main
@@ -642,12 +642,12 @@ def test_the_command_in_the_head_of_a_method_file_is_right(run, monkeypatch, pat
             config_of(run(command, "--print_config"))
 
 
-@pytest.mark.rotating(1, each=lambda path: path.parent.name)
+@pytest.mark.rotating(1, each=lambda path: path.parent.name, of=selection.files_of_config)
 @pytest.mark.parametrize(
     "path", [path for path in METHODS if any(map(on_digits, commands_of(path)))], ids=lambda path: path.stem
 )
 def test_the_command_in_the_head_of_a_method_file_fits_and_tests(run, path):
-    """For one method of each family, another one each day."""
+    """For one method of each family: one that depends on what has changed, otherwise another one each day."""
     Path("experiments").symlink_to(ROOT / "experiments")
     for number, command in enumerate(filter(on_digits, commands_of(path))):
         brief = "--trainer.limit_train_batches 1 --trainer.limit_test_batches 1 --loop.stop_after_task 0"

@@ -8,7 +8,7 @@ for ``item()`` or the rows of a mask, is noted. Kernels are those of the CPU: a 
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from cl_lightning import distributed
 from cl_lightning.models import normalization
+from cl_lightning.testing import Outcome, difference
 
 AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 NAME = "remote"
@@ -32,6 +33,8 @@ _COPIES = (aten._to_copy.default, aten.copy_.default)
 _INDEXED = ("aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 _WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim")
 _STEP = ("on_train_batch_start", "training_step", "on_before_optimizer_step", "optimizer_step", "on_train_batch_end")
+MAY_WAIT = {"_summed", "made", "_gather_parts"}
+"""What every step may wait for: numbers to show, twice a second whether to stop, how many rows other processes have."""
 _OURS = ("/cl_lightning/", "/callbacks/", "/datamodules/", "/test_")
 
 waits: Counter[str] = Counter()
@@ -260,3 +263,15 @@ def running(monkeypatch: Any) -> Iterator[None]:
                 yield
         finally:
             torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+
+def on_the_cpu(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies on the CPU of the tensors of a state."""
+    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+def assert_like(expected: Outcome, outcome: Outcome) -> None:
+    """The state and accuracies of a run on the CPU and of a run on the device are equal within rounding."""
+    for kind in ("state", "matrix"):
+        there = on_the_cpu(getattr(outcome, kind))
+        assert difference(getattr(expected, kind), there, rtol=1e-5, atol=1e-6) is None

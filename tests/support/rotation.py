@@ -5,19 +5,28 @@ for ``count`` of each group, where ``group`` is a function of the first paramete
 of a hash of ``CL_LIGHTNING_ROTATION``, the test and the parameter, and the first ones run: all workers of a run agree,
 and a run is repeated by its rotation. The variable is the date unless it is set; ``all`` stands for all parameters. A
 test that is selected by ``-k`` or by its node id runs in any case.
+
+With ``of=files``, a function from the first parameter to files of the checkout, the parameters that depend on what has
+changed come first (``support/selection.py``). A test with the mark ``dependent`` runs for all methods that depend on
+what has changed, and for one in ten of the others: on each day another tenth, so that all have their turn in ten days.
 """
 
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator
+from datetime import UTC, date, datetime
 from typing import Any
 
 import pytest
 
+from support import selection
+from support.subjects import SUBJECTS
+
 ROTATION = os.environ.setdefault("CL_LIGHTNING_ROTATION", datetime.now(UTC).date().isoformat())
 """Set before the workers start, which inherit it."""
+ONE_IN = 10
+"""Of the methods that do not depend on what has changed."""
 
 
 def place(name: str, rotation: str = ROTATION) -> str:
@@ -25,25 +34,72 @@ def place(name: str, rotation: str = ROTATION) -> str:
     return hashlib.sha256(f"{rotation} {name}".encode()).hexdigest()
 
 
-def left_out(items: Iterable[Any], rotation: str = ROTATION) -> list[Any]:
-    """The rotating tests that this run does not make."""
+def left_out(items: Iterable[Any], rotation: str = ROTATION, affected: frozenset[str] | None = None) -> list[Any]:
+    """The rotating and dependent tests that this run does not make.
+
+    Args:
+        items: All tests.
+        rotation: Decides which parameters run.
+        affected: Files that depend on what has changed; by default of this checkout.
+    """
+    if rotation == "all":
+        return []
+    affected = selection.now() if affected is None else affected
     groups: dict[tuple[str, str, Any], list[Any]] = defaultdict(list)
     count: dict[tuple[str, str, Any], int] = {}
+    found: list[Any] = []
     for item in items:
-        if rotation != "all" and (mark := item.get_closest_marker("rotating")) is not None:
+        if (mark := item.get_closest_marker("rotating")) is not None:
             each = mark.kwargs.get("each", lambda value: None)
-            group = (str(item.path), item.originalname, each(next(iter(item.callspec.params.values()))))
+            group = (str(item.path), item.originalname, each(_first(item)))
             groups[group].append(item)
             count[group] = mark.args[0]
-    found: list[Any] = []
+        elif item.get_closest_marker("dependent") is not None and not _runs(item, rotation, affected):
+            found.append(item)
     for group, members in groups.items():
-        members.sort(key=lambda item: place(f"{item.originalname} {item.callspec.id}", rotation))
+        members.sort(key=lambda item: _order(item, rotation, affected))
         found += members[count[group] :]
     return found
+
+
+def _first(item: Any) -> Any:
+    """The first parameter of a test."""
+    return next(iter(item.callspec.params.values()))
+
+
+def _runs(item: Any, rotation: str, affected: frozenset[str]) -> bool:
+    """Whether a dependent test runs; all tests of a method have their turn together, and share its reference run."""
+    if selection.depends(selection.files_of(item), affected):
+        return True
+    try:
+        day = date.fromisoformat(rotation).toordinal()
+    except ValueError:
+        day = int(place("", rotation), 16)
+    return (int(place(item.callspec.params["name"], ""), 16) + day) % ONE_IN == 0
+
+
+def _order(item: Any, rotation: str, affected: frozenset[str]) -> tuple[bool, str]:
+    of = item.get_closest_marker("rotating").kwargs.get("of", lambda value: ())
+    return not selection.depends(of(_first(item)), affected), place(f"{item.originalname} {item.callspec.id}", rotation)
+
+
+def summary() -> Iterator[str]:
+    """A line on the tests that depend on what has changed, for the end of a run that has looked."""
+    if selection.AFFECTED not in os.environ:
+        return
+    affected = selection.now()
+    if ROTATION == "all" or selection.EVERYTHING in affected:
+        yield "selection: all methods"
+        return
+    names = [name for name in SUBJECTS if selection.depends(selection.files_of_method(name), affected)]
+    yield (
+        f"selection: {len(names)} of {len(SUBJECTS)} methods depend on what has changed; of the others a tenth is "
+        "tested on two processes, in half precision and on a device (all of them with CL_LIGHTNING_ROTATION=all)"
+    )
 
 
 def how_to_repeat(item: pytest.Item) -> str | None:
     """A command that runs a rotating test again, with what is drawn in it."""
     if item.get_closest_marker("rotating") is None:
-        return None
+        return None  # a dependent test has no random numbers: its node id is enough
     return f"CL_LIGHTNING_ROTATION={ROTATION} python -m pytest '{item.nodeid.partition('@')[0]}'"

@@ -11,17 +11,9 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-from cl_lightning.callbacks.distillation import Distillation
-from cl_lightning.callbacks.drift_compensation import DriftCompensation
-from cl_lightning.callbacks.ema_ensemble import EMAEnsemble
-from cl_lightning.callbacks.importance_penalty import ImportancePenalty
 from cl_lightning.cli import discovery
-from cl_lightning.memory import PrototypeHead
-from cl_lightning.models import MLP
-from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategy import ContinualStrategy
 from cl_lightning.testing import Subject, small
 from support import ROOT
@@ -62,11 +54,3 @@ _ALL = list(_found())
 SUBJECTS = {name: subject for name, subject, _ in _ALL}
 METHOD_OF = {name: method for name, _, method in _ALL}
 """The method that a subject belongs to."""
-
-
-def all_callbacks():
-    penalty = ImportancePenalty(estimator="si", weight=0.1)
-    return [Distillation(), Distillation(space="features"), penalty, DriftCompensation(), EMAEnsemble()]
-
-
-with_callbacks = partial(Finetune, backbone=partial(MLP, hidden=(16,)), head=PrototypeHead)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from support import ROOT, kills, rotation
+from support import ROOT, kills, rotation, selection
 from support.forks import free_port, start
 from support.runs import assert_same
 
@@ -52,7 +52,7 @@ def _chosen(events: list[str], chance: random.Random) -> int:
     return chance.choice([number for number, event in enumerate(events) if event == kind])
 
 
-@pytest.mark.rotating(4)
+@pytest.mark.rotating(4, of=lambda method: selection.files_of_config(CONFIG_OF[method]))
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(method, tmp_path):
     assert kills.run(_arguments(method), tmp_path / "whole", trace=True) == 0, kills.tail(tmp_path / "whole")

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from support import costs, rotation
+from support import ROOT, costs, rotation
 from support.subjects import METHOD_OF, SUBJECTS
 
 from cl_lightning.cli import discovery
@@ -11,9 +11,9 @@ from cl_lightning.cli import discovery
 NAMES = [f"method {number}" for number in range(20)]
 
 
-def chosen(seed, count=4, each=None):
+def chosen(seed, count=4, affected=frozenset(), **options):
     """Names that run, where a test of 20 names rotates."""
-    mark = pytest.mark.rotating(count, **({} if each is None else {"each": each})).mark
+    mark = pytest.mark.rotating(count, **options).mark
     items = [
         SimpleNamespace(
             path="file",
@@ -23,7 +23,7 @@ def chosen(seed, count=4, each=None):
         )
         for name in NAMES
     ]
-    left_out = rotation.left_out(items, seed)
+    left_out = rotation.left_out(items, seed, affected)
     return {item.callspec.id for item in items if item not in left_out}
 
 
@@ -41,8 +41,46 @@ def test_each_group_has_as_many():
     def tens(name):
         return len(name)
 
-    found = chosen("2026-11-30", 2, tens)
+    found = chosen("2026-11-30", 2, each=tens)
     assert sorted(map(len, found)) == [8, 8, 9, 9]
+
+
+def test_what_depends_on_a_change_is_among_the_chosen():
+    def files(name):
+        return [f"{name}.py"]
+
+    late = sorted(set(NAMES) - chosen("2026-11-30"))[:3]
+    found = chosen("2026-11-30", affected=frozenset(f"{name}.py" for name in late), of=files)
+    assert len(found) == 4
+    assert found > set(late)
+    assert chosen("2026-11-30", affected=frozenset("*"), of=files) == chosen("2026-11-30")
+
+
+def dependent(seed, affected):
+    """Subjects for which a dependent test runs."""
+    items = [
+        SimpleNamespace(
+            path=ROOT / "tests" / "testing" / "test_every_strategy.py",
+            callspec=SimpleNamespace(params={"name": name}),
+            get_closest_marker=lambda kind: kind == "dependent" or None,
+        )
+        for name in SUBJECTS
+    ]
+    left_out = rotation.left_out(items, seed, frozenset(affected))
+    return {item.callspec.params["name"] for item in items if item not in left_out}
+
+
+def test_of_methods_that_depend_on_no_change_each_has_its_turn_within_ten_days():
+    turns = [dependent(f"2026-11-{day}", []) for day in range(10, 20)]
+    assert sorted(name for turn in turns for name in turn) == sorted(SUBJECTS)
+    assert max(map(len, turns)) < len(SUBJECTS) / 3
+    assert dependent("all", []) == dependent("2026-11-30", "*") == set(SUBJECTS)
+
+
+def test_a_method_depends_on_its_strategy_its_test_and_the_test_for_all():
+    for file in ("cl_lightning/strategies/rehearsal/wa.py", "tests/strategies/rehearsal/test_wa.py"):
+        assert dependent("2026-11-30", [file]) == dependent("2026-11-30", []) | {"WA"}
+    assert dependent("2026-11-30", ["tests/testing/test_every_strategy.py"]) == set(SUBJECTS)
 
 
 def test_a_failure_says_how_to_repeat_it():
