@@ -117,6 +117,18 @@ def test_seconds_do_not_depend_on_the_machine():
     assert not totals.fails()
 
 
+def test_time_that_was_counted_is_not_counted_again_when_processes_end(monkeypatch):
+    clock = SimpleNamespace(user=0.0, system=0.0, children_user=0.0, children_system=0.0)
+    monkeypatch.setattr(costs, "_elsewhere", 0.0)
+    monkeypatch.setattr(costs, "_last", 0.0)
+    monkeypatch.setattr(costs.os, "times", lambda: clock)
+    costs.spent_elsewhere(3.0)
+    clock.user = 1.0
+    with costs.not_counted():
+        clock.children_user = 3.0
+    assert costs.lap() == 4.0
+
+
 def test_the_piece_of_work_is_timed_now_and_then(monkeypatch):
     monkeypatch.setattr(costs, "_calls", 0)
     found = [costs.piece_now_and_then() for _ in range(2 * costs.EVERY)]
