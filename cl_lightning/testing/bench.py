@@ -3,9 +3,10 @@
 import copy
 import logging
 import random
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
@@ -198,11 +199,22 @@ class KilledError(Exception):
 
 
 class _Loop(TaskLoop):
-    """A task loop that can be killed right after a checkpoint; it writes only this checkpoint and those of tasks."""
+    """A task loop that can be killed right after a checkpoint; it writes only this checkpoint and those of tasks.
 
-    def __init__(self, *args: Any, kill_at: SavePoint | None, probe: "_Probe", **kwargs: Any) -> None:
+    Instead of an end at ``kill_at``, what a killed process would leave can be copied to ``copy_to``.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        kill_at: SavePoint | None,
+        copy_at: SavePoint | None,
+        copy_to: Path | None,
+        probe: "_Probe",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.kill_at, self.probe = kill_at, probe
+        self.kill_at, self.copy_at, self.copy_to, self.probe = kill_at, copy_at, copy_to, probe
         self.snapshots: dict[SavePoint, dict[str, Tensor]] = {}
 
     def save(self, *, needed: bool = True) -> Path | None:
@@ -213,10 +225,14 @@ class _Loop(TaskLoop):
         phase = position.phase - (kind == "phase")
         point = SavePoint(position.task, phase, kind, self.trainer.global_step)
         self.snapshots[point] = detached(self.strategy.state_dict())
-        written = point == self.kill_at or kind == "task"
+        written = point in (self.kill_at, self.copy_at) or kind == "task"
         path = super().save() if written else None
         if point == self.kill_at:
             raise KilledError
+        if point == self.copy_at and self.trainer.is_global_zero:
+            assert self.run_dir is not None
+            assert self.copy_to is not None
+            shutil.copytree(self.run_dir, self.copy_to)
         return path
 
 
@@ -325,6 +341,8 @@ def run(
     folder: Path | None = None,
     resume: str | Path | None = None,
     kill_at: SavePoint | None = None,
+    copy_at: SavePoint | None = None,
+    copy_to: Path | None = None,
     last_task: int | None = None,
     processes: int = 1,
     **options: Any,
@@ -339,6 +357,8 @@ def run(
         folder: Run folder; None to write nothing.
         resume: Checkpoint to resume from, or ``last``.
         kill_at: Crash right after the checkpoint at this position.
+        copy_at: Copy the run folder right after the checkpoint at this position.
+        copy_to: Folder for this copy, from which another run can resume as if this one had crashed.
         last_task: Stop after this task.
         processes: World size; the other processes are running already.
         options: Options of the Trainer.
@@ -373,15 +393,22 @@ def run(
             nan_loss="ignore",  # for a check to find
         )
         loop = _Loop(
-            trainer, strategy, data, options=every, run_dir=folder, seed=subject.seed, kill_at=kill_at, probe=probe
+            trainer,
+            strategy,
+            data,
+            options=every,
+            run_dir=folder,
+            seed=subject.seed,
+            kill_at=kill_at,
+            copy_at=copy_at,
+            copy_to=copy_to,
+            probe=probe,
         )
-        try:
+        with suppress(KilledError):
             loop.fit(resume)
-        except KilledError:
-            pass
-        else:
-            if kill_at is not None:
-                raise AssertionError(f"{subject.name}: the run never came by the checkpoint {kill_at}")
+        for point in (kill_at, copy_at):
+            if point is not None and point not in loop.snapshots:
+                raise AssertionError(f"{subject.name}: the run never came by the checkpoint {point}")
         states = {callback.state_key: copy.deepcopy(callback.state_dict()) for callback in callbacks}
         return Outcome(
             state=detached(strategy.state_dict()),

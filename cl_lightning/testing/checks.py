@@ -279,7 +279,8 @@ def check_processes(case: Case) -> None:
     name, subject = "processes", replace(case.subject, accelerator="cpu")
     first = case.reference if subject == case.subject else run(subject)
     case.pair = case.pair or Pair()
-    report = case.pair.report(subject)
+    middle = [point for point in places(first.snapshots) if point.kind in ("step", "phase")][-2:]
+    report = case.pair.report(subject, middle)
     ranks, resumed = report["whole"], report["resumed"]
     case.same(name, "the second process and the first", ranks[0], ranks[1])
     # The statistics of batch normalisation, one per process, are averaged for each checkpoint, and so rounded.

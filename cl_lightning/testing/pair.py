@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from io import BytesIO
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cl_lightning.testing.bench import Subject, run
+from cl_lightning.testing.bench import SavePoint, Subject, run
 
 _TIMEOUT = 30.0  # seconds that one process waits for the other
 
@@ -74,8 +75,14 @@ class Pair:
             with (folder / f"log_{rank}.txt").open("wb") as log:
                 self._processes.append(subprocess.Popen(command, env=mine, stdout=log, stderr=subprocess.STDOUT))
 
-    def report(self, subject: Subject) -> dict[str, Any]:
+    def report(self, subject: Subject, points: Sequence[SavePoint]) -> dict[str, Any]:
         """What the processes find for a strategy: ``whole`` run and ``resumed`` one, for each rank.
+
+        The resumed run begins from a checkpoint of the whole one, at the first of the points, in new objects.
+
+        Args:
+            subject: The strategy, its data and options.
+            points: Where the resumed run is killed and resumed, in order.
 
         Raises:
             AssertionError: If one of the processes ended with an error.
@@ -84,7 +91,7 @@ class Pair:
         folder = self._inside()
         paths = [_path(folder, self._number, rank) for rank in range(2)]
         # Made by this process for its own children: what pickle could do wrong, these could do anyway.
-        _write(_path(folder, self._number), pickle.dumps(subject))
+        _write(_path(folder, self._number), pickle.dumps((subject, tuple(points))))
         self._number += 1
         until = time.monotonic() + self.timeout
         while not all(path.exists() for path in paths):
@@ -148,8 +155,6 @@ def _arrived(path: Path) -> bytes:
 
 def main() -> None:
     """Run each strategy that arrives in the folder on the command line, as one of the processes, and report on it."""
-    from cl_lightning.testing.bench import places
-
     folder = Path(sys.argv[-1])
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
@@ -159,13 +164,13 @@ def main() -> None:
     for number in count():
         content, before = _arrived(_path(folder, number)), time.process_time()
         try:
-            subject: Subject = replace(pickle.loads(content), accelerator="cpu")
-            whole = run(subject, processes=2)
-            middle = [point for point in places(whole.snapshots) if point.kind in ("step", "phase")][-2:]
-            resumed = whole
-            for index, point in enumerate([*middle, None]):
-                runs = folder / f"run_{number}"
-                resumed = run(subject, folder=runs, resume="last" if index else None, kill_at=point, processes=2)
+            subject, points = pickle.loads(content)
+            subject = replace(subject, accelerator="cpu")
+            runs, killed = folder / f"run_{number}", folder / f"killed_{number}"
+            first = points[0] if points else None
+            whole = resumed = run(subject, folder=runs, copy_at=first, copy_to=killed, processes=2)
+            for point in [*points[1:], None] if points else ():
+                resumed = run(subject, folder=killed, resume="last", kill_at=point, processes=2)
         except BaseException:
             error = folder / f"error_{rank}.txt"
             error.write_text(traceback.format_exc())

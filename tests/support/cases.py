@@ -1,9 +1,10 @@
 """The strategies under test, each with one reference run for all its checks, and one pair of processes for all."""
 
 import atexit
+from collections.abc import Sequence
 from functools import lru_cache
 
-from cl_lightning.testing import Case, Pair, Subject
+from cl_lightning.testing import Case, Pair, SavePoint, Subject
 from support import costs
 from support.subjects import SUBJECTS
 
@@ -11,14 +12,15 @@ from support.subjects import SUBJECTS
 class _Pair(Pair):
     """Two processes whose processor time counts for the test that asks."""
 
-    def report(self, subject: Subject):
+    def report(self, subject: Subject, points: Sequence[SavePoint]):
         before = self.seconds
-        found = super().report(subject)
+        with costs.children_not_counted():
+            found = super().report(subject, points)
         costs.spent_elsewhere(self.seconds - before)
         return found
 
     def close(self) -> None:
-        with costs.not_counted():  # with their end, the time of processes is added to the time of this one
+        with costs.children_not_counted():  # with their end, their time is added to the time of this process
             super().close()
 
 

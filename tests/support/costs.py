@@ -47,23 +47,26 @@ def spent_elsewhere(seconds: float) -> None:
 
 
 @contextmanager
-def not_counted() -> Iterator[None]:
-    """Count no time inside, such as the end of processes whose time has been counted."""
+def children_not_counted() -> Iterator[None]:
+    """Count no time of child processes that end inside, because it has been counted while they ran."""
     global _elsewhere
-    before = _now()
-    yield
-    _elsewhere -= _now() - before
+    before = _children()
+    try:
+        yield
+    finally:
+        _elsewhere -= _children() - before
 
 
-def _now() -> float:
+def _children() -> float:
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system + _elsewhere
+    return times.children_user + times.children_system
 
 
 def lap() -> float:
     """Seconds since the last call."""
     global _last
-    now = _now()
+    times = os.times()
+    now = times.user + times.system + _children() + _elsewhere
     seconds, _last = now - _last, now
     return seconds
 

@@ -95,9 +95,17 @@ class DrawsBetweenSteps(Finetune):
         self.network.backbone.layers[1].weight += 0.01 * torch.randn(16, 64)  # type: ignore
 
 
+class CountsSteps(Finetune):
+    steps = 0
+
+    def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
+        self.steps += 1
+        return {"ce": self.classification_loss(output, batch) * (1 + 0.1 * self.steps)}
+
+
 OTHERS = {
     cls.__name__: Subject(small(cls), cls.__name__)
-    for cls in (DrawsBetweenSteps, DependsOnRank, MeansOfParts, DrawsPerProcess, FailsOnOneRank)
+    for cls in (DrawsBetweenSteps, CountsSteps, DependsOnRank, MeansOfParts, DrawsPerProcess, FailsOnOneRank)
 }
 
 
@@ -155,14 +163,6 @@ class KeepsHiddenState(Finetune):
     def end_task(self, task: Task) -> None:
         super().end_task(task)
         self.old = self.network.backbone.layers[1].weight.detach().clone()  # type: ignore
-
-
-class CountsSteps(Finetune):
-    steps = 0
-
-    def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
-        self.steps += 1
-        return {"ce": self.classification_loss(output, batch) * (1 + 0.1 * self.steps)}
 
 
 class KeepsAGenerator(Finetune):
@@ -370,6 +370,7 @@ def test_global_draws_between_steps_are_the_same_in_every_run(name: str) -> None
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("CountsSteps", "two processes, killed and resumed, against two that were not"),
         ("MeansOfParts", "two processes against one: network"),
         ("DrawsPerProcess", "two processes against one: network"),
         ("FailsOnOneRank", "the second process alone"),

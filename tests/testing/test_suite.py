@@ -124,7 +124,7 @@ def test_time_that_was_counted_is_not_counted_again_when_processes_end(monkeypat
     monkeypatch.setattr(costs.os, "times", lambda: clock)
     costs.spent_elsewhere(3.0)
     clock.user = 1.0
-    with costs.not_counted():
+    with costs.children_not_counted():
         clock.children_user = 3.0
     assert costs.lap() == 4.0
 
