@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from support import costs, rotation, selection
+from support import costs, rotation, selection, shared
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
@@ -29,6 +29,7 @@ def shared_data() -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    shared.begin()
     if getattr(config.option, "numprocesses", None) and not _is_chosen(config):
         try:
             selection.now()  # for all workers

@@ -17,6 +17,7 @@ from cl_lightning.loop import TaskLoop
 from cl_lightning.models import Backbone, CifarResNet, Output
 from cl_lightning.strategies.test_time.base import TestTimeAdaptation
 from support.runs import loop as digits_loop
+from support.shared import made_once
 
 NAMES = ["gaussian_noise", "contrast"]
 
@@ -24,6 +25,12 @@ NAMES = ["gaussian_noise", "contrast"]
 @cache
 def source_file() -> Path:
     """State dict of a network for digits, its classifier as ``linear``."""
+    path = Path(tempfile.mkdtemp(prefix="digits_source_")) / "source.pt"
+    torch.save(made_once("source network for digits", _source), path)
+    return path
+
+
+def _source() -> dict[str, Tensor]:
     source = Digits().source(train=True)
     images, labels = normalised(source.images), torch.from_numpy(source.labels)
     with torch.random.fork_rng(devices=[]):
@@ -35,9 +42,7 @@ def source_file() -> Path:
                 nn.functional.cross_entropy(head(net(images[rows])), labels[rows]).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-    path = Path(tempfile.mkdtemp(prefix="digits_source_")) / "source.pt"
-    torch.save({**net.state_dict(), **{f"linear.{name}": value for name, value in head.state_dict().items()}}, path)
-    return path
+    return {**net.state_dict(), **{f"linear.{name}": value for name, value in head.state_dict().items()}}
 
 
 def normalised(images: Tensor) -> Tensor:

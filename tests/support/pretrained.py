@@ -1,7 +1,7 @@
 """Runs and models for the tests of methods on pretrained backbones."""
 
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +12,13 @@ from torch.nn import functional as F
 
 from cl_lightning.batch import ImageShape
 from cl_lightning.loop import TaskLoop
+from cl_lightning.measures import AccuracyMatrix
 from cl_lightning.models import Backbone, Timm
 from cl_lightning.strategy import ContinualStrategy
 from cl_lightning.stream import ClassIncremental
+from support.baselines import finetuning
 from support.runs import run
+from support.shared import made_once
 
 _TINY = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
 tiny_transformer = partial(Timm, name="vit_tiny_patch16_224", kwargs=_TINY)
@@ -39,10 +42,9 @@ class PretrainedViT(TinyViT):
 
     def __init__(self, image_shape: ImageShape) -> None:
         super().__init__(image_shape)
-        self.model.load_state_dict(_pretrained())
+        self.model.load_state_dict(made_once("transformer for digits", _pretrained))
 
 
-@cache
 def _pretrained() -> dict[str, Tensor]:
     """Learnt in some three seconds."""
     digits = load_digits()
@@ -79,7 +81,11 @@ def in_tasks(make: Callable[[], ContinualStrategy], count: int, **options: Any) 
     return run(make(), data={"scenario": ClassIncremental(tasks=count)}, **{"max_epochs": 1, **options})
 
 
-def samples_right(made: TaskLoop) -> int:
+def finetuning_in_tasks(strategy: Mapping[str, Any], count: int, **options: Any) -> AccuracyMatrix:
+    """Accuracies of fine-tuning on the digits in so many tasks, as ``in_tasks`` learns them."""
+    return finetuning(strategy, data={"scenario": ClassIncremental(tasks=count)}, **{"max_epochs": 1, **options})
+
+
+def samples_right(matrix: AccuracyMatrix) -> int:
     """Test samples of all tasks that are right after the last one."""
-    state = made.matrix.state_dict()
-    return round(float((state["R_ci"][-1] * state["totals"]).sum()))
+    return round(float((matrix.R_ci[-1] * matrix.totals).sum()))

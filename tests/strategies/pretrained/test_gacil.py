@@ -2,13 +2,12 @@ from functools import partial
 
 import pytest
 import torch
-from support.pretrained import in_tasks, samples_right
+from support.pretrained import finetuning_in_tasks, in_tasks, samples_right
 from support.runs import run
 from torch.nn import functional as F
 
 from cl_lightning.measures import last_accuracy
 from cl_lightning.models import MLP
-from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.pretrained.gacil import GACIL
 from cl_lightning.stream import Blurry, ClassIncremental
 from cl_lightning.testing import Subject, check_limit, check_strategy, small
@@ -82,9 +81,9 @@ def test_the_projection_is_the_initial_weight_of_a_linear_layer():
 
 def test_what_is_right_in_the_end_does_not_depend_on_how_the_classes_are_dealt_out():
     made = [in_tasks(SMALL, count) for count in (1, 2, 5, 10)]
-    assert len({samples_right(one) for one in made}) == 1
-    plain = in_tasks(partial(Finetune, backbone=random_features), 5, max_epochs=3)
-    assert last_accuracy(made[2].matrix.R_ci) > max(0.9, last_accuracy(plain.matrix.R_ci) + 0.4)
+    assert len({samples_right(one.matrix) for one in made}) == 1
+    plain = finetuning_in_tasks({"backbone": random_features}, 5, max_epochs=3)
+    assert last_accuracy(made[2].matrix.R_ci) > max(0.9, last_accuracy(plain.R_ci) + 0.4)
 
 
 def test_what_is_kept_is_told():

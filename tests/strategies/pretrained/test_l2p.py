@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.fakes import batch_of
-from support.pretrained import PretrainedViT, TinyViT, in_tasks, tiny_transformer
+from support.pretrained import PretrainedViT, TinyViT, finetuning_in_tasks, in_tasks, tiny_transformer
 from support.runs import loop
 from torch.nn import functional as F
 
@@ -136,10 +136,10 @@ def test_prompts_that_do_nothing_leave_a_linear_probe_of_the_class_token():
 
 
 def test_it_forgets_less_than_fine_tuning():
-    plain = in_tasks(partial(Finetune, backbone=PretrainedViT, optimizer=partial(torch.optim.Adam, lr=3e-3)), 5)
+    plain = finetuning_in_tasks({"backbone": PretrainedViT, "optimizer": partial(torch.optim.Adam, lr=3e-3)}, 5)
     made = in_tasks(partial(SMALL, backbone=PretrainedViT, length=1), 5, max_epochs=3)
     # Measured: .55 against .24.
-    assert last_accuracy(made.matrix.R_ci) > last_accuracy(plain.matrix.R_ci) + 0.15
+    assert last_accuracy(made.matrix.R_ci) > last_accuracy(plain.R_ci) + 0.15
 
 
 @pytest.mark.parametrize("options", [{"batchwise_prompt": "never", "readout": "token"}, {"batchwise_prompt": "always"}])

@@ -2,7 +2,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.pretrained import PretrainedViT, TinyViT, in_tasks, samples_right
+from support.pretrained import PretrainedViT, TinyViT, finetuning_in_tasks, in_tasks, samples_right
 from support.runs import loop, plain_net
 from torch.nn import functional as F
 
@@ -164,13 +164,13 @@ def test_new_rows_are_small_and_biases_begin_at_0():
 
 
 def test_alignment_raises_old_classes_and_beats_fine_tuning():
-    plain = in_tasks(partial(Finetune, backbone=wide), 5, max_epochs=3)
+    plain = finetuning_in_tasks({"backbone": wide}, 5, max_epochs=3)
     local = in_tasks(partial(SLCA, backbone=wide, align_options=PhaseOptions(epochs=0)), 5, max_epochs=3)
     made = in_tasks(partial(SLCA, backbone=wide, align_options=PhaseOptions(epochs=3)), 5, max_epochs=3)
-    right = [samples_right(one) for one in (plain, local, made)]
+    right = [samples_right(matrix) for matrix in (plain, local.matrix, made.matrix)]
     assert right == sorted(right)
     # Measured: .87 against .18.
-    assert last_accuracy(made.matrix.R_ci) > last_accuracy(plain.matrix.R_ci) + 0.34
+    assert last_accuracy(made.matrix.R_ci) > last_accuracy(plain.R_ci) + 0.34
     old = [one.matrix.R_ci[-1, :4].mean() for one in (local, made)]
     assert old[1] > old[0]
 

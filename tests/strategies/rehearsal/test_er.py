@@ -2,6 +2,7 @@ from functools import partial
 
 import pytest
 import torch
+from support.baselines import finetuning
 from support.fakes import batch_of
 from support.runs import assert_same_run, plain_net, run, sgd
 
@@ -40,9 +41,9 @@ def test_without_memory_it_is_finetuning_to_the_bit(replay_by):
 @pytest.mark.parametrize("options", [{}, {"replay_by": "loader"}, {"reduction": "sum"}, {"policy": ClassBalanced()}])
 def test_it_is_far_above_finetuning(options):
     er = run(ER(backbone=plain_net, memory_size=200, **options), max_epochs=4)
-    finetune = run(Finetune(backbone=plain_net), max_epochs=4)
+    finetune = finetuning({"backbone": plain_net}, max_epochs=4)
     # Measured: .90 to .92 against .25.
-    assert er.matrix.measures()["average_accuracy"] > finetune.matrix.measures()["average_accuracy"] + 0.25
+    assert er.matrix.measures()["average_accuracy"] > finetune.measures()["average_accuracy"] + 0.25
 
 
 def test_a_memory_of_everything_mixed_by_the_loader_comes_near_joint_training():

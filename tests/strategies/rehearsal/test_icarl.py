@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from support.baselines import finetuning
 from support.fakes import normal
 from support.runs import plain_net, run, sgd
 from support.teaching import losses
@@ -14,7 +15,6 @@ from cl_lightning.callback import ContinualCallback
 from cl_lightning.callbacks.continual_evaluation import ContinualEvaluation
 from cl_lightning.memory import Prototypes, herding_indices
 from cl_lightning.models import MLP
-from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.rehearsal.icarl import ICaRL
 from cl_lightning.stream import Blurry, RotatedDomains
 from cl_lightning.testing import Subject, check_strategy, small
@@ -251,12 +251,12 @@ def test_it_is_far_above_finetuning_and_nearest_means_above_its_own_head(form):
         for strategy in (
             ICaRL(backbone=plain_net, memory_size=100, form=form),
             ICaRL(backbone=plain_net, memory_size=100, form=form, classifier="head"),
-            Finetune(backbone=plain_net),
         )
     ]
+    plain = finetuning({"backbone": plain_net}, max_epochs=4, data=five).measures()["average_accuracy"]
     # Measured: .83 (sigmoid) and .76 (softmax), by the own head .58 and .69, fine-tuning .10.
     assert made[0] > made[1] + 0.03
-    assert made[0] > made[2] + 0.3
+    assert made[0] > plain + 0.3
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from functools import partial
 
 import pytest
 import torch
+from support.baselines import finetuning
 from support.fakes import normal
 from support.runs import NormNet, assert_same, assert_same_run, plain_net, run, sgd
 from support.teaching import losses
@@ -170,7 +171,7 @@ def test_with_weight_decay_it_undoes_the_bias_to_the_new_classes():
         accuracy[align] += made.matrix.measures()["average_accuracy"] / 2
         predicted = made.matrix.confusion.sum(0)
         new[align] += float(predicted[5:].sum() / predicted.sum()) / 2  # half of the samples are of new classes
-    finetune = run(Finetune(backbone=plain_net), max_epochs=4, data=data).matrix.measures()["average_accuracy"]
+    finetune = finetuning({"backbone": plain_net}, max_epochs=4, data=data).measures()["average_accuracy"]
     assert accuracy[True] > accuracy[False] + 0.07
     assert accuracy[True] > finetune + 0.25
     assert new[False] > 0.68
