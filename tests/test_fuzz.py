@@ -420,14 +420,14 @@ def test_a_damaged_manifest_gives_a_stream_of_the_data_or_a_clear_error(folder: 
         ('{"x": ' + "[" * 990 + "]" * 990 + "}", "nested too deeply"),
     ],
 )
-def test_a_manifest_that_could_not_be_written_again_is_told(tmp_path: Path, scenario: str, problem: str) -> None:
+def test_a_manifest_that_could_not_be_written_again_is_reported(tmp_path: Path, scenario: str, problem: str) -> None:
     data = {**json.loads(MANIFEST), "scenario": "HERE"}
     (tmp_path / "stream.json").write_text(json.dumps(data).replace('"HERE"', scenario))
     with pytest.raises(ValueError, match=rf"stream\.json: .*{problem}"):
         Stream.load(tmp_path / "stream.json")
 
 
-def test_numbers_beyond_all_bounds_in_a_manifest_are_told() -> None:
+def test_numbers_out_of_range_in_a_manifest_are_reported() -> None:
     for name in ("passes", "batch_size"):
         with pytest.raises(ValueError, match=f"{name}: is beyond 64 bits"):
             Stream.from_dict({**json.loads(MANIFEST), name: 10**30})
@@ -452,7 +452,7 @@ OTHER = json.dumps(run_content("cl_lightning.strategies.baselines.finetune.Finet
     st.sampled_from(command.FORMATS),
     st.booleans(),
 )
-def test_damaged_results_are_reported_or_told_in_a_line(folder: Path, content: bytes, form: str, two: bool) -> None:
+def test_damaged_results_are_read_or_reported_in_a_line(folder: Path, content: bytes, form: str, two: bool) -> None:
     for name, data in (("one", content), ("two", OTHER)):
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "results.json").write_bytes(data)
@@ -517,7 +517,7 @@ def archives(draw: st.DrawFn) -> bytes:
 
 @cases(150)
 @given(archives())
-def test_a_damaged_archive_of_arrays_is_learnt_from_or_told(folder: Path, content: bytes) -> None:
+def test_a_damaged_archive_of_arrays_is_learnt_from_or_reported(folder: Path, content: bytes) -> None:
     path = folder / "data.npz"
     path.write_bytes(content)
     data = NpzData(str(path), scenario=ClassIncremental(increment=1))
@@ -529,7 +529,7 @@ def test_a_damaged_archive_of_arrays_is_learnt_from_or_told(folder: Path, conten
     assert data.samples(train=True).take(torch.tensor([0])).dtype == torch.uint8
 
 
-def test_an_archive_that_asks_for_more_memory_than_there_is_is_told(tmp_path: Path) -> None:
+def test_an_archive_that_asks_for_more_memory_than_there_is_is_reported(tmp_path: Path) -> None:
     made = parts()
     header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000, 1000, 1000), }".ljust(117) + b"\n"
     made["x_train.npy"] = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(100)
@@ -616,7 +616,7 @@ def test_the_configuration_that_is_damaged_below_is_right(built) -> None:
 
 @cases(15)
 @given(st.one_of(damaged(TEXT), mangled(lambda: copy.deepcopy(CONFIG), JUNK | TALE)))
-def test_a_damaged_configuration_is_accepted_or_told_in_a_line(built, content: Any) -> None:
+def test_a_damaged_configuration_is_accepted_or_reported_in_a_line(built, content: Any) -> None:
     check_fit(content if isinstance(content, bytes) else json.dumps(content))
 
 

@@ -83,7 +83,7 @@ def test_it_evaluates_before_the_first_update_of_each_task_then_every_n_steps_an
     assert made.ends == [max(place for place, owner in enumerate(made.tasks) if owner == task) for task in range(3)]
 
 
-def test_with_gradient_accumulation_steps_are_those_of_the_optimizer():
+def test_with_gradient_accumulation_steps_match_the_optimizer():
     made = ContinualEvaluation(every_n_steps=2)
     loop = run(er(), made, accumulate_grad_batches=2)
     steps = [cost.steps for cost in loop.meter.tasks]
@@ -159,7 +159,7 @@ def test_a_run_that_went_on_from_a_checkpoint_has_the_results_of_one_that_did_no
     assert second.results() == loaded.results() == whole.results()
 
 
-def test_curves_and_state_are_those_of_a_plain_loop_over_the_counts():
+def test_curves_and_state_match_a_plain_loop_over_the_counts():
     made = ContinualEvaluation(every_n_steps=4, samples=30)
     run(er(), made)
     assert [len(counts) for counts in made.counts] == [task + 1 for task in made.tasks]

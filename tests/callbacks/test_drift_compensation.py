@@ -106,7 +106,7 @@ def test_nothing_is_kept_from_task_to_task():
     assert callback.bytes_kept() == {"teachers": 0}
 
 
-def test_a_head_without_means_is_told_before_training():
+def test_a_head_without_means_is_reported_before_training():
     made = loop(finetune(head=lambda d: Finetune().build_head(d)), DriftCompensation())
     with pytest.raises(ValueError, match=r"DriftCompensation: .*LinearHead, keeps no class means; use PrototypeHead"):
         made.fit()

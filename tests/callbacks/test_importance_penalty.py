@@ -74,7 +74,7 @@ def test_a_penalty_holds_weights_and_resumes_to_the_bit(estimator, weight, tmp_p
 
 
 @pytest.mark.parametrize("clamp", [True, False])
-def test_importances_of_the_path_are_those_of_its_definition(clamp):
+def test_importances_of_the_path_match_its_definition(clamp):
     c, xi = 0.1, 0.01
     callback = ImportancePenalty(estimator="si", weight=c, xi=xi, clamp=clamp)
 
@@ -123,7 +123,7 @@ def test_importances_of_the_path_are_those_of_its_definition(clamp):
 
 
 @pytest.mark.parametrize(("estimator", "merge"), [("fisher", "add"), ("mas", "decay"), ("si", "decay")])
-def test_importances_are_merged_as_in_the_papers_unless_told_otherwise(estimator, merge):
+def test_importances_are_merged_as_in_the_papers_by_default(estimator, merge):
     assert ImportancePenalty(estimator=estimator).consolidation.merge == merge
     assert ImportancePenalty(estimator=estimator, merge="average").consolidation.merge == "average"
 
@@ -248,6 +248,6 @@ def test_initial_weights_need_the_estimator_l2():
         ImportancePenalty(estimator="si", hold_initial=True)
 
 
-def test_wrong_options_are_told():
+def test_wrong_options_are_errors():
     with pytest.raises(ValueError, match="weight is -1"):
         ImportancePenalty(weight=-1.0)

@@ -133,7 +133,7 @@ def test_the_time_left_is_that_of_the_whole_stream_at_the_pace_so_far():
     assert bar.time_left() is None
 
 
-def test_the_loop_tells_how_much_lies_ahead():
+def test_the_loop_reports_the_steps_that_are_left():
     seen: list[Progress] = []
 
     bar = bar_on(80, terminal=False)[0]
@@ -194,7 +194,7 @@ def test_the_bar_learns_what_the_run_learns_without_it():
         assert torch.equal(value, states[1][name])
 
 
-def test_the_command_line_shows_it_unless_told_not_to(tmp_path, monkeypatch, capsys):
+def test_the_command_line_shows_it_unless_it_is_switched_off(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = ["--trainer.max_epochs", "1", "--loop.stop_after_task", "0"]
     assert main(["fit", *options]) == 0

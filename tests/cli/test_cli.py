@@ -211,7 +211,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert torch.equal(value, its[name]), name
 
 
-def test_a_run_goes_on_from_its_last_checkpoint_with_the_configuration_that_it_holds(run):
+def test_a_run_is_resumed_from_its_last_checkpoint_with_the_configuration_in_it(run):
     options = "--model.memory_size 30 --trainer.max_epochs 1"
     assert run(f"fit {options} --run_dir whole").code == 0
     assert run(f"fit {options} --loop.stop_after_task 2").code == 0
@@ -245,7 +245,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(run, finished):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_says_how_to_go_on_and_then_ends_like_one_that_was_not_stopped(run):
+def test_a_stopped_run_prints_how_to_resume_and_then_ends_as_an_uninterrupted_one(run):
     options = "--trainer.max_epochs 20 --data.batch_size 16 --loop.stop_after_task 2"
     program = [sys.executable, "-u", "-m", "cl_lightning", "fit", *options.split()]
     process = subprocess.Popen(

@@ -153,7 +153,7 @@ def test_a_constant_image_stays_under_blurs():
         assert corrupt(grey, name, 5).unique().tolist() == [77], name
 
 
-def test_pixels_are_those_of_pillow():
+def test_pixels_match_pillow():
     images = pictures(2, 32)
     found = corrupt(images, "pixelate", 5)
     for image, mine in zip(images, found, strict=True):

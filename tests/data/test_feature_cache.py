@@ -243,7 +243,7 @@ def test_a_store_gives_back_what_it_was_given(tmp_path):
     assert len(store(tmp_path, probe=1.0)) == 0  # of a backbone that gives other features
 
 
-def test_damaged_files_are_left_out_and_told(tmp_path):
+def test_damaged_files_are_left_out_and_reported(tmp_path):
     for key in range(3):
         one = store(tmp_path)
         one.add(torch.tensor([key]), torch.full((1, 3), float(key)))
@@ -301,14 +301,14 @@ def test_folders_used_the_longest_ago_make_room(tmp_path):
     assert third.is_dir()
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_and_the_run_goes_on(tmp_path):
+def test_a_folder_that_cannot_be_written_to_is_reported_and_the_run_continues(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="cannot be written"):
         found, _ = run(simple(), tmp_path / "file")
     assert torch.isfinite(found[2]).all()
 
 
-def test_images_are_told_apart_by_their_pixels_wherever_they_are():
+def test_images_are_distinguished_by_their_pixels_wherever_they_are():
     images = torch.randint(0, 256, (6, 3, 5, 5), dtype=torch.uint8)
     first = identities(TensorSource(images, np.zeros(6, dtype=int)))
     again = identities(TensorSource(images.flip(0), np.zeros(6, dtype=int)))
@@ -316,7 +316,7 @@ def test_images_are_told_apart_by_their_pixels_wherever_they_are():
     assert len(first.unique()) == 6
 
 
-def test_samples_that_cannot_be_told_apart_are_refused():
+def test_samples_that_cannot_be_distinguished_are_refused():
     class Other:
         pass
 
@@ -329,7 +329,7 @@ def test_a_bound_below_nothing_is_refused():
         LoopOptions(feature_cache_gb=0)
 
 
-def test_files_are_told_apart_by_what_they_are(tmp_path: Path):
+def test_files_are_distinguished_by_what_they_are(tmp_path: Path):
     from PIL import Image
 
     from cl_lightning.datamodules.folder import ImageFolder

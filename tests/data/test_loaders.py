@@ -234,7 +234,7 @@ def test_samples_of_a_memory_are_mixed_with_the_data():
     assert sorted(seen) == [*range(20), *range(200, 207)]
 
 
-def test_a_memory_is_mixed_alike_by_workers_and_over_processes(picture_files):
+def test_a_memory_is_mixed_equally_by_workers_and_over_processes(picture_files):
     memory = filled(9, (3, 6, 6))
     indices, tasks = torch.arange(33), torch.cat([torch.zeros(24, dtype=torch.int64), torch.full((9,), -1)])
     batches = {}

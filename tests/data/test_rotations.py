@@ -5,7 +5,7 @@ from cl_lightning.batch import Batch, Draw
 from cl_lightning.data import rotate_batch, rotated, rotation_labels
 
 
-def test_images_are_turned_by_quarters_one_turn_after_another():
+def test_images_are_rotated_by_quarters_one_rotation_after_another():
     images = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4)
     turned = rotated(images).view(4, 2, 3, 4, 4)
     assert torch.equal(turned[0], images)
@@ -21,7 +21,7 @@ def test_each_class_and_turn_has_a_column_of_its_own():
     assert labels.view(4, 5)[1:, 2].tolist() == [5 + 6, 5 + 7, 5 + 8]
 
 
-def test_turned_rows_of_a_batch_have_no_class():
+def test_rotated_rows_of_a_batch_have_no_class():
     images, labels = torch.rand(3, 1, 2, 2), torch.tensor([4, 0, 2])
     batch = Batch(images, labels, labels, labels, images, Draw.of(3, 1), extra={"weight": torch.rand(3)})
     turned = rotate_batch(batch)

@@ -130,7 +130,7 @@ def test_an_empty_share_gives_an_empty_batch(transform):
 
 
 @pytest.mark.parametrize("transform", EXAMPLES, ids=names(EXAMPLES))
-def test_work_is_done_beside_the_images_and_never_waits_for_their_values(transform, monkeypatch):
+def test_work_is_done_on_the_device_of_the_images_and_never_waits_for_their_values(transform, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know the meta device
     images = pictures(16).to("meta")  # a device without values: reading one, or mixing it with the CPU, fails
     assert transform(images, Draw.of(16, 0), context(16)).device.type == "meta"
@@ -186,12 +186,12 @@ def test_a_config_builds_a_list_of_transforms():
         (lambda: RandAugment(magnitude=31), "magnitude 31 of 31 bins"),
     ],
 )
-def test_a_wrong_option_is_told_at_construction(build, message):
+def test_a_wrong_option_is_reported_at_construction(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 
 
-def test_what_only_the_images_can_tell_is_told_then():
+def test_what_depends_on_the_images_is_an_error_at_the_first_batch():
     with pytest.raises(ValueError, match="2 means, 3 channels"):
         Normalize([0.5, 0.5], [1.0, 1.0])(pictures(2), Draw.of(2, 0))
     with pytest.raises(ValueError, match="padding 10, images 12 x 10"):
@@ -351,7 +351,7 @@ def test_a_domain_has_one_permutation_for_all_images_and_channels():
     assert permute_pixels(torch.arange(9).view(3, 3), seed=0).tolist() == [[3, 1, 2], [7, 5, 8], [4, 0, 6]]
 
 
-def test_cutout_blackens_a_square_that_is_centred_on_any_pixel_alike():
+def test_cutout_blackens_a_square_centred_on_each_pixel_with_equal_probability():
     images, size = torch.ones(9000, 2, 10, 10), 4
     black = Cutout(size)(images, Draw.of(9000, 0)) == 0
     assert torch.equal(black[:, 0], black[:, 1])

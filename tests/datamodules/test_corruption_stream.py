@@ -140,7 +140,7 @@ def test_images_that_do_not_fit_into_memory_are_made_again(monkeypatch):
     assert len(again.samples(train=True)._blocks) == 1  # type: ignore[attr-defined]
 
 
-def test_mean_and_std_are_those_of_the_base_unless_given():
+def test_mean_and_std_are_taken_from_the_base_unless_given():
     assert stream().statistics() == Digits().statistics()
     assert stream(mean=[0.5], std=[0.5]).statistics() == ([0.5], [0.5])
 
@@ -160,7 +160,7 @@ def test_mean_and_std_are_those_of_the_base_unless_given():
         ({"evaluated": "no"}, "evaluated is 'no'"),
     ],
 )
-def test_mistakes_are_told(options, words):
+def test_mistakes_are_reported(options, words):
     with pytest.raises(ValueError, match=f"CorruptionStream: .*{words}"):
         stream(**options)
 

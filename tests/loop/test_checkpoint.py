@@ -64,14 +64,14 @@ def test_the_refusal_says_why(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint at all", b"PK\x03\x04 torn"])
-def test_a_torn_file_is_told(tmp_path, content):
+def test_a_torn_file_is_reported(tmp_path, content):
     path = tmp_path / "torn.ckpt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"torn\.ckpt: not a readable checkpoint"):
         load(path)
 
 
-def test_half_a_checkpoint_is_told(tmp_path):
+def test_half_a_checkpoint_is_reported(tmp_path):
     path = tmp_path / "a.ckpt"
     torch.save({"cl_lightning": {"schema": SCHEMA}, "x": torch.zeros(1000)}, path)
     path.write_bytes(path.read_bytes()[:2000])
@@ -79,7 +79,7 @@ def test_half_a_checkpoint_is_told(tmp_path):
         load(path)
 
 
-def test_files_of_others_and_of_later_versions_are_told(tmp_path):
+def test_files_of_others_and_of_later_versions_are_reported(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="not written by this framework"):
         load(tmp_path / "other.ckpt")
@@ -129,7 +129,7 @@ def _learn_on_a_full_disk(folder, due):
         raise AssertionError("nothing was told")
 
 
-def test_a_run_on_a_full_disk_goes_on_until_a_task_ends_and_can_be_resumed(tmp_path):
+def test_a_run_on_a_full_disk_continues_until_a_task_ends_and_can_be_resumed(tmp_path):
     """What is between is tried again; what a task has learnt must be kept."""
     options = {"save_every_seconds": 0.0, "keep_last": 3}
     made = loop(Finetune(backbone=plain_net, optimizer=sgd), folder=tmp_path, options={**options, "stop_after_task": 0})
@@ -194,7 +194,7 @@ def test_a_checkpoint_of_version_1_holds_what_it_held():
     assert part["matrix"]["R_ci"][1].tolist() == [0.0, 1.0]
 
 
-def test_a_checkpoint_of_version_1_is_gone_on_with_and_tested(tmp_path, monkeypatch, capfd):
+def test_a_checkpoint_of_version_1_is_resumed_and_tested(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     shutil.copy(OLD, tmp_path / "run" / "checkpoints" / "last.ckpt")

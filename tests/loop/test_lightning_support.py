@@ -95,7 +95,7 @@ class OneCycle(Finetune):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_estimated_steps_are_those_of_the_fit(accumulate):
+def test_the_estimated_steps_match_the_fit(accumulate):
     rows = []
 
     class Notes(Callback):

@@ -138,7 +138,7 @@ def test_checkpoints_keep_the_key_of_earlier_releases(tmp_path):
     assert saved["callbacks"]["FiniteLoss"] == {"skipped": []}
 
 
-def test_another_action_is_told():
+def test_another_action_is_reported():
     with pytest.raises(ValueError, match="nan_loss is 'mend'; use 'stop', 'skip' or 'ignore'"):
         LoopOptions(nan_loss="mend")
 

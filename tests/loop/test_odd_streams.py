@@ -158,7 +158,7 @@ def test_few_validation_samples_leave_one_to_train_on() -> None:
     assert [(len(a), len(b)) for a, b in zip(made.stream.train, made.stream.val, strict=True)] == [(1, 5)] * 3
 
 
-def test_a_later_task_without_test_samples_is_learnt_and_a_first_one_is_told() -> None:
+def test_a_later_task_without_test_samples_is_learnt_and_a_first_one_is_reported() -> None:
     made = learnt(Labels(np.arange(4), [0, 1, 0], scenario=ClassIncremental(tasks=2)))
     assert made.matrix.R_ci[1].isnan().tolist() == [False, True]
     assert "forgetting" in made.results()["measures"]
@@ -322,7 +322,7 @@ def test_a_program_in_place_of_an_image_is_not_started(photos: Path, monkeypatch
     assert "ape/x.png: not a readable image (cannot identify image file" in told(in_folder(photos))
 
 
-def test_files_of_one_name_in_several_places_are_told_apart(photos: Path) -> None:
+def test_files_of_one_name_in_several_places_are_distinguished(photos: Path) -> None:
     for index, place in enumerate(("ape/left", "ape/right", "bee/left")):
         (photos / place).mkdir()
         picture(90 + index).save(photos / place / "0.png")
@@ -348,7 +348,7 @@ def test_names_that_differ_in_the_encoding_of_accents_alone_leave_an_image_on_ei
 ODD_NAMES = ["\u00fcber", "\u732b", "\U0001f431\u200d\U0001f4bb", "a b", "'\"", "[/red]".replace("/", ""), "=1+1", "-x"]
 
 
-def test_unicode_names_are_learnt_and_told_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unicode_names_are_learnt_and_printed_unchanged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     undecodable = os.fsdecode(b"\xff\xfe")
     for shade, name in enumerate([*ODD_NAMES, "line\nbreak", "\x1b[31mred", undecodable]):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -393,7 +393,7 @@ def test_a_link_to_the_folder_of_another_class_is_that_folder(photos: Path) -> N
 
 
 @pytest.mark.parametrize("target", ["nowhere", "cat"])
-def test_a_class_or_folder_that_is_a_link_to_nowhere_is_told(photos: Path, target: str) -> None:
+def test_a_class_or_folder_that_is_a_link_to_nowhere_is_reported(photos: Path, target: str) -> None:
     (photos / "cat").symlink_to(target)
     said = told(in_folder(photos))
     assert said == f"{photos}/cat is a link to {target}, which does not exist; repair or remove the link"
@@ -416,7 +416,7 @@ def test_a_folder_that_may_only_be_read_is_learnt_from_and_stays_as_it_is(photos
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [photos, *photos.rglob("*")]} == before
 
 
-def test_a_folder_that_may_not_be_read_is_told(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_may_not_be_read_is_reported(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(folder: Path) -> list[Path]:
         raise PermissionError(13, "Permission denied", str(folder))
 
@@ -500,7 +500,7 @@ def zeros(*shape: int) -> np.ndarray:
         ({"x_test": zeros(8, 5, 5)}, "test images have shape (1, 5, 5), training images (1, 4, 4)"),
     ],
 )
-def test_arrays_that_cannot_be_learnt_from_are_told(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_arrays_that_cannot_be_learnt_from_are_reported(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     assert message in told(archive(tmp_path, **changes))
 
 
@@ -585,7 +585,9 @@ GOOD: list[tuple[Tensor, int]] = [(BLACK, 0), (BLACK, 1)]
         ([{"image": BLACK}] * 2, {}, "items are not (image, label) with an integer label"),
     ],
 )
-def test_data_sets_that_cannot_be_learnt_from_are_told(items: Any, attributes: dict[str, Any], message: str) -> None:
+def test_data_sets_that_cannot_be_learnt_from_are_reported(
+    items: Any, attributes: dict[str, Any], message: str
+) -> None:
     said = told(user(items, attributes))
     assert said.startswith("UserDataset: train")
     assert message in said
@@ -608,7 +610,7 @@ def test_labels_and_names_of_all_sorts_are_learnt(attributes: dict[str, Any]) ->
     assert learnt(user(GOOD, attributes)).matrix.totals.tolist() == [2]
 
 
-def test_gray_among_colours_is_told_with_the_remedy_or_converted() -> None:
+def test_gray_among_colours_is_reported_with_the_remedy_or_converted() -> None:
     mixed = [(Image.new("L", (5, 5)), 0), (Image.new("RGB", (5, 5)), 1)]
     assert "give `size` to scale and crop them, `mode` if only the channels differ" in told(
         user(mixed, {"targets": [0, 1]})

@@ -303,7 +303,7 @@ def test_memory_is_counted_as_in_memory_aligned_comparisons():
     assert raw_bytes(nn.ModuleList([memory])) == 5 * 64
 
 
-def test_trainable_parameters_are_those_of_the_last_phase():
+def test_trainable_parameters_are_counted_in_the_last_phase():
     cost = run(Finetune(backbone=plain_net, freeze_backbone=True), max_epochs=1).meter.summary()
     assert cost["trainable_parameters"] == 16 * 10 + 10
     assert cost["parameters"] == cost["trainable_parameters"] + 64 * 16 + 16
@@ -333,7 +333,7 @@ def _peak_can_be_reset() -> bool:
     return peak_process_bytes() < held
 
 
-def test_a_saved_account_goes_on_and_passes_over_what_it_does_not_know():
+def test_a_saved_account_is_continued_and_unknown_entries_are_ignored():
     meter = CostMeter()
     meter.load_state_dict([{"training": 2.0, "images": 5.0, "unknown": 1}])
     meter.resume_task(torch.device("cpu"))
@@ -358,7 +358,7 @@ def test_a_resumed_run_writes_the_results_of_an_uninterrupted_one(whole, resumed
     assert without_time(read(resumed[0])) == without_time(read(whole[0]))
 
 
-def test_seconds_of_a_task_go_on_where_a_run_is_resumed(resumed):
+def test_seconds_of_a_task_are_continued_when_a_run_is_resumed(resumed):
     folder, _, _, broken, again = resumed
     before, after = broken.meter.tasks, again.meter.tasks
     assert after[0].training == pytest.approx(before[0].training)
@@ -468,7 +468,7 @@ def test_new_names_make_new_columns_and_rows_of_one_step_are_one(tmp_path):
     ]
 
 
-def test_a_table_is_cut_where_a_run_goes_on(tmp_path):
+def test_a_table_is_cut_at_the_row_where_a_run_is_resumed(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("step,a\n1,1.0\n2,2.0\n3,3.0\n4,4")
     made = MetricsFile(path, keep=2)
@@ -499,7 +499,7 @@ def test_bias_is_read_off_the_confusion_matrix():
     assert bias(confusion, Task(0, "t", (0, 1, 2), (0, 1, 2), (0, 1, 2), 3, 3)) == {}
 
 
-def test_the_norms_of_the_head_are_those_of_its_rows(whole):
+def test_the_norms_of_the_head_match_its_rows(whole):
     made = whole[1]
     rows = made.strategy.network.head.weight().norm(dim=1)
     last = [row for row in table(whole[0]) if row["head/norm_task_02"]][-1]

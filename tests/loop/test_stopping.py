@@ -62,7 +62,7 @@ def signalled(arguments, folder, step, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_and_writes_a_checkpoint_to_go_on_from(whole, tmp_path, number):
+def test_a_signal_ends_the_step_and_writes_a_checkpoint_to_resume_from(whole, tmp_path, number):
     assert _interrupt(tmp_path, number) == 128 + number
     assert "stopped; resume with: python -m cl_lightning fit --ckpt_path run/checkpoints/last.ckpt" in kills.tail(
         tmp_path
@@ -74,7 +74,7 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint_to_go_on_from(whole, tmp
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
-def test_a_slurm_job_that_is_told_of_its_end_is_queued_again(whole, tmp_path, scontrol, number):
+def test_a_slurm_job_that_gets_the_signal_of_its_end_is_queued_again(whole, tmp_path, scontrol, number):
     code = _interrupt(tmp_path, number, SLURM_JOB_ID="123", PATH=os.environ["PATH"])
     assert code == 128 + number, kills.tail(tmp_path)
     assert scontrol.read_text() == "requeue 123\n"
@@ -103,7 +103,7 @@ def test_jobs_of_arrays_go_by_their_place_in_the_array(monkeypatch, scontrol):
     assert slurm_job() is None
 
 
-def test_what_keeps_a_job_out_of_the_queue_is_told(monkeypatch, tmp_path):
+def test_a_job_that_cannot_be_queued_again_is_reported(monkeypatch, tmp_path):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -39,18 +39,18 @@ ONLINE = Online(ClassIncremental(sizes=[4, 3, 3]), batch_size=20)
         ({"reload_dataloaders_every_n_epochs": 1}, "must stay 0"),
     ],
 )
-def test_a_trainer_that_cannot_learn_a_stream_is_told(options, message):
+def test_a_trainer_that_cannot_learn_a_stream_is_reported(options, message):
     with pytest.raises(ValueError, match=message):
         loop(Finetune(), **options)
 
 
 @pytest.mark.parametrize("wrong", [{"first_task_epochs": 0}, {"phase_epochs": {"train": 0}}, {"keep_tasks": -1}])
-def test_impossible_options_are_told(wrong):
+def test_impossible_options_are_reported(wrong):
     with pytest.raises(ValueError, match="loop"):
         LoopOptions(**wrong)
 
 
-def test_epochs_of_a_phase_that_there_is_not_are_told():
+def test_epochs_of_a_phase_that_there_is_not_are_reported():
     with pytest.raises(ValueError, match="phase_epochs names a phase 'trian'; Finetune has train"):
         run(Finetune(backbone=plain_net), options={"phase_epochs": {"trian": 3}})
 
@@ -64,7 +64,7 @@ def told_of_phases(strategy, scenario):
     return [text for text in messages if "each phase takes one pass over its data" in text], made.meter.tasks
 
 
-def test_a_stream_that_is_seen_once_is_seen_once_by_each_phase_which_is_told_once():
+def test_a_stream_that_is_seen_once_is_seen_once_by_each_phase_which_is_reported_once():
     told, tasks = told_of_phases(FOSTER_SMALL(), ONLINE)
     assert len(told) == 1
     assert "FOSTER has the phases boost, compress" in told[0]
@@ -74,7 +74,7 @@ def test_a_stream_that_is_seen_once_is_seen_once_by_each_phase_which_is_told_onc
 @pytest.mark.parametrize(
     ("make", "scenario"), [(ER_SMALL, ONLINE), (FOSTER_SMALL, ONLINE.base)], ids=["one phase", "several epochs"]
 )
-def test_nothing_is_told_of_a_method_of_one_phase_nor_of_data_that_are_seen_often(make, scenario):
+def test_nothing_is_reported_of_a_method_of_one_phase_nor_of_several_epochs(make, scenario):
     assert told_of_phases(make(), scenario)[0] == []
 
 
@@ -87,7 +87,7 @@ def test_one_trainer_counts_epochs_and_steps_over_the_whole_stream():
     assert not torch.isnan(made.matrix.R_ci[2]).any()
 
 
-def test_a_run_that_stopped_after_a_task_goes_on_to_the_same_end(tmp_path):
+def test_a_run_that_stopped_after_a_task_is_resumed_to_the_same_end(tmp_path):
     whole = run(ER_SMALL())
     first = run(ER_SMALL(), folder=tmp_path, options={"stop_after_task": 0})
     assert first.matrix.learned == 1
@@ -149,7 +149,7 @@ def test_validation_sees_all_tasks_so_far(tmp_path):
     assert sum(len(part) for part in made.stream.val) > 200
 
 
-def test_early_stopping_begins_anew_at_each_task():
+def test_early_stopping_is_reset_at_each_task():
     stopping = EarlyStopping("val/loss", patience=1, mode="min", min_delta=10.0)  # nothing is ever better by that much
     made = run(Finetune(backbone=plain_net), stopping, data={"val_fraction": 0.2}, max_epochs=9)
     assert made.trainer.current_epoch == 3 * 2
@@ -163,7 +163,7 @@ def test_early_stopping_begins_anew_at_each_task():
         ("val/loss", {}, "--data.val_fraction"),
     ],
 )
-def test_watching_what_will_not_be_there_is_told_before_training(monitor, data, message):
+def test_monitoring_a_missing_metric_is_an_error_before_training(monitor, data, message):
     made = loop(Finetune(backbone=plain_net), EarlyStopping(monitor), data=data)
     with pytest.raises(ValueError, match=message):
         made.fit()
@@ -221,7 +221,7 @@ def test_importance_of_weights_is_measured_on_a_compiled_backbone(compiler):
         torch.testing.assert_close(value, omegas[name], atol=1e-5, rtol=1e-2)
 
 
-def test_a_compiler_that_torch_does_not_have_is_told():
+def test_a_compiler_that_torch_does_not_have_is_reported():
     with pytest.raises(ValueError, match=r"compile is 'gcc'; use .*'inductor'.*, or null"):
         LoopOptions(compile="gcc")
 
@@ -254,7 +254,7 @@ def remade(folder, options):
     return TaskLoop(trainer, ER_SMALL(), Gaining(**options), run_dir=folder)
 
 
-def test_a_finished_stream_that_gained_classes_goes_on_with_those_alone(tmp_path):
+def test_a_finished_stream_with_new_classes_learns_the_new_classes_alone(tmp_path):
     yesterday = remade(tmp_path, {"known": 4})
     yesterday.fit()
     before = yesterday.trainer.global_step
@@ -269,7 +269,7 @@ def test_a_finished_stream_that_gained_classes_goes_on_with_those_alone(tmp_path
     assert_same_run(at_once, today)
 
 
-def test_data_that_changed_since_the_checkpoint_are_told(tmp_path):
+def test_data_that_changed_since_the_checkpoint_are_reported(tmp_path):
     remade(tmp_path, {"known": 4}).fit()
     with pytest.raises(ValueError, match=r"task 0 .* has other classes or other samples"):
         remade(tmp_path, {"known": 6, "changed": True}).fit("last")

@@ -165,7 +165,7 @@ def test_the_summary_has_what_a_sweep_sorts_by(whole):
     assert read.summary["seconds"] > 0
 
 
-def test_a_run_that_is_resumed_goes_on_in_the_same_run_of_wandb(tmp_path):
+def test_a_resumed_run_continues_the_same_run_of_wandb(tmp_path):
     saving = {"save_every_n_steps": 2, "save_every_seconds": 0.0}
     broken = made(tmp_path, StopAt(1, 4), options=saving)
     with pytest.raises(StopAt.CrashError):
@@ -205,7 +205,7 @@ def test_a_run_that_the_caller_has_started_is_not_ended(tmp_path):
     assert read.summary["tasks_finished"] == 3
 
 
-def test_a_run_that_cannot_be_started_is_told_in_one_line_before_training(tmp_path, monkeypatch):
+def test_a_run_that_cannot_be_started_is_reported_in_one_line_before_training(tmp_path, monkeypatch):
     def refuse(**_):
         raise wandb.errors.AuthenticationError("no key")
 

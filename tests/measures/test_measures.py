@@ -118,7 +118,7 @@ def plain_row(scores: Tensor, labels: Tensor, tasks: Tensor) -> EvaluationResult
 # StreamAccuracy
 
 
-def test_counts_are_those_of_a_plain_loop():
+def test_counts_match_a_plain_loop():
     data = random_pass(400)
     row = measured(*[tuple(part[i : i + 64] for part in data) for i in range(0, 400, 64)]).compute()
     expected = plain_row(*data)
@@ -188,7 +188,7 @@ def test_two_processes_with_uneven_shares_compute_what_one_does(tmp_path: Path):
         assert_same(row, expected)  # to the bit, the calibration error too
 
 
-def test_mistaken_sizes_are_told():
+def test_mistaken_sizes_are_reported():
     with pytest.raises(ValueError, match="0 classes"):
         StreamAccuracy(1, 0)
     with pytest.raises(ValueError, match="do not decrease"):

@@ -54,7 +54,7 @@ def test_a_missing_key_is_reported_and_leaves_its_buffer():
     assert module.table.equal(Rows(2).table)
 
 
-def test_named_buffers_are_made_anew_in_the_saved_shape_and_dtype():
+def test_named_buffers_are_created_in_the_saved_shape_and_dtype():
     module = nn.Module()
     for name in ("a", "b", "c"):
         module.register_buffer(name, torch.ones(2), persistent=name != "b")

@@ -23,7 +23,7 @@ def labelled(n: int, num_classes: int, seed: int = 0) -> Tensor:
     return torch.randint(-1, num_classes, (n,), generator=torch.Generator().manual_seed(seed))
 
 
-def test_statistics_are_those_of_a_plain_loop():
+def test_statistics_match_a_plain_loop():
     features, labels = normal(60, 4) + 100, labelled(60, 5)
     labels[labels == 3] = 2  # class 3 has no sample
     labels[0], labels[labels == 4] = 4, 1  # class 4 has at most one
@@ -163,7 +163,7 @@ def test_scores_of_features_in_half_precision_are_not_rounded(metric):
     assert (scores[:, 10] == -torch.inf).all()
 
 
-def test_nearest_means_far_from_the_origin_are_told_apart_in_float32_under_autocast():
+def test_nearest_means_far_from_the_origin_are_distinguished_in_float32_under_autocast():
     means = torch.eye(4) + 1000
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = nearest_mean_scores(means + 0.01, means)

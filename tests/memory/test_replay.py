@@ -270,7 +270,7 @@ def test_gather_returns_the_given_rows() -> None:
     assert torch.equal(tasks, memory.tasks[rows])
 
 
-def test_bytes_are_those_of_what_is_held() -> None:
+def test_bytes_count_what_is_held() -> None:
     memory = Memory(50)
     images, labels, tasks = samples(0, 20)
     memory.add(images, labels, tasks, Draw.of(20, 0), logits=torch.zeros(20, 3))
@@ -361,7 +361,7 @@ def test_reduce_per_class_leaves_each_class_its_largest_keys() -> None:
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
 @pytest.mark.parametrize("seen", [0, 5, 40])
-def test_a_restored_memory_is_equal_and_goes_on_alike(policy: Policy, seen: int, tmp_path: Path) -> None:
+def test_a_restored_memory_is_equal_and_stays_equal(policy: Policy, seen: int, tmp_path: Path) -> None:
     def more(memory: Memory, first: int, last: int) -> None:
         for start in range(first, last, 5):
             images, labels, tasks = samples(start, start + 5)

@@ -181,13 +181,13 @@ def test_every_parameter_has_a_gradient() -> None:
         ),
     ],
 )
-def test_options_that_cannot_be_are_told(kind: type[Backbone], options: dict[str, Any], words: str) -> None:
+def test_options_that_cannot_be_are_reported(kind: type[Backbone], options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         kind(COLOUR, **options)
 
 
 @pytest.mark.parametrize("shape", [(0, 32, 32), (3, 0, 32), (3, 32, -1), (3, 32)])
-def test_shapes_that_cannot_be_are_told(shape: Any) -> None:
+def test_shapes_that_cannot_be_are_reported(shape: Any) -> None:
     for kind in SMALL_NETS:
         with pytest.raises(ValueError, match=f"{kind.__name__}: image_shape"):
             kind(shape)
@@ -232,7 +232,7 @@ def test_weights_in_any_wrapping_are_the_same_weights(tmp_path: Path) -> None:
         assert torch.equal(read(images(COLOUR)), net(images(COLOUR)))
 
 
-def test_weights_that_do_not_fit_are_told_by_key(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_reported_by_key(tmp_path: Path) -> None:
     path = str(tmp_path / "weights.pt")
     state = ResNet20(COLOUR).state_dict()
     weight = state.pop("layer2.1.conv2.weight")
@@ -248,14 +248,14 @@ def test_weights_that_do_not_fit_are_told_by_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
-def test_a_file_that_holds_no_weights_is_told(tmp_path: Path, name: str) -> None:
+def test_a_file_that_holds_no_weights_is_reported(tmp_path: Path, name: str) -> None:
     for content in (b"", b"these are not weights"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="cannot be read"):
             ResNet20(COLOUR, weights=str(tmp_path / name))
 
 
-def test_a_file_of_other_things_than_weights_is_told(tmp_path: Path) -> None:
+def test_a_file_of_other_things_than_weights_is_reported(tmp_path: Path) -> None:
     for content, words in (({"epoch": 3}, "holds no state dict"), (Path("x"), r"cannot be read \(UnpicklingError\)")):
         torch.save(content, tmp_path / "weights.pt")
         with pytest.raises(ValueError, match=words):
@@ -320,7 +320,7 @@ def test_timm_weights_are_cast_and_the_classifier_is_left_out(tmp_path: Path) ->
         Timm(COLOUR, name="resnet14t", weights=str(tmp_path / "weights.safetensors"))
 
 
-def test_pretrained_weights_without_a_network_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_weights_without_a_network_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match=r"resnet10t\.c3_in1k cannot be downloaded .*weights="):
         Timm(COLOUR, name="resnet10t.c3_in1k", pretrained=True, kwargs={"cache_dir": tmp_path})

@@ -115,7 +115,7 @@ def test_lda_is_bayes_rule_for_normal_distributions_with_one_covariance():
     torch.testing.assert_close(scores.softmax(1), torch.stack(peers, 1).softmax(1))
 
 
-def test_the_covariances_are_those_of_their_definitions():
+def test_the_covariances_match_their_definitions():
     features, labels = samples()
     total = learnt(LDAHead, [(features, labels)]).shared_covariance()
     torch.testing.assert_close(total, features.T.cov() + torch.eye(WIDTH, dtype=torch.float64))

@@ -48,7 +48,7 @@ def test_weights_of_new_classes_are_normal_with_the_given_deviation(bias):
         LinearHead(4, init_std=-1)
 
 
-def test_logits_are_those_of_the_blocks_side_by_side():
+def test_logits_match_the_blocks_side_by_side():
     head = LinearHead(5).double()
     head.grow(2)
     head.grow(3)
@@ -157,7 +157,7 @@ def test_the_logits_of_a_prototype_head_are_linear_ones():
 
 
 @pytest.mark.parametrize("head", [LinearHead, CosineHead, partial(CosineHead, learn_scale=True)])
-def test_scores_of_predictions_are_those_of_float32_under_mixed_precision(head):
+def test_scores_of_predictions_are_computed_in_float32_under_mixed_precision(head):
     """In bf16 some 15 % of the rows have two equal largest cosines."""
     generator = torch.Generator().manual_seed(0)
     made = head(64)

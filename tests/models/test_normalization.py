@@ -46,7 +46,7 @@ def test_a_mix_is_its_formula(maps: int, share: float):
     torch.testing.assert_close(made(x), by_hand(x, norm, mean, var))
 
 
-def test_statistics_of_the_batch_are_those_of_train_mode_and_move_nothing():
+def test_statistics_of_the_batch_match_train_mode_and_update_nothing():
     norm, x = layer(), normal(5, 3, 4, 4, seed=5)
     made = AdaptiveBatchNorm.of(layer()).eval()
     before = {name: value.clone() for name, value in made.state_dict().items()}
@@ -88,7 +88,7 @@ def test_a_single_value_takes_the_statistics_of_the_source():
         torch.testing.assert_close(made(x), norm.eval()(x))
 
 
-def test_all_layers_are_exchanged_under_their_names_and_go_on_with_what_timm_puts_in_them():
+def test_all_layers_are_exchanged_under_their_names_and_keep_what_timm_puts_in_them():
     class WithAct(nn.BatchNorm2d):
         def __init__(self) -> None:
             super().__init__(3)

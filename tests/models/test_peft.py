@@ -210,7 +210,7 @@ def test_it_runs_in_mixed_precision(name):
         (WholeModel, 0),
     ],
 )
-def test_numbers_of_parameters_are_those_of_the_papers(make, count):
+def test_numbers_of_parameters_match_the_papers(make, count):
     with torch.device("meta"):
         peft = make(VisionTransformer(num_classes=0))
     assert sum(parameter.numel() for parameter in peft.parameters()) == count
@@ -287,7 +287,7 @@ def test_lora_of_keys_and_values_has_a_scale_for_each():
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_compensated_prefix_has_a_full_share_of_attention_beside_what_is_left_to_the_image(fused):
+def test_a_compensated_prefix_has_a_full_share_of_attention_in_addition_to_the_image(fused):
     net = model()
     attention = net.blocks[1].attn
     attention.fused_attn = fused
@@ -507,11 +507,11 @@ def test_options_out_of_range_are_errors(make, words):
 
 
 @pytest.mark.parametrize("make", [Adapter, VPT, Prefix])
-def test_a_model_without_blocks_is_told(make):
+def test_a_model_without_blocks_is_reported(make):
     with pytest.raises(ValueError, match="MLP has no transformer blocks"):
         make(MLP((1, 8, 8)))
 
 
-def test_a_model_without_norms_is_told():
+def test_a_model_without_norms_is_reported():
     with pytest.raises(ValueError, match="FiLM: no layer"):
         FiLM(MLP((1, 8, 8)))

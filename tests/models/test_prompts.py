@@ -127,7 +127,7 @@ def test_it_runs_in_mixed_precision(name):
 
 
 @pytest.mark.parametrize("name", POOLS)
-def test_a_model_without_blocks_is_told(name):
+def test_a_model_without_blocks_is_reported(name):
     with pytest.raises(ValueError, match="MLP has no transformer blocks"):
         POOLS[name](MLP((1, 8, 8)))
 
@@ -135,7 +135,7 @@ def test_a_model_without_blocks_is_told(name):
 # ---------------------------------------------------------------------- the pool
 
 
-def test_a_pool_puts_the_prompts_of_the_nearest_keys_beside_the_tokens_of_the_image():
+def test_a_pool_adds_the_prompts_of_the_nearest_keys_to_the_tokens_of_the_image():
     images, backbone = normal(4, 3, 8, 8), prompted("pool")
     net, pool = backbone.base.model, backbone.prompts
     query = net(images)

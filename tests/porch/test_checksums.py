@@ -91,7 +91,7 @@ def test_so_many_files_are_kept_in_their_order(tmp_path, keep):
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_the_newest_whole_one_is_found_and_damage_is_told(tmp_path):
+def test_the_newest_whole_file_is_found_and_damage_is_reported(tmp_path):
     last = tmp_path / "last.ckpt"
     assert newest(last) == (None, [])
     for age, name in enumerate(("task_000.ckpt", "task_001.ckpt", "last-2.ckpt", "last-1.ckpt", "last.ckpt")):
@@ -109,7 +109,7 @@ def test_the_newest_whole_one_is_found_and_damage_is_told(tmp_path):
     assert newest(last)[0] is None
 
 
-def test_a_run_goes_on_from_an_earlier_file_and_the_later_ones_go(tmp_path):
+def test_a_run_is_resumed_from_an_earlier_file_and_later_files_are_removed(tmp_path):
     last = tmp_path / "last.ckpt"
     for age, name in enumerate(("last-3.ckpt", "task_000.ckpt", "last-2.ckpt", "last-1.ckpt", "last.ckpt")):
         (tmp_path / name).write_text(name)

@@ -142,7 +142,7 @@ def test_a_file_that_is_not_of_a_run_is_named_in_one_line(tmp_path, capsys, text
     assert reason in line
 
 
-def test_what_is_left_out_is_told_on_the_page_and_in_the_terminal(tmp_path, capsys):
+def test_what_is_left_out_is_reported_on_the_page_and_in_the_terminal(tmp_path, capsys):
     put(tmp_path / "bad", "{")
     put(tmp_path / "good", content())
     assert command.main([str(tmp_path), "--output", str(tmp_path / "page.html")]) == 0
@@ -297,7 +297,7 @@ def test_a_shift_that_is_common_to_both_leaves_no_interval_in_the_paired_differe
     assert found.clear
 
 
-def test_numbers_in_the_tables_are_those_of_the_results():
+def test_numbers_in_the_tables_match_the_results():
     rows = list(csv.DictReader(io.StringIO(tables.comma_separated(compare(two_methods())))))
     assert [row["method"] for row in rows] == ["Finetune", "ER"]
     names = {
@@ -596,7 +596,7 @@ def test_an_error_is_one_line(capsys, arguments, message):
     assert message in err
 
 
-def test_a_page_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path, capsys):
+def test_a_page_that_cannot_be_written_is_reported_and_leaves_nothing(tmp_path, capsys):
     put(tmp_path / "run", content())
     (tmp_path / "file").write_text("x")
     for place in (tmp_path, tmp_path / "file" / "page.html"):

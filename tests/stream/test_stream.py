@@ -221,13 +221,13 @@ def test_options_that_do_not_fit_the_data_are_an_error(options: Any, classes: in
         lambda: Subset(SingleTask(), test_per_class=0),
     ],
 )
-def test_impossible_options_are_told_by_the_constructor(make: Any) -> None:
+def test_impossible_options_are_reported_by_the_constructor(make: Any) -> None:
     with pytest.raises(ValueError, match=r"^\w+: [^\n]+$"):
         make()
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, 2.0, float("nan")])
-def test_validation_share_outside_its_range_is_told(fraction: float) -> None:
+def test_validation_share_outside_its_range_is_reported(fraction: float) -> None:
     with pytest.raises(ValueError, match="val_fraction must be at least 0 and below 1"):
         SingleTask()(data(), seed=0, val_fraction=fraction)
 
@@ -268,7 +268,7 @@ def test_dataset_info_refuses_what_does_not_fit(arguments: Any, message: str) ->
         DatasetInfo(*arguments)
 
 
-def test_a_class_without_training_samples_is_told() -> None:
+def test_a_class_without_training_samples_is_reported() -> None:
     with pytest.raises(ValueError, match="class 'b' has no training samples"):
         SingleTask()(DatasetInfo(np.array([0, 2]), np.array([0]), ("a", "b", "c")), seed=0)
 
@@ -492,7 +492,7 @@ def test_domains_that_do_not_fit_are_an_error(scenario: Scenario, info: DatasetI
         scenario(info, seed=0)
 
 
-def test_an_empty_domain_is_told() -> None:
+def test_an_empty_domain_is_reported() -> None:
     info = DatasetInfo(np.array([0]), np.array([0]), ("a",), np.array([0]), np.array([0]), ("x", "y"))
     with pytest.raises(ValueError, match=r"^DomainIncremental: task 1 \(y\) has no training samples"):
         DomainIncremental()(info, seed=0)
@@ -512,7 +512,7 @@ def test_permuted_domains_give_each_task_all_samples_and_its_own_permutation() -
     assert PermutedDomains(tasks=4)(info, seed=1).shifts[1] != stream.shifts[1]
 
 
-def test_a_split_share_deals_each_class_evenly() -> None:
+def test_a_split_share_divides_each_class_evenly() -> None:
     info = data(5, 12)
     stream = RotatedDomains(tasks=4, share="split")(info, seed=0)
     for rows in stream.train:
@@ -520,7 +520,7 @@ def test_a_split_share_deals_each_class_evenly() -> None:
     assert all_of(stream.train) == list(range(60))
 
 
-def test_rotations_are_even_or_as_told() -> None:
+def test_rotations_are_even_or_as_given() -> None:
     assert RotatedDomains(tasks=4)(data(), seed=0).shifts == (None, *(Shift("rotate", d) for d in (45.0, 90.0, 135.0)))
     assert RotatedDomains(degrees=[-20, 7.5])(data(), seed=0).shifts == (Shift("rotate", -20.0), Shift("rotate", 7.5))
 
@@ -579,7 +579,7 @@ def test_lists_of_other_data_are_an_error(lists: list[list[int]], message: str) 
 
 
 @pytest.mark.parametrize("text", ["[[1, 2], 3]", "[[1, true]]", "[[1.5]]", "[", "1 2\n3 x", "[" * 100000])
-def test_a_file_without_lists_is_told(text: str, tmp_path: Path) -> None:
+def test_a_file_without_lists_is_reported(text: str, tmp_path: Path) -> None:
     path = tmp_path / "lists"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"^[^\n]*lists: not lists of indices: [^\n]+$"):
@@ -588,7 +588,7 @@ def test_a_file_without_lists_is_told(text: str, tmp_path: Path) -> None:
         FewShot(60, 5, 5, str(tmp_path / "absent"))(cifar_with_lists(), seed=0)
 
 
-def test_few_shot_tells_what_does_not_fit() -> None:
+def test_few_shot_names_the_option_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="6 classes after the first 4 do not split into sessions of 4"):
         FewShot(base=4, way=4, shot=5)(data(), seed=0)
     with pytest.raises(ValueError, match="has 20 training samples; use at most that many shots, not 21"):
@@ -600,7 +600,7 @@ def test_few_shot_tells_what_does_not_fit() -> None:
 # Blurry streams
 
 
-def test_blurry_deals_majors_and_minors_by_their_percentages() -> None:
+def test_blurry_divides_majors_and_minors_by_their_percentages() -> None:
     info = data(20, 50)
     stream = Blurry(tasks=5, disjoint=50, blurry=20)(info, seed=0)
     counts = np.stack([np.bincount(info.train_labels[rows], minlength=20) for rows in stream.train])
@@ -703,7 +703,7 @@ def test_a_tail_of_hidden_labels_is_refused() -> None:
         LongTailed(LabelFraction(SingleTask(), per_class=1))(data(), seed=0)
 
 
-def test_online_streams_tell_their_batches() -> None:
+def test_online_streams_set_the_batch_size() -> None:
     stream = Online(ClassIncremental(tasks=5), batch_size=16, passes=2)(data(), seed=0)
     assert (stream.one_pass, stream.batch_size, stream.passes) == (True, 16, 2)
     plain = ClassIncremental(tasks=5)(data(), seed=0)
@@ -768,7 +768,7 @@ def test_an_extension_keeps_the_earlier_tasks_though_labels_shift(scenario: Scen
         before, old = after, new
 
 
-def test_an_extension_deals_by_the_same_increment_and_a_remainder() -> None:
+def test_an_extension_splits_by_the_same_increment_and_a_remainder() -> None:
     before = ClassIncremental(first=4, increment=2)(data(8), seed=0)
     after = ClassIncremental(first=4, increment=2).extend(before, data(13), seed=0)
     assert [task.num_new for task in after.tasks] == [4, 2, 2, 2, 2, 1]
@@ -849,7 +849,7 @@ def test_a_manifest_file_comes_back_and_is_the_scenario_of_itself(tmp_path: Path
         Online(FromManifest(str(path))).extend(online, data(4), seed=0)
 
 
-def test_a_manifest_of_other_data_is_told(tmp_path: Path) -> None:
+def test_a_manifest_of_other_data_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "stream.json"
     info = data(4, 6)
     ClassIncremental(tasks=2)(info, seed=0).save(path)
@@ -927,7 +927,7 @@ def test_the_error_of_a_changed_manifest_names_file_task_and_field(change: Any, 
     "content",
     [b"", b"{", b"[]", b"null", b"\xff\xfe", b"NaN", b"[" * 100000, b"9" * 5000, b'{"version": 1}', b'{"passes": NaN}'],
 )
-def test_a_file_that_is_no_manifest_is_told(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_manifest_is_reported(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "stream.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"^[^\n]*stream\.json: [^\n]+$"):
@@ -981,7 +981,7 @@ def test_whatever_a_manifest_holds_nothing_but_value_error_comes_of_it(draw: st.
         FromManifest("stream.json"),
     ],
 )
-def test_a_scenario_is_configured_by_what_it_tells_of_itself(scenario: Scenario) -> None:
+def test_a_scenario_is_configured_by_its_description(scenario: Scenario) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--scenario", type=Scenario)
     told = json.dumps(scenario.describe())

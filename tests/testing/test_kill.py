@@ -79,7 +79,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(method, tm
 
 @pytest.mark.stress
 @pytest.mark.parametrize("method", METHODS)
-def test_a_process_of_its_own_that_is_killed_at_any_time_can_be_gone_on_with(method, tmp_path):
+def test_a_process_that_is_killed_at_any_time_can_be_resumed(method, tmp_path):
     """Killed by the clock, not by an event: whatever it was about to do."""
     assert kills.run(_arguments(method), tmp_path / "whole") == 0, kills.tail(tmp_path / "whole")
     chance = random.Random(f"{method} {os.environ.get('CL_LIGHTNING_KILL_SEED', '0')}")
@@ -119,7 +119,7 @@ def _flip(path: Path, place: float) -> None:
 
 
 @pytest.mark.parametrize("harm", ["a bit", "the end", "everything", "the file"])
-def test_a_damaged_last_checkpoint_is_told_and_the_one_before_is_used(whole, tmp_path, harm):
+def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_is_used(whole, tmp_path, harm):
     folder = _stopped(tmp_path, whole)
     last = folder / "last.ckpt"
     assert (folder / "last-1.ckpt").exists()
@@ -139,7 +139,7 @@ def test_a_damaged_last_checkpoint_is_told_and_the_one_before_is_used(whole, tmp
     assert_same(kills.left(whole / "run"), kills.left(tmp_path / "run"))
 
 
-def test_where_all_checkpoints_are_damaged_it_is_told(whole, tmp_path):
+def test_damage_of_all_checkpoints_is_reported(whole, tmp_path):
     folder = _stopped(tmp_path, whole)
     for path in folder.glob("*.ckpt"):
         _flip(path, 0.5)
@@ -147,7 +147,7 @@ def test_where_all_checkpoints_are_damaged_it_is_told(whole, tmp_path):
     assert "there is no undamaged checkpoint under run" in kills.tail(tmp_path)
 
 
-def test_a_run_can_be_taken_back_to_an_earlier_task(whole, tmp_path):
+def test_a_run_can_be_resumed_from_an_earlier_task(whole, tmp_path):
     shutil.copytree(whole / "run", tmp_path / "run")
     assert kills.run(_arguments("er") + " --loop.keep_tasks null", tmp_path / "other") == 0
     arguments = _arguments("er", str(tmp_path / "other" / "run"))
@@ -178,7 +178,7 @@ def _pair(arguments: str, folder: Path, port: int, kill: int | None = None) -> t
     return codes, alone
 
 
-def test_a_process_that_dies_ends_the_others_and_the_run_can_be_gone_on_with(tmp_path):
+def test_a_process_that_dies_ends_the_others_and_the_run_can_be_resumed(tmp_path):
     arguments = _arguments("er")
     codes, _ = _pair(arguments, tmp_path / "whole", free_port())
     assert codes == [0, 0], kills.tail(tmp_path / "whole")

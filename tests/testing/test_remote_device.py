@@ -58,7 +58,7 @@ def test_a_run_with_callbacks_on_a_device_is_that_on_the_cpu(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["ER", "EWC", "ICaRL"])
-def test_a_run_on_a_device_goes_on_from_a_checkpoint(name, tmp_path, monkeypatch):
+def test_a_run_on_a_device_is_resumed_from_a_checkpoint(name, tmp_path, monkeypatch):
     subject = SUBJECTS[name]
     expected = case(name).reference
     places = [place for place in expected.snapshots if place.task == 1]

@@ -50,7 +50,7 @@ def test_steps_come_at_fractions_of_the_phase():
     assert rates(StepsOverPhase, 10, at=[0.3], gamma=0.5)[0] == pytest.approx([2] * 3 + [1] * 7)
 
 
-def test_a_resumed_schedule_goes_on_where_it_was():
+def test_a_resumed_schedule_continues_at_its_step():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
     schedule = CosineOverPhase(optimizer)
     schedule.begin(4)

@@ -238,7 +238,7 @@ def test_two_terms_of_one_name_are_refused():
         run(FINETUNE(), Doubled())
 
 
-def test_a_step_of_one_image_that_batch_normalisation_cannot_take_is_told():
+def test_a_step_of_one_image_that_batch_normalisation_cannot_take_is_reported():
     subject = Subject(partial(Finetune, backbone=NormNet))  # the last batch of the first task has one image
     with pytest.raises(ValueError, match=r"task '.+': a step has one image.*drop_last true"):
         testing.run(subject)

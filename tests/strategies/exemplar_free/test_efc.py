@@ -159,7 +159,7 @@ def test_features_have_not_moved_at_the_first_step_of_a_task():
         assert set(first) == {"ce", "features", "balanced"}
 
 
-def test_the_first_task_tells_turned_images_apart_in_four_times_the_columns():
+def test_the_first_task_classifies_rotated_images_in_four_times_the_columns():
     seen = []
 
     class Look(EFC):
@@ -184,7 +184,7 @@ def test_the_first_task_tells_turned_images_apart_in_four_times_the_columns():
     assert strategy.rotation_head.num_columns == 0  # it was thrown away
 
 
-def test_later_terms_are_those_of_the_paper_with_their_gradients():
+def test_later_terms_match_the_paper_with_their_gradients():
     steps = []
 
     class Look(EFC):
@@ -273,7 +273,7 @@ class FollowingEFCpp(Following, EFCpp):
     pass
 
 
-def test_old_means_follow_the_drift_in_the_metric_of_the_task_before_and_the_matrix_is_measured_anew():
+def test_old_means_follow_the_drift_in_the_metric_of_the_task_before_and_the_matrix_is_recomputed():
     strategy = run(FollowingEFC(backbone=plain_net, optimizer=SGD, drift_sigma=0.3)).strategy
     assert strategy.log == [(1, "end"), (2, "end")]
 

@@ -140,6 +140,6 @@ def test_tasks_without_new_classes_have_no_warm_up():
 
 
 @pytest.mark.parametrize("options", [{"distill_weight": -1.0}, {"temperature": 0.0}, {"form": "hinge"}])
-def test_wrong_options_are_told(options):
+def test_wrong_options_are_errors(options):
     with pytest.raises(ValueError, match="LwF"):
         LwF(**options)

@@ -65,7 +65,7 @@ def test_the_radius_is_the_root_of_the_mean_variance():
     assert float(average_radius(features, labels, means, counts)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_norm_of_rows_and_its_gradient_are_those_of_the_vector():
+def test_the_norm_of_rows_and_its_gradient_match_the_vector():
     rows = normal(5, 3).requires_grad_()
     norm = rows_norm(rows)
     torch.testing.assert_close(norm, rows.detach().norm())
@@ -116,7 +116,7 @@ class Watching(PASS):
         return terms
 
 
-def test_the_first_task_has_turned_images_alone_and_heads_keep_their_old_rows():
+def test_the_first_task_has_rotated_images_alone_and_heads_keep_their_old_rows():
     strategy = Watching(backbone=plain_net, optimizer=ADAM)
     run(strategy)
     for task, terms, rows, total in strategy.seen:
@@ -131,7 +131,7 @@ def test_the_first_task_has_turned_images_alone_and_heads_keep_their_old_rows():
     assert strategy.prototypes.known.all()
 
 
-def test_terms_are_those_of_the_paper_with_the_radius_of_the_first_task():
+def test_terms_match_the_paper_with_the_radius_of_the_first_task():
     seen, radii = [], []
 
     class Look(PASS):
@@ -165,7 +165,7 @@ def test_terms_are_those_of_the_paper_with_the_radius_of_the_first_task():
     assert min(abs(later - radii[0]) for later in radii[1:]) > 0.01 * radii[0]  # other tasks have others
 
 
-def test_predictions_are_those_of_images_that_are_not_turned():
+def test_predictions_are_of_images_that_are_not_rotated():
     strategy = run(PASS(backbone=plain_net, optimizer=ADAM), max_epochs=1).strategy.eval()
     images = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     scores = strategy.predict(images)

@@ -264,7 +264,7 @@ def test_the_first_step_of_a_task_has_no_relation_loss_and_the_first_task_has_no
 
 
 @pytest.mark.parametrize("axis", ["samples", "prototypes"])
-def test_the_terms_of_a_step_are_those_of_the_paper(axis):
+def test_the_terms_of_a_step_match_the_paper(axis):
     alpha, beta, tau, t, seen = 3.0, 5.0, 0.4, 0.3, []
 
     class Learning(PRD):
@@ -432,13 +432,13 @@ def test_it_resumes_at_every_place():
         {"projection_size": 0},
     ],
 )
-def test_wrong_options_are_told(options):
+def test_wrong_options_are_errors(options):
     (name, value), *_ = options.items()
     with pytest.raises(ValueError, match=rf"PRD: {name} is '?{value}"):
         PRD(**options)
 
 
 @pytest.mark.parametrize("head", [LinearHead, partial(CosineHead, learn_scale=True)])
-def test_a_head_whose_rows_are_no_prototypes_is_told(head):
+def test_a_head_whose_rows_are_no_prototypes_is_reported(head):
     with pytest.raises(ValueError, match="PRD: head is"):
         PRD(head=head).build((1, 8, 8))

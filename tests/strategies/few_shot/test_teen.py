@@ -136,6 +136,6 @@ def test_options_out_of_range_are_errors(cls, options):
         cls(**options)
 
 
-def test_a_head_without_prototypes_is_told_at_the_start():
+def test_a_head_without_prototypes_is_reported_at_the_start():
     with pytest.raises(ValueError, match="LinearHead, keeps no class means"):
         sessions(Finetune(**OPTIONS, head=LinearHead), PrototypeCalibration())

@@ -263,6 +263,6 @@ def test_variants_conform():
         {"memory_size": -1},
     ],
 )
-def test_wrong_options_are_told(options):
+def test_wrong_options_are_errors(options):
     with pytest.raises(ValueError, match=r"PCR|Memory"):
         PCR(**options)

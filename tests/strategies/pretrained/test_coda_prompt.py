@@ -80,7 +80,7 @@ def test_earlier_components_and_rows_never_change_again():
         assert group[1].grad.any()
 
 
-def test_the_losses_are_those_of_the_paper():
+def test_the_losses_match_the_paper():
     strategy = learnt(partial(SMALL, ortho_weight=0.1), tasks=2).strategy.train()
     batch = batch_of(torch.tensor([2, 3, 3, 2]))
     output = strategy.network(torch.randn(4, 1, 8, 8))

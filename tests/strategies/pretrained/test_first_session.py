@@ -136,7 +136,7 @@ def test_other_parts_pass_the_suite(options):
     )
 
 
-def test_the_copy_of_the_backbone_is_told():
+def test_the_copy_of_the_backbone_is_reported():
     made = in_tasks(partial(SMALL, concatenate=True), 2)
     assert made.strategy.bytes_kept()["teachers"] == 4 * (64 * 64 + 64)
     assert "teachers" not in in_tasks(partial(SMALL, concatenate=True, peft=SSF), 2).strategy.bytes_kept()

@@ -59,7 +59,7 @@ def test_the_classifier_is_that_of_all_features_at_once():
     torch.testing.assert_close(head(features), features @ weight.T + bias, rtol=1e-4, atol=1e-4)
 
 
-def test_its_parts_are_those_of_the_paper():
+def test_its_parts_match_the_paper():
     strategy = FSA(backbone=Norm)
     strategy.build((1, 8, 8))
     network = strategy.network

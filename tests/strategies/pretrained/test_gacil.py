@@ -79,21 +79,21 @@ def test_the_projection_is_the_initial_weight_of_a_linear_layer():
     assert 0.124 < float(projection.abs().max()) <= 1 / 8
 
 
-def test_what_is_right_in_the_end_does_not_depend_on_how_the_classes_are_dealt_out():
+def test_the_final_accuracy_does_not_depend_on_the_split_into_tasks():
     made = [in_tasks(SMALL, count) for count in (1, 2, 5, 10)]
     assert len({samples_right(one.matrix) for one in made}) == 1
     plain = finetuning_in_tasks({"backbone": random_features}, 5, max_epochs=3)
     assert last_accuracy(made[2].matrix.R_ci) > max(0.9, last_accuracy(plain.R_ci) + 0.4)
 
 
-def test_what_is_kept_is_told():
+def test_what_is_kept_is_reported():
     made = learnt(ClassIncremental(tasks=2))
     kept = made.strategy.bytes_kept()["statistics"]
     # R and W in float64, the projection of 64 features in float32, biases and counts of 10 classes, the ridge.
     assert kept == 8 * 200 * 200 + 8 * 10 * 200 + 4 * 64 * 200 + 10 * 8 * 2 + 8
 
 
-def test_both_backends_predict_alike_and_resume():
+def test_both_backends_predict_the_same_and_resume():
     make = small(GACIL, projection=40, backend="accumulate")
     check_strategy(make, checks=["trains", "resume", "restores", "bytes"])
     with pytest.raises(AssertionError):  # they keep other things

@@ -63,7 +63,7 @@ def images(count=7):
     return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_losses_are_those_of_the_paper():
+def test_the_losses_match_the_paper():
     strategy = learnt(partial(SMALL, key_weight=0.5, batchwise_prompt="never"), tasks=2).strategy.train()
     backbone, batch = strategy.network.backbone, batch_of(torch.tensor([2, 3, 3, 2]), images=images(4))
     output = strategy.network(batch.images)
@@ -109,7 +109,7 @@ def test_without_their_term_keys_stay():
     assert float(keys.max()) < 0.01  # as they were drawn
 
 
-def test_without_prompts_logits_are_those_of_a_linear_classifier_on_the_class_token():
+def test_without_prompts_logits_match_a_linear_classifier_on_the_class_token():
     strategy = learnt(partial(SMALL, readout="token")).strategy.eval().double()
     network, x = strategy.network, images().double()
     with torch.no_grad():

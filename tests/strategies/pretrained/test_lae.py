@@ -185,7 +185,7 @@ def test_the_ensemble_is_the_larger_probability_whatever_the_batch():
         torch.testing.assert_close(alone, strategy.predict(IMAGES), rtol=1e-4, atol=1e-5)
 
 
-def test_its_parts_are_those_of_the_paper():
+def test_its_parts_match_the_paper():
     strategy = LAE(backbone=partial(TinyViT, depth=6))
     strategy.build((1, 8, 8))
     sites = strategy.network.backbone.online.sites

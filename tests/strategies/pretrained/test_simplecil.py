@@ -45,7 +45,7 @@ def tasks(count: int) -> dict:
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_what_is_right_in_the_end_does_not_depend_on_how_the_classes_are_dealt_out(metric: str):
+def test_the_final_accuracy_does_not_depend_on_the_split_into_tasks(metric: str):
     make = partial(SimpleCIL, backbone=random_features, metric=metric)
     made = [in_tasks(make, count) for count in (1, 2, 5, 10)]
     assert len({samples_right(one.matrix) for one in made}) == 1
@@ -56,7 +56,7 @@ def test_what_is_right_in_the_end_does_not_depend_on_how_the_classes_are_dealt_o
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_means_of_classes_that_come_again_are_those_of_all_their_samples(metric: str):
+def test_means_of_recurring_classes_are_over_all_their_samples(metric: str):
     make = partial(SimpleCIL, backbone=random_features, metric=metric)
     joint = in_tasks(make, 1)
     blurry = run(make(), data={"scenario": Blurry(tasks=4, disjoint=30, blurry=40)}, max_epochs=1)

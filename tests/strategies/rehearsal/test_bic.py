@@ -290,7 +290,7 @@ def test_validation_in_the_second_stage_leaves_the_network_as_it_is_to_the_bit()
     assert not any(modes)
 
 
-def test_epochs_of_the_second_stage_can_be_those_of_the_loop_and_nothing_is_said_of_exemplars_before():
+def test_the_second_stage_can_use_the_epochs_of_the_loop_and_a_warning_of_exemplars_is_not_given():
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         made = run(SMALL(bias_options=PhaseOptions(epochs=5)), options={"phase_epochs": {"bias": 2}}, max_epochs=1)
@@ -298,7 +298,7 @@ def test_epochs_of_the_second_stage_can_be_those_of_the_loop_and_nothing_is_said
     assert not [warning for warning in told if "exemplars" in str(warning.message)]
 
 
-def test_predictions_are_those_of_corrected_logits():
+def test_predictions_match_corrected_logits():
     strategy = run(SMALL(), max_epochs=1).strategy.eval()
     images = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -309,7 +309,7 @@ def test_predictions_are_those_of_corrected_logits():
 
 
 @pytest.mark.parametrize("options", [{}, {"solver": "exact", "bias_options": PhaseOptions(epochs=100)}])
-def test_a_share_that_is_not_there_is_told_and_the_bias_stays(options):
+def test_a_share_that_is_not_there_is_reported_and_the_bias_stays(options):
     with pytest.warns(UserWarning, match="give a larger memory_size; at task . a class has fewer than two"):
         made = run(SMALL(memory_size=7, **options), max_epochs=1)
     # Seven classes have one exemplar each before the last task, and four had one each before that.
@@ -362,6 +362,6 @@ def test_it_resumes_at_every_place_of_both_stages():
         {"memory_size": -1},
     ],
 )
-def test_wrong_options_are_told(options):
+def test_wrong_options_are_errors(options):
     with pytest.raises(ValueError, match=r"BiC|Memory"):
         BiC(**options)

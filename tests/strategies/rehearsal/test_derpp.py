@@ -62,7 +62,7 @@ def test_what_is_asked_of_the_logits_of_later_classes(new_class_targets, expecte
     assert (logits.grad[0, 2:] == 0).all() == (new_class_targets == "free")
 
 
-def test_rows_of_different_widths_count_alike_and_no_rows_give_zero():
+def test_rows_of_different_widths_have_equal_weight_and_no_rows_give_zero():
     logits = normal(2, 3)
     stored = torch.tensor([[0.0, NAN, NAN], [0.0, 0.0, 0.0]], dtype=torch.float64)
     expected = (logits[0, 0].square() + logits[1].square().mean()) / 2
@@ -118,7 +118,7 @@ def still(parameters):
     return torch.optim.SGD(parameters, lr=0.0)
 
 
-def test_stored_logits_are_those_of_the_network_that_was_there_and_do_not_change():
+def test_stored_logits_are_from_the_network_at_that_time_and_do_not_change():
     made = run(Notes(backbone=plain_net, optimizer=sgd, memory_size=60), max_epochs=2)
     memory, seen = made.strategy.memory, made.stream.tasks
     assert len(made.strategy.stored) > 100
@@ -218,7 +218,7 @@ def test_its_variants_conform():
         {"memory_size": -1},
     ],
 )
-def test_wrong_options_are_told(options):
+def test_wrong_options_are_errors(options):
     with pytest.raises(ValueError, match=r"DERpp|Memory"):
         DERpp(**options)
 

@@ -104,7 +104,7 @@ def test_several_steps_on_a_batch_offer_its_samples_once(strategy):
     assert int(made.strategy.memory.num_seen) == 3 * 3 * 20
 
 
-def test_the_joint_mean_and_the_sum_of_means_differ_as_told():
+def test_the_joint_mean_and_the_sum_of_means_differ_as_documented():
     logits = torch.randn(6, 4, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 3, 0, 1])
     stream, replay = batch_of(labels[:4], indices=torch.arange(4)), batch_of(labels[4:], indices=torch.full((2,), -1))
@@ -131,6 +131,6 @@ def test_the_joint_mean_and_the_sum_of_means_differ_as_told():
         {"memory_size": -1},
     ],
 )
-def test_wrong_options_are_told(options):
+def test_wrong_options_are_errors(options):
     with pytest.raises(ValueError, match=r"ER|Memory"):
         ER(**options)

@@ -49,7 +49,7 @@ SMALL = partial(FOSTER, backbone=plain_net, optimizer=sgd, memory_size=60)
 # ---------------------------------------------------------------------- the maths
 
 
-def test_weights_are_those_of_the_effective_numbers_of_samples():
+def test_weights_match_the_effective_numbers_of_samples():
     counts, beta = [20, 20, 500], 0.96
     raw = [(1 - beta) / (1 - beta**n) for n in counts]
     expected = torch.tensor([3 * value / sum(raw) for value in raw], dtype=torch.float64)
@@ -200,7 +200,7 @@ class Boosting(FOSTER):
         return terms
 
 
-def test_the_boosting_losses_are_those_of_the_paper():
+def test_the_boosting_losses_match_the_paper():
     strategy = Boosting(backbone=plain_net, optimizer=sgd, memory_size=60, distill_weight=0.7)
     run(strategy, max_epochs=1)
     assert set(strategy.seen) == {"ce", "new_ce", "distill"}
@@ -244,7 +244,7 @@ def test_compression_has_an_optimizer_and_a_length_of_its_own():
     assert_same(part(before, "network."), part(after, "network."))
 
 
-def test_epochs_of_both_phases_can_be_those_of_the_loop():
+def test_both_phases_can_use_the_epochs_of_the_loop():
     loop = run(
         SMALL(compress_options=PhaseOptions(epochs=3)),
         options={"phase_epochs": {"boost": 2, "compress": 4}},
@@ -314,12 +314,12 @@ def test_it_resumes_at_every_place_of_both_phases():
         {"memory_size": -1},
     ],
 )
-def test_wrong_options_are_told(options):
+def test_wrong_options_are_errors(options):
     with pytest.raises(ValueError, match=r"FOSTER|Memory"):
         FOSTER(**options)
 
 
 @pytest.mark.parametrize("head", [CosineHead, PrototypeHead])
-def test_a_head_that_cannot_take_more_features_is_told(head):
+def test_a_head_that_cannot_take_more_features_is_reported(head):
     with pytest.raises(ValueError, match=f"FOSTER: head is {head.__name__}"):
         FOSTER(head=head).build((1, 8, 8))

@@ -118,7 +118,7 @@ def test_the_ridge_gives_way_by_its_share():
         assert (past @ projected).min() < 0
 
 
-def test_past_tasks_that_are_alike_do_no_harm():
+def test_equal_past_tasks_do_no_harm():
     g, past = normal(30), normal(3, 30, seed=1)
     alike = torch.cat([past, past, 0 * past[:1], 2 * past[:1]])
     found = gem_projection(g, alike, **EXACT)
@@ -334,12 +334,12 @@ def test_variants_conform(variant):
 
 @pytest.mark.parametrize("method", [GEM, AGEM])
 @pytest.mark.parametrize("options", [{"loss_classes": "current"}, {"replay_size": 0}, {"memory_size": -1}])
-def test_wrong_options_are_told(method, options):
+def test_wrong_options_are_errors(method, options):
     with pytest.raises(ValueError, match=rf"{method.__name__}|Memory"):
         method(**options)
 
 
 @pytest.mark.parametrize("options", [{"memory_strength": -0.1}, {"ridge": -1e-3}])
-def test_wrong_options_of_gem_are_told(options):
+def test_wrong_options_of_gem_are_errors(options):
     with pytest.raises(ValueError, match=r"GEM: (memory_strength|ridge) is -.*; it must be at least 0"):
         GEM(**options)

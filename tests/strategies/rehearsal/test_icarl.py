@@ -135,7 +135,7 @@ def test_every_class_has_its_quota_and_old_lists_lose_only_their_ends():
             assert torch.equal(later[label], images[: len(later[label])])
 
 
-def test_the_lists_of_a_task_are_those_of_herding_by_the_plain_loop():
+def test_the_lists_of_a_task_match_herding_by_the_plain_loop():
     made = run(SMALL(memory_size=30), max_epochs=1)
     strategy, data = made.strategy, made.datamodule
     task, source = made.stream.tasks[-1], data.samples(train=True)
@@ -181,7 +181,7 @@ def test_a_memory_too_small_for_all_classes_keeps_one_of_the_earliest():
 # ---------------------------------------------------------------------- runs
 
 
-def test_the_means_are_those_of_the_exemplars_under_the_network_as_it_is():
+def test_the_means_match_the_exemplars_under_the_network_as_it_is():
     made = run(SMALL(memory_size=40), max_epochs=1)
     strategy = made.strategy.eval()
     memory = strategy.memory
@@ -279,7 +279,7 @@ def test_its_variants_conform(options, finetuning):
         {"distill_weight": -1.0},
     ],
 )
-def test_wrong_options_are_told(options):
+def test_wrong_options_are_errors(options):
     with pytest.raises(ValueError, match="ICaRL"):
         ICaRL(**options)
 

@@ -84,7 +84,7 @@ def test_a_first_block_is_left_as_it_is():
     assert torch.equal(made.weight(), before)
 
 
-def test_a_head_whose_rows_have_no_scale_is_told():
+def test_a_head_whose_rows_have_no_scale_is_reported():
     made = CosineHead(6)
     made.grow(2)
     with pytest.raises(ValueError, match="CosineHead"):
@@ -210,6 +210,6 @@ def test_the_callback_conforms():
 @pytest.mark.parametrize(
     "options", [{"loss_classes": "current"}, {"temperature": 0.0}, {"distill_weight": 1.5}, {"memory_size": -1}]
 )
-def test_wrong_options_are_told(options):
+def test_wrong_options_are_errors(options):
     with pytest.raises(ValueError, match=r"WA|Memory"):
         WA(**options)

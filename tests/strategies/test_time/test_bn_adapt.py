@@ -92,7 +92,7 @@ def test_small_batches_need_the_statistics_of_the_source():
     assert errors[1] < errors[0]
 
 
-def test_methods_tell_whose_predictions_depend_on_the_test_batch():
+def test_methods_state_whether_predictions_depend_on_the_test_batch():
     told = {method.name: method.test_batch for method in methods() if method.family == "test-time"}
     assert told == {"BNAdapt": True, "CoTTA": True, "EATA": True, "LAME": True, "Source": False, "Tent": True}
     assert not any(method.test_batch for method in methods() if method.family != "test-time")

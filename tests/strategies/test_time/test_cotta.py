@@ -141,7 +141,7 @@ def test_the_affine_map_is_that_of_torchvision(height, width, angle, scale, acro
     torch.testing.assert_close(view.of(images), expected, rtol=0, atol=1e-6)
 
 
-def test_contrast_and_saturation_are_those_of_torchvision():
+def test_contrast_and_saturation_match_torchvision():
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for found, expected in (
         (PLAIN._replace(contrast=0.7), adjust_contrast(images, 0.7)),
