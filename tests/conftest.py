@@ -7,6 +7,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from support import costs, rotation, selection, shared
 
+from cl_lightning.loop import warning_filters
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
@@ -30,6 +32,8 @@ def shared_data() -> Path:
 
 def pytest_configure(config: pytest.Config) -> None:
     shared.begin()
+    for message in warning_filters.MESSAGES:
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")
     if getattr(config.option, "numprocesses", None) and not _is_chosen(config):
         try:
             selection.now()  # for all workers

@@ -12,17 +12,13 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 
 from cl_lightning.cli.arguments import PROGRAM
 from cl_lightning.loop import slurm_job
+from cl_lightning.loop.warning_filters import MESSAGES
 
 _NOISE = (
+    *MESSAGES,
     r".*does not have many workers.*",  # data in memory needs no workers
-    r".*smaller than the logging interval.*",
-    r".*in eval mode at the start of training.*",  # teachers are
     r".*You defined a `validation_step` but have no `val_dataloader`.*",
-    r".*Total length of `list` across ranks is zero.*",  # without validation samples
-    r".*your dataloader is not resumable.*",  # it is given the step at which to resume
-    r".*Checkpoint directory .* exists and is not empty.*",  # a task is one of many fits
     r".*`broadcast_buffers` is deprecated.*",  # its replacement would still broadcast once per fit
-    r".*isinstance\(treespec, LeafSpec\).*",
 )
 
 

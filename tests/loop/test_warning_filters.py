@@ -28,7 +28,7 @@ def stopped_resumed_tested(folder):
 
 
 def test_lightning_warns_of_each_of_them_without_the_filters(tmp_path, monkeypatch):
-    monkeypatch.setattr(warning_filters, "_MESSAGES", ())
+    monkeypatch.setattr(warning_filters, "MESSAGES", ())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         stopped_resumed_tested(tmp_path)
