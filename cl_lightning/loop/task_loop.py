@@ -11,25 +11,26 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from cl_lightning import checksums, distributed
-from cl_lightning.batch import Batch, mix
+from cl_lightning.batch import mix
 from cl_lightning.callback import AddsLosses, ContinualCallback, Progress
-from cl_lightning.data import FeatureCache, FeatureLoader, PlannedLoader
+from cl_lightning.data import FeatureCache
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.lightning_private import carry_timer
 from cl_lightning.loop import checkpoint as checkpoints
 from cl_lightning.loop import results, run_lock
 from cl_lightning.loop.fast_step import install_fast_steps
+from cl_lightning.loop.hooks import LoopHooks
 from cl_lightning.loop.lightning_support import count_steps_per_fit, reset_best
 from cl_lightning.loop.logging import RunLogging
 from cl_lightning.loop.nan_guard import NanGuard
 from cl_lightning.loop.options import LoopOptions, check_fit, check_names, check_phases, check_trainer, check_watched
-from cl_lightning.loop.run import Position, _class_path, flops_per_image, restore
+from cl_lightning.loop.run import Position, _class_path, restore
 from cl_lightning.loop.stopping import Interrupted, StopRequest
 from cl_lightning.loop.warning_filters import ignore_lightning_warnings
 from cl_lightning.measures import AccuracyMatrix, CostMeter, headline_accuracy
@@ -511,139 +512,6 @@ class TaskLoop:
     def _interrupt(self) -> NoReturn:
         assert self.stop_request.signum is not None
         raise Interrupted(self.newest or Path("nowhere"), self.stop_request.signum)
-
-
-class LoopHooks(Callback):
-    """Saves, stops, measures costs and calls the hooks of a task inside Lightning's fit and test.
-
-    It is the first callback: a checkpoint that it writes in a hook holds the state before that hook of all others.
-    """
-
-    def __init__(self, loop: TaskLoop) -> None:
-        self.loop = loop
-        self.closing: Task | None = None
-        self._mid_epoch = False
-        self._since_save = 0
-        self._step = 0
-        self._share = 1.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step
-        loader = trainer.train_dataloader
-        # Share of the images that come from the stream: a loader may add samples of a memory, or serve features.
-        self._share = 0.0 if isinstance(loader, FeatureLoader) else 1.0
-        if isinstance(loader, PlannedLoader) and len(loader.plan.indices) > 0:
-            self._share = float((loader.plan.indices < loader.num_data).double().mean())
-        self.loop.meter.enter("training")
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.current_epoch > self.loop.position.origin:
-            self._mid_epoch = False
-            self._check(self.loop.save_is_due())
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.loop.started = True
-        if batch_idx == 0 or batch_idx % trainer.accumulate_grad_batches:
-            return
-        self._since_save += 1
-        every = self.loop.options.save_every_n_steps
-        self._mid_epoch = True
-        self._check(every is not None and self._since_save % every == 0)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        draw, passed = batch.draw, self.loop.strategy.terms.samples
-        whole = draw.total / max(draw.stop - draw.start, 1)  # samples of all processes per sample of this process
-        step, self._step = self._step, trainer.global_step
-        self.loop.meter.add(
-            images=draw.total * self._share,
-            samples=draw.total if passed is None else passed * whole,
-            steps=trainer.global_step - step,
-        )
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        distributed.average_batch_statistics(pl_module)
-        self.loop.meter.end_epoch(self.loop.strategy.phase.name)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._before = self.loop.meter.enter("evaluation")
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.loop.strategy.evaluation.begin(confusion=False)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        evaluation = self.loop.strategy.evaluation
-        evaluation.finish()
-        metrics = {"val/accuracy": evaluation.accuracy(), "val/loss": evaluation.loss}
-        for name, value in metrics.items():  # for callbacks that monitor it; loggers get it below, with the right step
-            pl_module.log(name, torch.tensor(value, dtype=torch.float32), logger=False)
-        for logger in [] if trainer.sanity_checking else trainer.loggers:  # type: ignore[attr-defined]
-            logger.log_metrics(metrics, step=trainer.global_step)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.loop.meter.enter(self._before)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loop, position = self.loop, self.loop.position
-        loop.meter.enter("statistics")
-        # After the last step the state of the generators depends on the numbers that this process has drawn.
-        loop._seed(position.task, position.phase, 1)
-        loop.strategy.end_phase(loop.strategy.phase)
-        loop.position = Position(position.task, position.phase + 1, origin=trainer.current_epoch)
-        self._mid_epoch = False
-        loop.meter.enter(None)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loop, task = self.loop, self.closing
-        if task is not None:
-            if not loop.position.learnt:
-                loop.started = True
-                loop.meter.enter("statistics")
-                loop._seed(task.index, len(loop._phases), 2)
-                loop._call("on_task_learnt", task)
-                loop.strategy.end_task(task)
-                loop._call("on_task_end", task)
-                loop.position = replace(loop.position, learnt=True)
-            loop._seed(task.index, len(loop._phases), 3)
-        loop.meter.enter("evaluation")
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if self.closing is not None and not distributed.is_distributed() and self.loop.stop_request.made():
-            self.loop.stop()
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.closing is not None and self.loop.stop_request.made(now=True):
-            self.loop.stop()
-        self.loop.strategy.evaluation.begin(confusion=True)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.loop.strategy.evaluation.finish()
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.loop.meter.enter(None)
-        if self.closing is not None:
-            self.closing = None
-            strategy = self.loop.strategy
-            shape = strategy.image_shape
-            flops = flops_per_image(strategy, shape) if shape is not None else None  # on all processes at the same time
-            kept = results.bytes_kept(trainer, strategy)
-            self.loop.meter.close_task(strategy, strategy.network, kept, flops)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        position = self.loop.position
-        checkpoints.settle_progress(checkpoint["loops"]["fit_loop"], mid_epoch=self._mid_epoch and position.running)
-        if not position.running:  # the next fit creates a new optimizer
-            checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
-        checkpoint["cl_lightning"] = self.loop.state()
-
-    def _check(self, due: bool) -> None:
-        if self.loop.stop_request.made():
-            self.loop.stop()
-        if due:
-            self.loop.save(needed=False)
 
 
 def _effort(phase: Phase) -> float:

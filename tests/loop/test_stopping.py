@@ -47,7 +47,7 @@ def _interrupt(folder: Path, number: int, **environment: str) -> int:
 
 def signalled(arguments, folder, step, number):
     """A fit that sends itself a signal while it trains."""
-    from cl_lightning.loop.task_loop import LoopHooks
+    from cl_lightning.loop.hooks import LoopHooks
 
     original, seen = LoopHooks.on_train_batch_end, []
 

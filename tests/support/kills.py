@@ -62,7 +62,7 @@ def fit(arguments: Sequence[str], folder: str, kill: int | None, trace: str | No
 
 def _watch(happen: Callable[[str], None]) -> None:
     from cl_lightning import checksums
-    from cl_lightning.loop import checkpoint, results
+    from cl_lightning.loop import checkpoint, hooks, results
     from cl_lightning.loop import task_loop as loop
     from cl_lightning.strategies.base.passes import Passes
     from cl_lightning.strategy import ContinualStrategy
@@ -85,8 +85,8 @@ def _watch(happen: Callable[[str], None]) -> None:
 
     Passes.batches = batches  # type: ignore[method-assign]
     before(loop.TaskLoop, "_call", "start")
-    before(loop.LoopHooks, "on_train_batch_start", "step")
-    before(loop.LoopHooks, "on_train_batch_end", "update")
+    before(hooks.LoopHooks, "on_train_batch_start", "step")
+    before(hooks.LoopHooks, "on_train_batch_end", "update")
     before(checkpoint._Faithful, "write", "write")
     before(checksums, "seal", "seal")
     before(checksums, "keep_earlier", "rename")
