@@ -127,11 +127,11 @@ def test_a_frozen_backbone_is_not_held():
 
 
 def test_it_forgets_far_less_than_finetuning_on_permuted_images():
-    options = {"data": {"scenario": PermutedDomains(tasks=4), "batch_size": 32}, "max_epochs": 5}
+    options = {"data": {"scenario": PermutedDomains(tasks=4), "batch_size": 32}, "max_epochs": 3}
     common = {"backbone": partial(MLP, hidden=(64,)), "optimizer": partial(torch.optim.SGD, lr=0.02)}
     ewc, finetune = run(EWC(**common, penalty_weight=20.0), **options).matrix, finetuning(common, **options)
-    # Measured: .89 against .60.
-    assert ewc.R_ci[3, 0] > finetune.R_ci[3, 0] + 0.13
+    # Measured: .79 against .60.
+    assert ewc.R_ci[3, 0] > finetune.R_ci[3, 0] + 0.09
 
 
 def test_in_a_class_incremental_stream_it_hardly_helps_but_where_the_task_is_known():

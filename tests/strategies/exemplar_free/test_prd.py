@@ -407,9 +407,9 @@ def test_it_forgets_less_than_fine_tuning_and_knows_each_task(axis):
     five = {"scenario": ClassIncremental(tasks=5), "batch_size": 32, "transforms": [RandomCrop(padding=1)]}
     common = {"backbone": partial(MLP, hidden=(64,)), "optimizer": partial(torch.optim.SGD, lr=0.003, momentum=0.9)}
     ours = PRD(**common, projection_hidden=64, projection_size=32, prototype_lr=0.1, relation_axis=axis)
-    plain, made = finetuning(common, data=five, max_epochs=8), run(ours, data=five, max_epochs=8).matrix
-    # Measured: .63 and .62 against .19; .94 and .92 of each task where it is known, of which chance gives .5.
-    assert last_accuracy(made.R_ci) > last_accuracy(plain.R_ci) + 0.2
+    plain, made = finetuning(common, data=five, max_epochs=4), run(ours, data=five, max_epochs=4).matrix
+    # Measured: .55 and .57 against .18; .92 and .93 of each task where it is known, of which chance gives .5.
+    assert last_accuracy(made.R_ci) > last_accuracy(plain.R_ci) + 0.18
     assert last_accuracy(made.R_ti) > 0.7
 
 

@@ -280,15 +280,15 @@ def test_the_memory_holds_the_latest_samples_of_each_task_in_equal_parts():
 
 
 def test_gem_forgets_least_and_averaged_gem_less_than_finetuning():
-    turned = {"scenario": RotatedDomains(tasks=4), "batch_size": 16}
+    turned = {"scenario": RotatedDomains(tasks=3), "batch_size": 16}
     options = {"backbone": plain_net, "optimizer": plain_sgd}
     best, averaged = (
         run(method(memory_size=200, **options), max_epochs=1, data=turned).matrix.measures() for method in (GEM, AGEM)
     )
     none = finetuning(options, max_epochs=1, data=turned).measures()
-    # Measured: GEM .77, A-GEM .59, fine-tuning .50; a forgetting of .25 and .37 for the first two.
+    # Measured: GEM .75, A-GEM .57, fine-tuning .48; a forgetting of .00, .25 and .39.
     assert averaged["average_accuracy"] > none["average_accuracy"] + 0.045
-    assert best["average_accuracy"] > averaged["average_accuracy"] + 0.09
+    assert best["average_accuracy"] > averaged["average_accuracy"] + 0.085
     assert best["forgetting"] < averaged["forgetting"] < none["forgetting"]
 
 
