@@ -76,12 +76,12 @@ def stream(base: Any = None, **options: Any) -> CorruptionStream:
 def watching(cls: type[TestTimeAdaptation], **options: Any) -> Any:
     """A strategy on the trained network that notes the scores that count, by task."""
 
-    class Watching(cls):  # type: ignore[misc, valid-type]
+    class Scored(cls):  # type: ignore[misc, valid-type]
         def _score(self, scores, batch):
             self.noted.setdefault(self.task.index, []).append(scores.detach().clone())
             super()._score(scores, batch)
 
-    made = Watching(**{"backbone": backbone, "source_head": str(source_file()), **options})
+    made = Scored(**{"backbone": backbone, "source_head": str(source_file()), **options})
     made.noted = {}
     return made
 

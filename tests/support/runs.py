@@ -121,7 +121,7 @@ def assert_same_run(first: TaskLoop, second: TaskLoop) -> None:
 
 
 def assert_resumes(make: Callable[[], tuple[ContinualStrategy, list[Callback]]], folder: Path, **options: Any) -> None:
-    """A run that crashed in the middle of task 1, and goes on from its last checkpoint, ends as one that did not."""
+    """A run that crashes in the middle of task 1 and is resumed ends as an uninterrupted one."""
     strategy, callbacks = make()
     whole = run(strategy, *callbacks, **options)
     saving = {"save_every_n_steps": 2, "save_every_seconds": 0.0}

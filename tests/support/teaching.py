@@ -1,4 +1,4 @@
-"""A teacher that says what it is told to, and losses of a strategy on given logits, without a network or a run."""
+"""A teacher that gives fixed logits, and losses of a strategy on given logits, without a network or a run."""
 
 from torch import Tensor, nn
 

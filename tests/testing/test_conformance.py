@@ -210,7 +210,7 @@ class PeeksAtTheTest(Finetune):
 
 
 class HoardsInABuffer(Finetune):
-    """Raw samples that nobody is told of."""
+    """Raw samples that no count of bytes includes."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -60,20 +60,20 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(method, tm
     events = (tmp_path / "whole" / "events.txt").read_text().split()
     chance = random.Random(f"{method} {rotation.ROTATION} {os.environ.get('CL_LIGHTNING_KILL_SEED', '0')}")
     folder = tmp_path / "killed"
-    told = []
+    places = []
     for _ in range(POINTS):
         number = _chosen(events, chance)
-        told.append(f"{number} ({events[number]})")
+        places.append(f"{number} ({events[number]})")
         code = kills.run(_arguments(method) + " --ckpt_path auto", folder, kill=number)
         if code == 0:  # it went on from so late a place that the event of this number never came
             break
         assert code == -signal.SIGKILL, kills.tail(folder)
     code = kills.run(_arguments(method) + " --ckpt_path auto", folder)
-    assert code == 0, f"killed at {told}: {kills.tail(folder)}"
+    assert code == 0, f"killed at {places}: {kills.tail(folder)}"
     try:
         assert_same(expected, kills.left(folder / "run"))
     except AssertionError as error:
-        raise AssertionError(f"killed at {told}: {error}") from None
+        raise AssertionError(f"killed at {places}: {error}") from None
     assert not list((folder / "run" / "checkpoints").glob(".*.ckpt.*")), "torn checkpoints were left behind"
 
 

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from support.baselines import finetuning
 from support.fakes import batch_of
 from support.runs import NormNet, loop, plain_net, run, sgd
+from support.watching import watching
 from torch import nn
 
 from cl_lightning import testing
@@ -67,20 +68,16 @@ def test_each_visible_mode_masks_its_columns():
 
 
 def test_a_frozen_backbone_does_not_move_and_stays_in_eval_mode():
-    modes = []
+    def modes(strategy, *_):
+        return strategy.network.backbone.training, strategy.network.head.training
 
-    class Watching(Finetune):
-        def losses(self, batch, output):
-            modes.append((self.network.backbone.training, self.network.head.training))
-            return super().losses(batch, output)
-
-    made = loop(Watching(backbone=plain_net, freeze_backbone=True))
+    made = loop(watching(Finetune, modes, backbone=plain_net, freeze_backbone=True))
     made._prepare(None)
     before = {name: value.clone() for name, value in made.strategy.network.backbone.state_dict().items()}
     made.fit()
     after = made.strategy.network.backbone.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert set(modes) == {(False, True)}
+    assert {mode for steps in made.strategy.recorded.values() for mode in steps} == {(False, True)}
 
 
 class Normed(Callback):

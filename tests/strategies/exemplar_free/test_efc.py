@@ -5,6 +5,7 @@ import torch
 from support.baselines import finetuning
 from support.fakes import normal
 from support.runs import NormNet, loop, plain_net, run
+from support.watching import watching
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -137,23 +138,15 @@ def test_without_lambda_the_loss_is_plain_distillation_of_features():
     torch.testing.assert_close(feature_distillation(student, teacher, 10 * matrix + 0.1 * identity), full)
 
 
-class Watching(EFC):
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.noted = {}
-
-    def losses(self, batch, output):
-        terms = super().losses(batch, output)
-        self.noted.setdefault(self.task.index, []).append({name: float(term.detach()) for name, term in terms.items()})
-        return terms
-
-
 def test_features_have_not_moved_at_the_first_step_of_a_task():
-    strategy = Watching(backbone=Norm, optimizer=SGD)
+    def values(strategy, batch, output, terms):
+        return {name: float(term.detach()) for name, term in terms.items()}
+
+    strategy = watching(EFC, values, backbone=Norm, optimizer=SGD)
     run(strategy)
-    assert all(set(terms) == {"ce"} for terms in strategy.noted[0])
+    assert all(set(terms) == {"ce"} for terms in strategy.recorded[0])
     for task in (1, 2):
-        first, *later = strategy.noted[task]
+        first, *later = strategy.recorded[task]
         assert first["features"] == 0.0  # in spite of batch normalisation
         assert all(terms["features"] > 0 for terms in later)
         assert set(first) == {"ce", "features", "balanced"}
@@ -418,13 +411,13 @@ def test_without_weights_rebalancing_and_rotations_it_is_fine_tuning():
     check_limit(plain, small(Finetune, loss_classes="current", head=head))
 
 
-@pytest.mark.parametrize("cls", [EFC, EFCpp])
+@pytest.mark.parametrize("cls", [EFC, partial(EFCpp, rebalance_options=PhaseOptions(epochs=15, batch_size=256))])
 def test_it_forgets_far_less_than_fine_tuning(cls):
-    options = {"data": {"scenario": ClassIncremental(tasks=5), "batch_size": 32}, "max_epochs": 6}
+    options = {"data": {"scenario": ClassIncremental(tasks=5), "batch_size": 32}, "max_epochs": 3}
     common = {"backbone": partial(MLP, hidden=(64,)), "optimizer": partial(torch.optim.Adam, lr=1e-3)}
     plain = last_accuracy(finetuning(common, **options).R_ci)
-    # Measured: EFC .79, EFC++ .92, fine-tuning .18.
-    assert last_accuracy(run(cls(**common), **options).matrix.R_ci) > plain + 0.3
+    # Measured: EFC .71, EFC++ .77, fine-tuning .14.
+    assert last_accuracy(run(cls(**common), **options).matrix.R_ci) > plain + 0.28
 
 
 def test_other_options_and_batch_normalisation_pass_the_suite():

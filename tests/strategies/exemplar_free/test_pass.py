@@ -9,6 +9,7 @@ from support import forks
 from support.baselines import finetuning
 from support.fakes import normal
 from support.runs import plain_net, run
+from support.watching import watching
 from torch.nn import functional as F
 
 from cl_lightning.callbacks.drift_compensation import DriftCompensation
@@ -97,34 +98,30 @@ def test_two_processes_share_the_gradient_of_the_norm(tmp_path: Path):
     assert [process.exitcode for process in both] == [0, 0]
 
 
-class Watching(PASS):
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.seen, self.blocks = [], {}
-
-    def begin_task(self, task):
-        super().begin_task(task)
-        self.blocks[task.index] = [list(self.network.head.blocks), list(self.rotation_head.blocks)]
-
-    def losses(self, batch, output):
-        terms = super().losses(batch, output)
-        if self.task.index == 1 and not self.seen[-1][0]:
-            gap = output.features.detach() - self.teacher(batch.images).features
-            torch.testing.assert_close(terms["distill"].detach(), 10 * gap.norm())
-            assert terms["distill"] == 0.0  # the first step after the copy was made
-        self.seen.append((self.task.index, set(terms), len(batch), batch.draw.total))
-        return terms
-
-
 def test_the_first_task_has_rotated_images_alone_and_heads_keep_their_old_rows():
-    strategy = Watching(backbone=plain_net, optimizer=ADAM)
+    def what(strategy, batch, output, terms):
+        if "distill" in terms:
+            gap = output.features.detach() - strategy.teacher(batch.images).features
+            torch.testing.assert_close(terms["distill"].detach(), 10 * gap.norm())
+        values = {name: float(term.detach()) for name, term in terms.items()}
+        return (
+            values,
+            len(batch),
+            batch.draw.total,
+            [list(strategy.network.head.blocks), list(strategy.rotation_head.blocks)],
+        )
+
+    strategy = watching(PASS, what, backbone=plain_net, optimizer=ADAM)
     run(strategy)
-    for task, terms, rows, total in strategy.seen:
-        assert terms == ({"ce"} if task == 0 else {"ce", "prototypes", "distill"})
-        assert rows == 4 * total
+    for task, steps in strategy.recorded.items():
+        for terms, rows, total, _ in steps:
+            assert set(terms) == ({"ce"} if task == 0 else {"ce", "prototypes", "distill"})
+            assert rows == 4 * total
     for task in (0, 1):
-        for before, after in zip(strategy.blocks[task], strategy.blocks[task + 1], strict=True):
+        blocks, later = strategy.recorded[task][0][-1], strategy.recorded[task + 1][0][-1]
+        for before, after in zip(blocks, later, strict=True):
             assert all(a is b for a, b in zip(before, after, strict=False))  # the same objects
+        assert strategy.recorded[task + 1][0][0]["distill"] == 0.0  # the first step after the copy was made
     assert strategy.rotation_head.block_sizes() == [12, 9, 9]
     assert strategy.radius.ndim == 0
     assert strategy.radius > 0

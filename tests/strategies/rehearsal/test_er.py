@@ -5,6 +5,7 @@ import torch
 from support.baselines import finetuning
 from support.fakes import batch_of
 from support.runs import assert_same_run, plain_net, run, sgd
+from support.watching import watching
 
 from cl_lightning.batch import join
 from cl_lightning.memory import ClassBalanced
@@ -70,14 +71,12 @@ def test_the_memory_holds_the_raw_images_of_the_stream_with_their_columns():
 
 
 def test_a_sample_is_not_replayed_in_its_own_first_step():
-    seen = []
+    def rows(strategy, batch, *_):
+        return int((batch.indices >= 0).sum()), int((batch.indices < 0).sum())
 
-    class Watching(ER):
-        def losses(self, batch, output):
-            seen.append((int((batch.indices >= 0).sum()), int((batch.indices < 0).sum())))
-            return super().losses(batch, output)
-
-    run(Watching(backbone=plain_net, replay_size=10), options={"stop_after_task": 0}, max_epochs=1)
+    strategy = watching(ER, rows, backbone=plain_net, replay_size=10)
+    run(strategy, options={"stop_after_task": 0}, max_epochs=1)
+    seen = strategy.recorded[0]
     assert seen[0] == (64, 0)
     assert seen[1] == (64, 10)
 
