@@ -313,9 +313,7 @@ def test_permuted_and_rotated_domains_change_the_raw_images():
 def test_a_permutation_is_drawn_once(monkeypatch):
     data = begun(Toy(scenario=PermutedDomains(tasks=2), batch_size=5), task=1)
     calls = []
-    monkeypatch.setattr(
-        "cl_lightning.datamodules.base.permute_pixels", lambda *a: calls.append(1) or permute_pixels(*a)
-    )
+    monkeypatch.setattr("cl_lightning.data.shifts.permute_pixels", lambda *a: calls.append(1) or permute_pixels(*a))
     assert len(list(data.train_dataloader())) == 16
     assert len(calls) == 1
 
