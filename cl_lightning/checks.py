@@ -10,7 +10,7 @@
 
 In each function ``owner`` is the object whose options are checked: an instance, a class, or a name. With several
 options the first one that is wrong is reported. NaN is never allowed, and None only with ``optional=True``; the message
-then says ``null``, as a configuration file writes it.
+then says ``null``, as a configuration file writes it. ``reason`` quotes an error of a library in a message.
 """
 
 import fnmatch
@@ -120,6 +120,13 @@ def matching(owner: object, among: Iterable[str], /, **options: Iterable[str]) -
 
 def _named(owner: object) -> str:
     return owner if isinstance(owner, str) else (owner if isinstance(owner, type) else type(owner)).__name__
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in one line, to be quoted in the message of another one; never shortened."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        return error.strerror.lower()
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _check(

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from cl_lightning.batch import ImageShape, mix
-from cl_lightning.checks import above, at_least, one_of
+from cl_lightning.checks import above, at_least, one_of, reason
 from cl_lightning.data import CORRUPTIONS, SEVERITIES, SampleSource, Transform, corrupt
 from cl_lightning.data.corruptions import check
+from cl_lightning.data.images import regular
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.stream import DatasetInfo, DomainIncremental, IntArray, Scenario
 
@@ -149,10 +150,10 @@ class CorruptedSource:
 
 def _load(path: Path) -> np.ndarray:
     try:
+        regular(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"CorruptionStream: {path} is not a readable .npy file ({reason})") from error
+        raise ValueError(f"CorruptionStream: {path} is not a readable .npy file ({reason(error)})") from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"CorruptionStream: {path} has several arrays; give .npy files of one array each")
     return array

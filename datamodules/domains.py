@@ -1,9 +1,11 @@
 """Image folders by domain and class."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
-from cl_lightning.data.images import sub_folders
+from cl_lightning.data.images import sub_folders, visible_files
 from cl_lightning.datamodules.folder import File, ImageFolder
 from cl_lightning.stream import DatasetInfo, DomainIncremental, Scenario
 
@@ -15,10 +17,12 @@ class DomainFolder(ImageFolder):
     images are chosen within each class of each domain. A domain may lack some classes.
     """
 
+    levels: ClassVar[int] = 2
+
     def default_scenario(self, info: DatasetInfo) -> Scenario:
         return DomainIncremental()
 
-    def scan(self, folder: Path) -> list[File]:
+    def scan(self, folder: Path, left_out: Counter[str]) -> list[File]:
         names = sub_folders(folder)
         if not names:
             raise ValueError(
@@ -26,5 +30,6 @@ class DomainFolder(ImageFolder):
             )
         found = []
         for name in names:
-            found += [replace(file, domain=name) for file in super().scan(folder / name)]
+            found += [replace(file, domain=name) for file in super().scan(folder / name, left_out)]
+        left_out.update(path.suffix.lower() or "no ending" for path in visible_files(folder))
         return found

@@ -7,12 +7,15 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+from cl_lightning.checks import reason
 from cl_lightning.data import TensorSource
-from cl_lightning.data.sources import check_labels
+from cl_lightning.data.images import to_bytes
+from cl_lightning.data.labels import Classes, plain_labels
 from cl_lightning.datamodules.base import ContinualDataModule
 
 # Errors of numpy and zipfile for damaged archives, and for archives that declare more data than memory can hold.
@@ -33,22 +36,39 @@ _DAMAGE = (
     zlib.error,
 )
 _NAMES = {"y": "class_names", "yc": "coarse_names"}
+_LAYOUTS = (("x_{}", "y_{}"), ("{}_images", "{}_labels"), ("X_{}", "y_{}"), ("{}_x", "{}_y"), ("{}_data", "{}_labels"))
+"""Keys of images and labels of a part, in the order in which they are looked for."""
+_PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+
+
+class _Keys(NamedTuple):
+    name: str
+    images: str
+    labels: str
 
 
 class NpzData(ContinualDataModule):
     """Images and labels from an ``.npz`` file of ``numpy.savez``; pickled objects in the file are refused.
 
-    The file has ``x_train`` and ``x_test``, uint8 ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)``; the raw labels
-    ``y_train`` and ``y_test``, integers from 0, ``(N,)``; and optionally ``class_names``, one string per class.
+    The file has ``x_train`` and ``x_test``, uint8 ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)``; the labels
+    ``y_train`` and ``y_test``, ``(N,)``; and optionally ``class_names``, one string per class. Other usual keys are
+    read too: ``train_images``, ``train_labels``, ``test_images``, ... (MedMNIST), ``X_train``, ``train_x``,
+    ``train_data``.
+    Validation samples (``x_val``, ``val_images``, ...) are training samples, of which ``val_fraction`` holds out a
+    share; without test samples they are the test samples.
+
+    Labels are integers, strings, or one-hot rows. With ``class_names``, integers count them, from 0 or throughout from
+    1. Without, the labels that occur in the training samples are the classes in ascending order, and their values are
+    the names.
 
     Args:
         path: Path of the file.
         labels: Prefix of the keys of the labels, if the file has several kinds: ``yc`` for coarse labels in
             ``yc_train`` and ``yc_test``.
         names: Key of the names of the classes. None for ``class_names`` with ``labels="y"`` and ``coarse_names`` with
-            ``labels="yc"``; if the file has no such key, names are numbers.
-        domains: Prefix of the keys of the domain of each sample, integers from 0, ``(N,)``, such as ``d`` for
-            ``d_train`` and ``d_test``; the names are in ``domain_names`` if the file has this key. None for no domains.
+            ``labels="yc"``; if the file has no such key, the labels are the names.
+        domains: Prefix of the keys of the domain of each sample, labels as above, such as ``d`` for ``d_train`` and
+            ``d_test``; the names are in ``domain_names`` if the file has this key. None for no domains.
         kwargs: Options of :class:`ContinualDataModule`.
 
     Raises:
@@ -70,41 +90,93 @@ class NpzData(ContinualDataModule):
         self.labels, self.names, self.domains = labels, names, domains
 
     def source(self, *, train: bool) -> TensorSource:
-        part = "train" if train else "test"
         with self._open() as file:
-            images = self._array(file, key := f"x_{part}")
-            if images.dtype != np.uint8:
-                raise ValueError(f"{self._at(key)} is {images.dtype}; save images as uint8 pixels from 0 to 255")
-            if images.ndim not in (3, 4) or 0 in images.shape:
-                allowed = "save images as (N, H, W), (N, H, W, C) or (N, C, H, W)"
-                raise ValueError(f"{self._at(key)} has shape {images.shape}; {allowed}")
+            keys = self._keys(file)
+            trained: list[str] = [
+                part for part in ("train", "val") if part in keys and ("test" in keys or part == "train")
+            ]
+            parts = trained if train else ["test" if "test" in keys else "val"]
+            arrays = [self._images(file, keys[part].images) for part in parts]
+            if len({array.shape[1:] for array in arrays}) > 1:
+                shapes = " and ".join(f"{keys[part].images} {a.shape}" for part, a in zip(parts, arrays, strict=True))
+                raise ValueError(f"{self._at(shapes)} differ in shape; save images of one shape")
+            counts = [len(array) for array in arrays]
             names_key = self.names or _NAMES.get(self.labels, "")
-            labels, names = self._numbers(file, self.labels, part, len(images), names_key, "")
+            of_parts = {part: keys[part].labels for part in (*trained, *parts)}
+            labels, names = self._numbers(file, of_parts, trained, parts, counts, names_key, "class")
             domains: np.ndarray | None = None
-            domain_names: list[str] = []
+            domain_names: tuple[str, ...] = ()
             if self.domains is not None:
+                of_parts = {part: f"{self.domains}_{keys[part].name}" for part in (*trained, *parts)}
                 domains, domain_names = self._numbers(
-                    file, self.domains, part, len(images), "domain_names", f"{self.domains} "
+                    file, of_parts, trained, parts, counts, "domain_names", "domain", prefix=f"{self.domains} "
                 )
         return TensorSource(
-            images, labels, class_names=names, domains=domains, domain_names=domain_names, name=self._at(key)
+            np.concatenate(arrays) if len(arrays) > 1 else arrays[0],
+            labels,
+            class_names=names,
+            domains=domains,
+            domain_names=domain_names,
+            name=self._at(keys[parts[0]].images),
         )
 
+    def _keys(self, file: Any) -> dict[str, _Keys]:
+        """Keys of each part that the file has, in the first layout whose training images it has.
+
+        Raises:
+            ValueError: If training images are missing, or both test and validation images.
+        """
+        images, labels = next((each for each in _LAYOUTS if each[0].format("train") in file.files), _LAYOUTS[0])
+        if self.labels != "y":
+            labels = f"{self.labels}_{{}}"
+        found = {
+            part: _Keys(name, images.format(name), labels.format(name))
+            for part, names in _PARTS.items()
+            for name in names
+            if images.format(name) in file.files
+        }
+        for part in ("train", *(() if "val" in found else ("test",))):
+            if part not in found:
+                self._array(file, images.format(part))  # raises
+        return found
+
+    def _images(self, file: Any, key: str) -> np.ndarray:
+        images = self._array(file, key)
+        if images.ndim not in (3, 4) or 0 in images.shape:
+            allowed = "save images as (N, H, W), (N, H, W, C) or (N, C, H, W)"
+            raise ValueError(f"{self._at(key)} has shape {images.shape}; {allowed}")
+        try:
+            pixels: np.ndarray = to_bytes(torch.from_numpy(images)).numpy()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self._at(key)} is {error}; save images as uint8 pixels from 0 to 255") from error
+        return pixels
+
     def _numbers(
-        self, file: Any, kind: str, part: str, count: int, names_key: str, prefix: str
-    ) -> tuple[np.ndarray, list[str]]:
-        """Labels or domains of the samples, and their names from the file, or a prefix and a number without names."""
-        if names_key in file.files or self.names == names_key:
-            names = self._names(file, names_key)
-        else:
-            keys = [f"{kind}_{other}" for other in ("train", "test")]
-            arrays = [self._array(file, each) for each in keys]
-            checked = [
-                check_labels(a, len(a) if a.ndim else 0, None, self._at(each))
-                for a, each in zip(arrays, keys, strict=True)
-            ]
-            names = [f"{prefix}{number}" for number in range(max(int(a.max(initial=-1)) for a in checked) + 1)]
-        return check_labels(self._array(file, key := f"{kind}_{part}"), count, names, self._at(key)), names
+        self,
+        file: Any,
+        keys: dict[str, str],
+        trained: list[str],
+        parts: list[str],
+        counts: list[int],
+        names_key: str,
+        kind: str,
+        prefix: str = "",
+    ) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Numbers from 0 of the labels or domains of the samples, and their names; training samples define both."""
+        names = self._names(file, names_key) if names_key in file.files or self.names == names_key else None
+        arrays = {part: self._array(file, key) for part, key in keys.items()}
+        plain = [
+            plain_labels(arrays[part], len(arrays[part]) if arrays[part].ndim else 0, self._at(keys[part]))
+            for part in trained
+        ]
+        joined = np.concatenate(plain)
+        classes = Classes.of(joined, len(joined), names, self._at(keys[trained[0]]), kind)
+        numbers = [
+            classes.number(arrays[part], count, self._at(keys[part]), kind)
+            for part, count in zip(parts, counts, strict=True)
+        ]
+        shown = classes.names if names is not None else tuple(f"{prefix}{name}" for name in classes.names)
+        return np.concatenate(numbers), shown
 
     def _at(self, key: str) -> str:
         return f"{type(self).__name__}: {self.path}: {key}"
@@ -119,7 +191,7 @@ class NpzData(ContinualDataModule):
                 file = np.load(handle, allow_pickle=False)
             except _DAMAGE as error:
                 raise ValueError(
-                    f"{type(self).__name__}: {self.path} is not a readable .npz file ({_line(error)})"
+                    f"{type(self).__name__}: {self.path} is not a readable .npz file ({reason(error)})"
                 ) from error
             if not hasattr(file, "files"):
                 raise ValueError(
@@ -139,7 +211,7 @@ class NpzData(ContinualDataModule):
                     f"{self._at(key)} is refused: it holds pickled objects, which can run any code when they are "
                     "loaded; save numbers, and names as an array of strings"
                 ) from error
-            raise ValueError(f"{self._at(key)} is damaged ({_line(error)})") from error
+            raise ValueError(f"{self._at(key)} is damaged ({reason(error)})") from error
         if not isinstance(array, np.ndarray):
             raise ValueError(f"{self._at(key)} is not an array")
         return array
@@ -156,7 +228,3 @@ class NpzData(ContinualDataModule):
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"{self._at(key)} has {twice!r} more than once; give each class or domain its own name")
         return names
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

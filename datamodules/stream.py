@@ -179,6 +179,12 @@ class StreamDataModule(LightningDataModule):
     def dataset_info(self) -> DatasetInfo:
         """Raw labels, domains and names, which a scenario needs."""
         train, test = self.samples(train=True), self.samples(train=False)
+        numbers = tuple(map(str, range(len(test.class_names))))  # a source without names
+        if test.class_names not in (numbers, train.class_names[: len(test.class_names)]):
+            raise ValueError(
+                f"{type(self).__name__}: raw labels of test samples count the classes {list(test.class_names[:5])} "
+                f"..., those of training samples {list(train.class_names[:5])} ...; give both sources the same classes"
+            )
         return DatasetInfo(
             train_labels=train.labels,
             test_labels=test.labels,

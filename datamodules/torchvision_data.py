@@ -206,8 +206,9 @@ class TorchvisionData(ContinualDataModule):
             raise ValueError(f"{self._title}: it needs a package that is not installed: {error}") from error
         except (RuntimeError, OSError) as error:
             remedy = "check the network" if download else "give the root of the data, or set download: true"
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{self._title}: no data under {self.root} ({reason}); {remedy}") from error
+            raise ValueError(
+                f"{self._title}: no data under {self.root} ({' '.join(str(error).split())}); {remedy}"
+            ) from error
         return dataset
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cl_lightning.batch import ImageShape
-from cl_lightning.data.images import _CHANNELS
+from cl_lightning.data.images import CHANNELS, to_bytes
 from cl_lightning.data.labels import check_labels
 
 
@@ -43,6 +43,7 @@ class TensorSource:
 
     Args:
         images: uint8, ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)`` with C of 1, 3 or 4; a tensor or an array.
+            Other types are converted where they are certainly pixels, see :func:`~cl_lightning.data.images.to_bytes`.
         labels: Raw labels, integers ``(N,)`` from 0.
         class_names: One per class; None for ``"0"``, ``"1"``, ...
         channels_last: Whether channels are the last dimension; None to infer it from the shape. If both readings are
@@ -69,12 +70,15 @@ class TensorSource:
         name: str = "data",
     ) -> None:
         tensor = images if isinstance(images, Tensor) else torch.from_numpy(np.require(images, requirements=["C", "W"]))
-        if tensor.dtype != torch.uint8:
-            raise ValueError(f"{name}: images are {tensor.dtype}; give uint8 pixels from 0 to 255")
+        if tensor.dim() in (3, 4):
+            try:
+                tensor = to_bytes(tensor)
+            except ValueError as error:
+                raise ValueError(f"{name}: images are {error}") from None
         if tensor.dim() == 3:
             tensor = tensor.unsqueeze(1)
         elif tensor.dim() == 4:
-            last = channels_last if channels_last is not None else _channels_last(tuple(tensor.shape[1:]), name)
+            last = channels_last if channels_last is not None else is_channels_last(tuple(tensor.shape[1:]), name)
             tensor = tensor.permute(0, 3, 1, 2).contiguous() if last else tensor
         else:
             raise ValueError(
@@ -103,12 +107,16 @@ class TensorSource:
         return hashlib.blake2b(images.numpy().tobytes(), digest_size=16).digest()
 
 
-def _channels_last(shape: tuple[int, ...], name: str) -> bool:
-    """Whether the last dimension of images ``shape`` is the channels, instead of the first."""
+def is_channels_last(shape: tuple[int, ...], name: str) -> bool:
+    """Whether the last dimension of images ``shape`` is the channels, instead of the first.
+
+    Raises:
+        ValueError: If neither can be.
+    """
     first, height, last = shape
-    if first not in _CHANNELS and last not in _CHANNELS:
+    if first not in CHANNELS and last not in CHANNELS:
         raise ValueError(
             f"{name}: images have shape {shape}; neither the first nor the last side is 1, 3 or 4 channels; save "
             "images as (N, H, W), (N, H, W, C) or (N, C, H, W), or give channels_last"
         )
-    return last in _CHANNELS and (first not in _CHANNELS or (first == height and height != last))
+    return last in CHANNELS and (first not in CHANNELS or (first == height and height != last))

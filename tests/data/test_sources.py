@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +60,11 @@ def test_a_digest_depends_on_the_samples_and_not_on_where_they_lie():
 @pytest.mark.parametrize(
     ("labels", "names", "message"),
     [
-        ([0, 1], None, "give 3 integers, one per image"),
+        ([0, 1], None, "give 3 labels, one per image"),
         ([0, 10**12, 2], None, "label 1000000000000 of sample 1 is outside the range"),
-        ([0.0, 1.0, 2.0], None, "labels are float64"),
+        ([0.0, 0.5, 2.0], None, "the label of sample 1 is 0.5, a value to be predicted"),
         (np.arange(3).astype("timedelta64[s]"), None, "labels are timedelta64"),
-        ([0, -1, 2], None, "label -1 of sample 1 is outside the range; labels are 0 .. 1048575, where classes have no"),
+        ([0, -1, 2], None, "label -1 of sample 1 is outside the range: negative labels usually mark"),
         (
             [0, 1, 2],
             ["a", "b"],
@@ -77,8 +78,8 @@ def test_labels_that_do_not_fit_are_refused_with_their_place(labels, names, mess
 
 
 def test_images_of_another_type_or_shape_are_refused():
-    with pytest.raises(ValueError, match=r"float32; give uint8 pixels from 0 to 255"):
-        TensorSource(torch.zeros(2, 4, 4), [0, 0])
+    with pytest.raises(ValueError, match=r"float32 from -1 to -1: normalised.*give uint8 pixels from 0 to 255"):
+        TensorSource(-torch.ones(2, 4, 4), [0, 0])
     with pytest.raises(ValueError, match=r"shape \(2, 4\); use \(N, H, W\)"):
         TensorSource(torch.zeros(2, 4, dtype=torch.uint8), [0, 0])
 
@@ -105,7 +106,10 @@ def test_small_and_narrow_images_are_scaled_up(width, height):
     assert (fit(Image.new("RGB", (width, height), (10, 20, 30)), 32) == torch.tensor([10, 20, 30])[:, None, None]).all()
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "gif", "webp", "tif", "ppm"])
+@pytest.mark.parametrize(
+    "suffix",
+    ["png", "jpg", "jfif", "jpe", "bmp", "dib", "gif", "webp", "tif", "ppm", "jp2", "j2k", "avif", "tga", "pcx", "sgi"],
+)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_every_known_ending_is_decoded(tmp_path, suffix, mode):
     source = files(tmp_path, {f"a.{suffix}": smooth(40, 30)}, size=16, mode=mode)
@@ -114,6 +118,63 @@ def test_every_known_ending_is_decoded(tmp_path, suffix, mode):
     assert image.shape == expected.shape == source.image_shape
     assert (image.int() - expected.int()).abs().float().mean() < 6  # JPEG, WebP and the palette of GIF lose a little
     assert checked(source) is source
+
+
+class Plugin:
+    """A package that teaches Pillow to read HEIF: here, files of BMP behind the header of HEIF."""
+
+    @staticmethod
+    def register_heif_opener() -> None:
+        from PIL import BmpImagePlugin
+
+        Image.register_open(
+            "HEIF",
+            lambda file, name: BmpImagePlugin.BmpImageFile(io.BytesIO(file.read()[16:])),
+            lambda start: start[4:12] == b"ftypheic",
+        )
+
+
+@pytest.mark.parametrize("name", ["photo.heic", "photo.jpg"])  # phones and tools rename files
+def test_a_plugin_of_pillow_is_loaded_where_a_file_needs_it(tmp_path, monkeypatch, name):
+    buffer = io.BytesIO()
+    smooth(8, 8).save(buffer, "BMP")
+    path = tmp_path / name
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0" + buffer.getvalue())
+    assert image_files(tmp_path) == [path]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pillow_heif", None)
+        for read in (looks_whole, lambda path: open_image(path, "RGB")):
+            with pytest.raises(ValueError, match="install pillow-heif, Pillow needs it to read HEIF"):
+                read(path)
+    opens, ids = dict(Image.OPEN), list(Image.ID)
+    monkeypatch.setitem(sys.modules, "pillow_heif", Plugin)
+    try:
+        assert open_image(path, "RGB").tobytes() == smooth(8, 8).tobytes()
+        assert not looks_whole(path)  # cannot be decided: such a file is decoded
+    finally:
+        Image.OPEN.clear()
+        Image.OPEN.update(opens)
+        Image.ID[:] = ids
+
+
+@pytest.mark.parametrize("read", [looks_whole, lambda path: open_image(path, "RGB")])
+def test_a_named_pipe_is_refused_without_opening_it(tmp_path, read):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"x\.png: not a readable image \(it is a named pipe, not a file; remove it\)"):
+        read(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"x\.png: it is a named pipe, not a file; remove it"):
+        image_files(tmp_path)
+
+
+def test_reasons_are_not_shortened(tmp_path, monkeypatch):
+    (tmp_path / "a.png").touch()
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("word " * 100 + "end")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(ValueError, match=r"\(word .* end\)$"):
+        open_image(tmp_path / "a.png", "RGB")
 
 
 def test_a_photograph_is_decoded_at_a_fraction_of_its_size_without_a_visible_difference(tmp_path):
@@ -346,8 +407,7 @@ def test_tensors_and_pictures_give_the_same_images():
     kept = decoded(DatasetSource(Items(images, [0, 1, 0], targets=[0, 1, 0])))
     stacked = torch.stack([pixels(image) for image in images])
     assert torch.equal(kept.images, stacked)
-    with pytest.warns(UserWarning, match="no attribute `targets`"):
-        tensors = DatasetSource(TensorDataset(stacked, torch.tensor([0, 1, 0])))
+    tensors = DatasetSource(TensorDataset(stacked, torch.tensor([0, 1, 0])))
     assert torch.equal(tensors.take(torch.tensor([2, 0])), stacked[[2, 0]])
     assert tensors.take(torch.tensor([], dtype=torch.int64)).shape == (0, 3, 5, 6)
 
@@ -375,8 +435,17 @@ def test_gray_among_colours_and_other_sizes_are_told_with_the_remedy():
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        (torch.zeros(3, 4, 4), "item 0 is torch.float32 .* without ToTensor or Normalize"),
+        (torch.full((3, 4, 4), -1.0), "item 0 is float32 from -1 to -1: normalised .* applies ToTensor and Normalize"),
+        (torch.full((3, 4, 4), 200.0), "item 0 is float32 from 200 to 200: pixels of 0 .. 255 as floating point"),
+        (torch.full((3, 4, 4), 0.501), "but no pixels of 8 bits; give the images before they are resized"),
+        (torch.zeros(1, 4, 4, dtype=torch.uint16), "item 0 is uint16: images of 16 bits; scale them to 0 .. 255"),
+        (torch.full((1, 4, 4), 256), "item 0 is int64 from 256 to 256; give uint8 pixels"),
         (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), r"shape \(2, 3, 4, 4\)"),
+        (torch.zeros(20), r"item 0 is torch.float32 of shape \(20,\), a row of a table; samples must be images"),
+        (torch.zeros(2, 100), "a matrix of measurements, such as a series or a spectrogram; samples must be images"),
+        (np.zeros((13, 8, 12), np.uint8), "neither the first nor the last side is 1, 3 or 4 channels"),
+        ("photo.png", "item 0 is the str 'photo.png'; give"),
+        ({"bytes": b"", "path": "a"}, r"item 0 is of the type dict; give \(image, label\), the image a PIL image"),
     ],
 )
 def test_items_that_are_no_raw_images_are_refused(item, message):
@@ -389,9 +458,8 @@ def test_a_data_set_without_length_items_or_labels_is_refused():
         DatasetSource(iter([]))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no items"):
         DatasetSource(Items([], []))
-    error = pytest.raises(ValueError, match=r"not \(image, label\) with an integer label")
-    with pytest.warns(UserWarning, match="no attribute `targets`"), error:
-        DatasetSource(Items([picture()], ["cat"]))
+    with pytest.raises(ValueError, match="DatasetDict is a dict of 'train', 'test'; give one of these data sets"):
+        DatasetSource(type("DatasetDict", (dict,), {})(train=1, test=2))
 
 
 def test_an_item_that_cannot_be_read_is_told_with_its_place(tmp_path):

@@ -452,8 +452,47 @@ def test_other_labels_of_a_file_can_be_learnt(tmp_path):
     assert coarse.dataset_info().class_names == ("left", "right")
     assert coarse.dataset_info().domain_names == ("y 0", "y 1", "y 2", "y 3")
     assert NpzData(str(tmp_path / "data.npz"), labels="yc", names="class_names").dataset_info().num_classes == 4
-    np.savez(tmp_path / "plain.npz", **arrays(class_names=None, y_test=np.full(8, 4)))
-    assert NpzData(str(tmp_path / "plain.npz")).samples(train=True).class_names == ("0", "1", "2", "3", "4")
+    np.savez(tmp_path / "plain.npz", **arrays(class_names=None))
+    assert NpzData(str(tmp_path / "plain.npz")).samples(train=True).class_names == ("0", "1", "2", "3")
+
+
+@pytest.mark.parametrize("keys", [("{}_images", "{}_labels"), ("x_{}", "y_{}"), ("X_{}", "y_{}"), ("{}_x", "{}_y")])
+def test_validation_samples_of_a_file_are_training_samples(tmp_path, keys):
+    images, labels = keys
+    content = {}
+    for part, count, value in (("train", 6, 1), ("val", 3, 2), ("test", 4, 3)):
+        content[images.format(part)] = np.full((count, 4, 4), value, np.uint8)
+        content[labels.format(part)] = np.arange(count)[:, None] % 3 + 5  # columns, as MedMNIST has them
+    np.savez(tmp_path / "data.npz", **content)
+    data = NpzData(str(tmp_path / "data.npz"))
+    train, test = data.samples(train=True), data.samples(train=False)
+    assert train.class_names == test.class_names == ("5", "6", "7")
+    assert train.labels.tolist() == [0, 1, 2] * 3
+    assert train.images[:, 0, 0, 0].tolist() == [1] * 6 + [2] * 3
+    assert (test.labels.tolist(), test.images[0, 0, 0, 0].item()) == ([0, 1, 2, 0], 3)
+    for array in (images, labels):
+        del content[array.format("test")]
+    np.savez(tmp_path / "two.npz", **content)
+    two = NpzData(str(tmp_path / "two.npz"))
+    assert (len(two.samples(train=True)), len(two.samples(train=False))) == (6, 3)
+
+
+def test_labels_of_a_file_keep_their_values_as_names(tmp_path):
+    changes = {"class_names": None, "y_train": np.array([10, 2, 7, 99] * 5), "y_test": np.array([99, 2] * 4)}
+    np.savez(tmp_path / "gaps.npz", **arrays(**changes), d_train=np.array(["p", "s"] * 10), d_test=np.array(["s"] * 8))
+    data = NpzData(str(tmp_path / "gaps.npz"), domains="d")
+    info = data.dataset_info()
+    assert info.class_names == ("2", "7", "10", "99")
+    assert (info.train_labels[:4].tolist(), info.test_labels[:2].tolist()) == ([2, 0, 1, 3], [3, 0])
+    assert (info.domain_names, set(info.test_domains.tolist())) == (("d p", "d s"), {1})
+    np.savez(tmp_path / "one.npz", **arrays(y_train=np.arange(20) % 4 + 1, y_test=np.arange(8) % 4 + 1))
+    counted = NpzData(str(tmp_path / "one.npz")).dataset_info()  # from 1 throughout, with four names
+    assert (counted.class_names[0], counted.train_labels[:4].tolist()) == ("a", [0, 1, 2, 3])
+    np.savez(tmp_path / "new.npz", **arrays(class_names=None, y_test=np.full(8, 4)))
+    with pytest.raises(
+        ValueError, match=r"y_test: label 4 of sample 0 is no class of the training samples \(0, 1, 2, 3\)"
+    ):
+        NpzData(str(tmp_path / "new.npz")).make_stream(0)
 
 
 class Bomb:
@@ -466,15 +505,19 @@ class Bomb:
     [
         ({"x_test": None}, "x_test is missing; the file has class_names, coarse_names, x_train"),
         ({"y_train": None}, "y_train is missing"),
-        ({"x_train": np.zeros((20, 5, 5), np.float32)}, "x_train is float32; save images as uint8"),
+        ({"x_train": np.full((20, 5, 5), -1, np.float32)}, "x_train is float32 from -1 to -1: .*save images as uint8"),
         ({"x_train": np.zeros((20, 5), np.uint8)}, r"x_train has shape \(20, 5\); save images as \(N, H, W\)"),
         ({"x_train": np.zeros((0, 5, 5), np.uint8)}, r"x_train has shape \(0, 5, 5\)"),
         ({"x_train": np.uint8(3)}, r"x_train has shape \(\)"),
-        ({"y_train": np.arange(20.0)}, "y_train: labels are float64"),
-        ({"y_train": np.arange(19)}, r"y_train: labels are int64 of shape \(19,\); give 20 integers"),
-        ({"y_train": np.array(["a"] * 20)}, "y_train: labels are <U1"),
-        ({"y_train": np.full(20, 4)}, r"y_train: label 4 of sample 0 is outside the range; labels are 0 \.\. 3"),
+        ({"y_train": np.arange(20) / 4}, "y_train: the label of sample 1 is 0.25, a value to be predicted"),
+        ({"y_train": np.arange(19) % 4}, r"y_train: labels are int64 of shape \(19,\); give 20 labels"),
+        ({"y_train": np.array(["c"] * 20)}, r"y_train: the label 'c' is not among the class names \(a, b, \u00fc, d\)"),
+        (
+            {"y_train": np.full(20, 5)},
+            r"y_train: label 5 of sample 0 is outside the range; labels are 0 \.\. 3, or 1 \.\. 4",
+        ),
         ({"y_test": np.full(8, -1)}, "y_test: label -1"),
+        ({"y_train": np.eye(20, 3)[:, [0, 0, 1]]}, "y_train: the label of sample 0, .* has 2 classes: several labels"),
         (
             {"class_names": np.array([["a", "b"]])},
             r"class_names is <U1 of shape \(1, 2\); save a flat array of strings",
@@ -593,7 +636,8 @@ def test_names_and_kinds_of_all_sorts_are_read(tmp_path):
     (tmp_path / "real" / ".thumbnails").mkdir()
     (tmp_path / "real" / "readme.txt").touch()
     for options in ({"in_memory": True}, {"in_memory": False}):
-        data = begun(ImageFolder(str(tmp_path / "real"), size=16, scenario=ClassIncremental(tasks=1), **options))
+        with pytest.warns(UserWarning, match="Left out: files that are not read as images: 1 .txt$"):
+            data = begun(ImageFolder(str(tmp_path / "real"), size=16, scenario=ClassIncremental(tasks=1), **options))
         assert data.stream.class_names == ("b", "caf\u00e9 au lait", "linked")
         assert len(names_of(data, train=True) | names_of(data, train=False)) == 11
         assert sum(len(batch) for batch in data.train_dataloader()) == len(names_of(data, train=True))
@@ -975,7 +1019,20 @@ def test_data_sets_that_do_not_fit_together_are_refused():
     train.classes, test.classes = ["a", "b", "c"], ["a", "c", "b"]
     with pytest.raises(ValueError, match="the same classes in the same order"):
         UserDataset(train, test).make_stream(0)
-    with pytest.raises(ValueError, match=r"UserDataset: test: label 3 .* labels are 0 \.\. 2"):
+
+    class Unlike(Toy):
+        def source(self, *, train: bool) -> TensorSource:
+            source = super().source(train=train)
+            source.class_names = ("a", "b", "c", "d") if train else ("a", "c", "b", "d")
+            return source
+
+    with pytest.raises(
+        ValueError, match=r"Unlike: raw labels of test samples count the classes \['a', 'c', 'b', 'd'\]"
+    ):
+        Unlike().make_stream(0)
+    with pytest.raises(
+        ValueError, match=r"UserDataset: test: label 3 .* is no class of the training samples \(0, 1, 2\)"
+    ):
         UserDataset(Pictures(), Pictures(classes=4)).make_stream(0)
     with pytest.raises(ValueError, match=r"test images have shape \(3, 9, 9\), training images \(3, 8, 8\)"):
         UserDataset(Pictures(), Pictures(size=9)).make_stream(0)
