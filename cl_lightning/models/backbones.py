@@ -11,19 +11,34 @@ another class than the default class, jsonargparse passes the values of the defa
 
 import copy
 import difflib
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cl_lightning.batch import ImageShape
-from cl_lightning.checks import at_least, one_of
+from cl_lightning.checks import at_least, one_of, reason
+from cl_lightning.models.weights import CLASSIFIERS, load_weights, read_classifier
 
-_CLASSIFIERS = ("linear", "fc", "classifier", "head")  # names of the classifier in weight files; backbones have none
+__all__ = [
+    "MLP",
+    "Backbone",
+    "BasicBlock",
+    "CifarResNet",
+    "PadShortcut",
+    "ResNet",
+    "ResNet18",
+    "ResNet20",
+    "ResNet32",
+    "ResNet56",
+    "SlimResNet18",
+    "Timm",
+    "read_classifier",
+]
 
 
 class Backbone(nn.Module):
@@ -100,10 +115,10 @@ class BasicBlock(nn.Module):
 class ResNet(Backbone):
     """Residual network of basic blocks; each stage after the first halves the resolution and doubles the channels.
 
-    Modules have torchvision's names (``conv1``, ``layer1.0.conv1``, ``layer2.0.downsample.0``, ...). A weight file
-    holds a state dict, at the top level or under the key ``state_dict`` or ``model``. A prefix ``module.`` is removed
-    from its keys, ``shortcut`` is read as ``downsample``, keys of ``linear``, ``fc``, ``classifier`` and ``head`` are
-    ignored, and ``num_batches_tracked`` may be missing; all other keys must match in name and shape.
+    Modules have torchvision's names (``conv1``, ``layer1.0.conv1``, ``layer2.0.downsample.0``, ...). A weight file is
+    read by :func:`~cl_lightning.models.weights.load_weights`: any common prefix of the keys is found, also in a
+    checkpoint of a run. ``shortcut`` is read as ``downsample``, keys of ``linear``, ``fc``, ``classifier`` and
+    ``head`` are ignored, and ``num_batches_tracked`` may be missing; all other keys must match in name and shape.
 
     Args:
         image_shape: Channels, height, width; any size, since the last feature map is averaged.
@@ -157,7 +172,14 @@ class ResNet(Backbone):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if weights is not None:
-            _load_weights(self, weights, owner=name, left_out=_CLASSIFIERS, renamed={"shortcut": "downsample"})
+            load_weights(
+                self,
+                weights,
+                owner=name,
+                left_out=CLASSIFIERS,
+                renamed={"shortcut": "downsample"},
+                first_convs=("conv1",),
+            )
 
     def feature_map(self, images: Tensor) -> Tensor:
         """Feature map before average pooling, ``(B, num_features, h, w)``, of images ``(B, C, H, W)``."""
@@ -291,10 +313,12 @@ class Timm(Backbone):
     Args:
         image_shape: Channels, height, width.
         name: timm's name with the tag of the weights (``vit_base_patch16_224.augreg_in21k``); the default tag of a name
-            without tag changes with timm's version. ``hf-hub:`` and ``local-dir:`` names are supported.
+            without tag changes with timm's version. Names of earlier versions (``vit_base_patch16_224_in21k``) are
+            replaced by the present ones. ``hf-hub:`` and ``local-dir:`` names are supported.
         pretrained: Whether to load the weights of the tag, from the network or timm's cache.
-        weights: Weight file (.pt, .pth, .safetensors) to load: a state dict of any float type. Keys of the model's
-            classifier are ignored; all other keys must match in name and shape.
+        weights: Weight file (.pt, .pth, .safetensors) to load: a state dict of any float type, also within a checkpoint
+            or under a prefix. Keys of the model's classifier are ignored, and weights for RGB images are adapted to
+            other channels as by timm; all other keys must match in name and shape.
         img_size: Side of the images in pixels, to build a model with a fixed input size (most ViTs) for another size.
         drop_path_rate: Probability with which a residual branch is skipped during training; None for the model's
             default.
@@ -324,7 +348,7 @@ class Timm(Backbone):
             raise ValueError(f"Timm: {name} has pretrained=True and weights={weights!r}; give one of them")
         import timm  # the import takes about 1 s, and most runs do not need it
 
-        _check_timm_name(name, pretrained)
+        name = _present_name(name, pretrained)
         # timm drops arguments that are None
         options: dict[str, Any] = {"img_size": img_size, "drop_path_rate": drop_path_rate, "drop_rate": drop_rate}
         options |= kwargs or {}
@@ -336,13 +360,13 @@ class Timm(Backbone):
             raise ValueError(f"Timm: {name} does not accept an option ({error}); remove the option") from error
         except OSError as error:
             raise ConnectionError(
-                f"Timm: the files of {name} cannot be downloaded ({error}); download them on a machine with network "
-                "access, then give the path of the state dict as weights=, with pretrained=False"
+                f"Timm: give the path of a state dict as weights=, with pretrained=False: the files of {name} cannot "
+                f"be downloaded ({reason(error)}); a machine with network access can download them"
             ) from error
         if weights is not None:
-            classifier = getattr(self.model, "pretrained_cfg", {}).get("classifier") or "head"
-            left_out = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-            _load_weights(self.model, weights, owner=f"Timm: {name}", left_out=left_out)
+            facts = getattr(self.model, "pretrained_cfg", {})
+            left_out, first = (_names(facts.get(key)) for key in ("classifier", "first_conv"))
+            load_weights(self.model, weights, owner=f"Timm: {name}", left_out=left_out or ("head",), first_convs=first)
         self.num_features = self._measure(name)
 
     def _measure(self, name: str) -> int:
@@ -367,91 +391,30 @@ class Timm(Backbone):
         return features
 
 
-def _check_timm_name(name: str, pretrained: bool) -> None:
-    architecture, _, tag = name.partition(".")
+def _names(value: Any) -> tuple[str, ...]:
+    return () if not value else (value,) if isinstance(value, str) else tuple(value)
+
+
+def _present_name(name: str, pretrained: bool) -> str:
+    """The name of a model in the installed timm, after checks that it exists and, if needed, has weights."""
     if ":" in name:  # hf-hub: or local-dir:, which timm resolves itself
-        return
+        return name
     import timm
 
+    name = name.removeprefix("timm/")  # as on the Hugging Face hub
+    earlier = timm.models.get_deprecated_models()
+    if name in earlier and (present := earlier[name]) is not None:
+        warnings.warn(f"Timm: {name} is called {present} in timm {timm.__version__}", stacklevel=3)
+        name = present
+    elif name in earlier:
+        raise ValueError(f"Timm: {name} was removed from timm before {timm.__version__}; use another model")
+    architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.4)
         raise ValueError(f"Timm: timm {timm.__version__} has no model {architecture!r}; the closest are {close}")
     if (tag or pretrained) and not timm.is_model_pretrained(name):
         tags = timm.list_pretrained(f"{architecture}.*")
-        raise ValueError(f"Timm: timm {timm.__version__} has no weights {name!r}; for this model it has {tags}")
-
-
-def _read_weights(path: str, owner: str) -> dict[str, Tensor]:
-    """The state dict in a weight file."""
-    try:
-        state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # unpickling a file that is no pickle raises exceptions of any type
         raise ValueError(
-            f"{owner}: the weight file {path} cannot be read ({type(error).__name__}); give the path of a "
-            "state_dict() saved with torch.save or safetensors"
-        ) from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{owner}: {path} holds no state dict of tensors; save a state_dict() with torch.save")
-    return state
-
-
-def read_classifier(path: str, num_features: int) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the classifier in a weight file; backbones ignore these keys.
-
-    The classifier is called ``linear``, ``fc``, ``classifier`` or ``head`` in the file, possibly with a prefix.
-
-    Args:
-        path: Weight file, as for ``ResNet``.
-        num_features: Number of features of the backbone, d.
-
-    Returns:
-        Weight ``(classes, d)`` and bias ``(classes,)``, or None if it has no bias.
-
-    Raises:
-        ValueError: If the file has no classifier, or a classifier for another number of features.
-    """
-    owner = "source_head"
-    state = _read_weights(path, owner)
-    for key, weight in state.items():
-        parts = key.removeprefix("module.").split(".")
-        if weight.ndim == 2 and parts[-1] == "weight" and set(parts[:-1]) & set(_CLASSIFIERS):
-            if weight.shape[1] != num_features:
-                raise ValueError(
-                    f"{owner}: {path}: {key} takes {weight.shape[1]} features, the backbone gives {num_features}; "
-                    "give the weight file of this backbone"
-                )
-            return weight, state.get(key.removesuffix("weight") + "bias")
-    raise ValueError(
-        f"{owner}: {path} has no classifier ({', '.join(_CLASSIFIERS)}), only {_some(list(state))}; give a file that "
-        "includes the classifier"
-    )
-
-
-def _load_weights(
-    module: nn.Module, path: str, *, owner: str, left_out: Sequence[str], renamed: dict[str, str] | None = None
-) -> None:
-    """Copy a file's state dict into ``module``; ``renamed`` maps parts of keys, ``left_out`` are ignored submodules."""
-    state = _read_weights(path, owner)
-    file: dict[str, Tensor] = {}
-    for key, value in state.items():
-        key = ".".join((renamed or {}).get(part, part) for part in key.removeprefix("module.").split("."))
-        if not key.startswith(tuple(f"{name}." for name in left_out)):
-            file[key] = value
-    own = module.state_dict()
-    missing = [key for key in own if key not in file and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in file if key not in own]
-    both = [key for key in file if key in own and file[key].shape != own[key].shape]
-    shapes = [f"{key} {tuple(file[key].shape)} for {tuple(own[key].shape)}" for key in both]
-    if missing or unexpected or shapes:
-        raise ValueError(
-            f"{owner}: {path} does not match this network: missing {_some(missing)}; unexpected {_some(unexpected)}; "
-            f"of another shape {_some(shapes)}; give weights of the same architecture, or change the options to match"
+            f"Timm: timm {timm.__version__} has no weights {name!r}; for this model it has {', '.join(tags) or 'none'}"
         )
-    module.load_state_dict(file, strict=False)
-
-
-def _some(names: list[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "none"
+    return name

@@ -241,8 +241,8 @@ def test_weights_that_do_not_fit_are_reported_by_key(tmp_path: Path) -> None:
         ResNet20(COLOUR, weights=path)
     torch.save(state | {"layer2.1.conv2.weight": weight}, path)
     assert isinstance(ResNet20(COLOUR, weights=path), Backbone)
-    with pytest.raises(ValueError, match=r"shape conv1\.weight \(16, 3, 3, 3\) for \(16, 1, 3, 3\)"):
-        ResNet20((1, 28, 28), weights=path)
+    with pytest.raises(ValueError, match=r"shape conv1\.weight \(16, 3, 3, 3\) for \(8, 3, 3, 3\)"):
+        ResNet20(COLOUR, width=8, weights=path)
     with pytest.raises(ValueError, match=r"ResNet32: .* missing layer1\.3\.conv1\.weight.* and \d+ more"):
         ResNet32(COLOUR, weights=path)
 
@@ -314,15 +314,13 @@ def test_timm_weights_are_cast_and_the_classifier_is_left_out(tmp_path: Path) ->
     features = net(images(COLOUR))
     assert features.dtype == torch.float32
     torch.testing.assert_close(whole.float().get_classifier()(features), whole(images(COLOUR)))
-    with pytest.raises(ValueError, match=r"shape conv1\.0\.weight"):
-        Timm((1, 32, 32), name="resnet10t", weights=str(tmp_path / "weights.safetensors"))
     with pytest.raises(ValueError, match=r"Timm: resnet14t: .* missing .*; unexpected"):
         Timm(COLOUR, name="resnet14t", weights=str(tmp_path / "weights.safetensors"))
 
 
 def test_pretrained_weights_without_a_network_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match=r"resnet10t\.c3_in1k cannot be downloaded .*weights="):
+    with pytest.raises(ConnectionError, match=r"^Timm: give .* as weights=.*resnet10t\.c3_in1k cannot be downloaded"):
         Timm(COLOUR, name="resnet10t.c3_in1k", pretrained=True, kwargs={"cache_dir": tmp_path})
 
 
