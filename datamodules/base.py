@@ -11,7 +11,9 @@ from torch import Tensor
 
 from cl_lightning import distributed
 from cl_lightning.batch import Batch, mix
+from cl_lightning.checks import one_of
 from cl_lightning.data import FeatureLoader, FeaturePool, FeatureStore, Plan, PlannedLoader, StreamLoader
+from cl_lightning.data.balance import ClassWeights, check_class_weights, class_weight_table
 from cl_lightning.data.loaders import Stored
 from cl_lightning.data.shifts import Shifts
 from cl_lightning.data.transforms import described
@@ -30,6 +32,14 @@ class ContinualDataModule(StreamDataModule):
     ``source(train=...)`` and, if it downloads, ``prepare_data``.
 
     Args:
+        sampler: Order of the training samples in an epoch: ``shuffled``, each sample once; or ``balanced``, as many
+            samples in which all classes are equally frequent, so that samples of small classes occur several times and
+            samples of large classes more rarely. Samples of a memory that the loader mixes in count too. Streams with
+            an order of their own, and phases that train on features, keep it.
+        class_weights: Weights of the classification loss that the methods share: ``balanced`` for the inverse of the
+            number of labelled training samples of a class in its task, with mean 1 over the samples of the task; a list
+            of one number per class, in the order of the class names; a dict by the names of classes, 1 for others; None
+            for no weights. Weighted losses are summed and divided by the number of samples.
         drop_last: Leave out the last training batch of an epoch if it is not full.
         kwargs: Options of :class:`StreamDataModule`.
 
@@ -37,8 +47,18 @@ class ContinualDataModule(StreamDataModule):
         ValueError: If an option is outside its range, and before training if the data do not meet the requirements.
     """
 
-    def __init__(self, *, drop_last: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        sampler: Literal["shuffled", "balanced"] = "shuffled",
+        class_weights: ClassWeights | None = None,
+        drop_last: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        one_of(self, ("shuffled", "balanced"), sampler=sampler)
+        check_class_weights(type(self).__name__, class_weights)
+        self.sampler, self.class_weights = sampler, class_weights
         self.drop_last, self.pin_memory = drop_last, False
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.task: Task
@@ -57,7 +77,11 @@ class ContinualDataModule(StreamDataModule):
     def make_stream(self, seed: int, earlier: Stream | None = None) -> Stream:
         self.close()
         self._loaders = {}
-        return super().make_stream(seed, earlier)
+        stream = super().make_stream(seed, earlier)
+        if self.class_weights is not None:  # raises errors before training
+            source, name = self.samples(train=True), type(self).__name__
+            class_weight_table(name, self.class_weights, stream, source.labels, source.class_names)
+        return stream
 
     def shuffles(self, task: int) -> bool:
         """Whether the training samples of a task are shuffled in each epoch; False for the order of the data."""
@@ -127,6 +151,7 @@ class ContinualDataModule(StreamDataModule):
             drop_last=self.drop_last,
             passes=stream.passes,
             shuffle=self.shuffles(index),
+            columns=self._candidates(indices, memory)[0] if self.sampler == "balanced" else None,
         )
         stored, augmented = None, bool(self.augmentation.transforms)
         if memory is None and (self.feature_views or not augmented):

@@ -56,7 +56,7 @@ ROOMS = (
         "data",
         "from files to augmented tensors",
         "sources, images, loaders, transforms, auto_augment, pixels, corruptions, rotations, feature_pool, "
-        "feature_cache, arrays, files, datasets, decoding, labels, scaling, shifts, layout",
+        "feature_cache, arrays, files, datasets, decoding, labels, scaling, shifts, layout, balance",
     ),
     Room(
         "report",

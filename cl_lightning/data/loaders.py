@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cl_lightning.batch import Batch, Draw, mix, mixed_rows
+from cl_lightning.data.balance import balanced_order
 from cl_lightning.data.feature_cache import KEYS, STORED, FeatureStore
 from cl_lightning.data.feature_pool import FeaturePool
 from cl_lightning.data.sources import SampleSource
@@ -49,6 +50,8 @@ class Plan:
         shuffle: Whether each epoch has its own random order; else the order of the pool.
         drop_last: Whether to omit an incomplete last batch, unless it is the only batch.
         passes: Number of consecutive steps on each batch.
+        columns: Column of each sample, int64 ``(n,)``, to have all classes equally often in each epoch
+            (:func:`~cl_lightning.data.balance.balanced_order`); None to have each sample once.
         skip_empty: Whether a process without a sample of the last batch (smaller than the number of processes) skips
             it; else it receives an empty batch, so that it takes part in collective operations. A single batch is not
             skipped: Lightning omits the whole pass on a process without batches, and the other processes would wait for
@@ -67,12 +70,13 @@ class Plan:
         shuffle: bool = True,
         drop_last: bool = False,
         passes: int = 1,
+        columns: Tensor | None = None,
         skip_empty: bool = False,
     ) -> None:
         if skip_empty:
             batch_size = max(batch_size, world)  # only the last batch can have fewer samples than processes
         self.indices, self.tasks, self.batch_size, self.key = indices, tasks, batch_size, key
-        self.rank, self.world, self.shuffle, self.passes = rank, world, shuffle, passes
+        self.rank, self.world, self.shuffle, self.passes, self.columns = rank, world, shuffle, passes, columns
         full, rest = divmod(len(indices), batch_size)
         if skip_empty and full > 0 and self._bounds(rest)[0] == self._bounds(rest)[1]:
             rest = 0
@@ -88,7 +92,11 @@ class Plan:
         """Steps of an epoch, from step ``first`` on."""
         order: Tensor | None = None
         if self.shuffle:
-            order = torch.randperm(len(self.indices), generator=torch.Generator().manual_seed(mix(self.key, epoch)))
+            generator = torch.Generator().manual_seed(mix(self.key, epoch))
+            if self.columns is None:
+                order = torch.randperm(len(self.indices), generator=generator)
+            else:
+                order = balanced_order(self.columns, generator)
         for step in range(first, len(self)):
             begin = step // self.passes * self.batch_size
             total = min(self.batch_size, len(self.indices) - begin)

@@ -170,6 +170,20 @@ def check_fit(strategy: ContinualStrategy, datamodule: ContinualDataModule, stre
             )
 
 
+def check_balance(strategy: ContinualStrategy, datamodule: ContinualDataModule, stream: Stream) -> None:
+    """Check that a balanced sampler and class weights have an effect on what a strategy trains.
+
+    Raises:
+        ValueError: If no task has a phase of the kind in which they have one.
+    """
+    phases = [phase for task in stream.tasks for phase in strategy.phases(task)]
+    name = type(strategy).__name__
+    if datamodule.sampler == "balanced" and all(phase.features is not None for phase in phases):
+        raise ValueError(f"{name} takes no step on images, so that data.sampler balanced has no effect; remove it")
+    if datamodule.class_weights is not None and not phases:
+        raise ValueError(f"{name} takes no gradient step, so that data.class_weights has no effect; remove it")
+
+
 def check_watched(trainer: Trainer, strategy: ContinualStrategy, stream: Stream) -> None:
     """Check that the validation metrics that callbacks monitor will exist.
 

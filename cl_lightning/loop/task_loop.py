@@ -29,7 +29,15 @@ from cl_lightning.loop.hooks import LoopHooks
 from cl_lightning.loop.lightning_support import count_steps_per_fit, reset_best
 from cl_lightning.loop.logging import RunLogging
 from cl_lightning.loop.nan_guard import NanGuard
-from cl_lightning.loop.options import LoopOptions, check_fit, check_names, check_phases, check_trainer, check_watched
+from cl_lightning.loop.options import (
+    LoopOptions,
+    check_balance,
+    check_fit,
+    check_names,
+    check_phases,
+    check_trainer,
+    check_watched,
+)
 from cl_lightning.loop.run import Position, _class_path, restore
 from cl_lightning.loop.stopping import Interrupted, StopRequest
 from cl_lightning.loop.warning_filters import ignore_lightning_warnings
@@ -143,6 +151,7 @@ class TaskLoop:
             raise ValueError(f"loop: stop_after_task is {stop}; the stream has {count} tasks, so at most {count - 1}")
         check_fit(self.strategy, self.datamodule, self.stream)
         check_phases(self.strategy, self.stream, self.options.phase_epochs)
+        check_balance(self.strategy, self.datamodule, self.stream)
         check_watched(self.trainer, self.strategy, self.stream)
         if self.run_dir is not None:
             check_names(self.trainer, self._last.parent)

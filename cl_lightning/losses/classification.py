@@ -58,14 +58,16 @@ def cross_entropy(
 
         L = 1/n sum_i w_i [ -(1 - s) log p_i,y_i - s / V_i sum_{c in loss classes} log p_ic ]
 
+    The sum is divided by the number of rows, not by the sum of their weights as in torch: a weighted mean over the
+    batch of one process is then its share of the weighted mean over the global batch.
+
     The smoothing is spread over the V_i classes with a finite logit, so it can be combined with :func:`masked_logits`.
 
     Args:
         logits: ``(B, C)``; -inf excludes a class.
         labels: Columns, int64 ``(B,)``; rows with -1 are ignored. Without any labelled row, loss and gradient are 0.
         label_smoothing: s, in [0, 1).
-        weights: w, a factor for each row, without gradient, ``(B,)``; None for 1. The sum is divided by the number n of
-            labelled rows, not by the sum of the weights.
+        weights: w, a factor for each row, at least 0, without gradient, ``(B,)``; None for 1.
 
     Returns:
         A scalar.

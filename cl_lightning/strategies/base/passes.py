@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cl_lightning.batch import Batch
 from cl_lightning.data import FeatureCache, FeatureStore
+from cl_lightning.data.balance import class_weight_table
 from cl_lightning.data.feature_cache import KEYS, STORED
 from cl_lightning.distributed import all_gather_together
 from cl_lightning.memory import Memory
@@ -20,6 +21,7 @@ class StrategyData:
 
     def __init__(self, strategy: Host) -> None:
         self._strategy = strategy
+        self._weights: tuple[Any, Tensor] | None = None  # the stream, and the weights of its classes
 
     @property
     def module(self) -> Any:
@@ -41,6 +43,33 @@ class StrategyData:
         """Make the images of a batch from its raw images without augmentation: scaled and normalised."""
         finished: Batch = self.module.finish(batch, augment=False)
         return finished
+
+    def weights_of(self, batch: Batch) -> Tensor | None:
+        """Weight of the loss of each sample by ``class_weights`` of the data module, float32 ``(B,)``; None without."""
+        try:
+            module = self.module
+        except RuntimeError:  # a strategy without a Trainer
+            return None
+        if getattr(module, "class_weights", None) is None:
+            return None
+        if self._weights is None or self._weights[0] is not module.stream:
+            source = module.samples(train=True)
+            name = type(module).__name__
+            table = class_weight_table(name, module.class_weights, module.stream, source.labels, source.class_names)
+            self._weights = module.stream, table.to(self._strategy.device)
+        return self._weights[1][batch.tasks, batch.labels.clamp(min=0)]
+
+    def check_weights_used(self) -> None:
+        """Check after the losses of the first step of a run that they have used the class weights, if there are any.
+
+        Raises:
+            ValueError: If the method has a classification loss of its own, in which the weights have no effect.
+        """
+        if self._weights is None and getattr(self.module, "class_weights", None) is not None:
+            raise ValueError(
+                f"{type(self._strategy).__name__} does not use class_weights: its losses are not the shared "
+                "classification loss; remove data.class_weights, or use data.sampler balanced"
+            )
 
     def batch_before(self) -> Batch | None:
         """This process's batch of the step before a fit was interrupted, if the fit is being resumed; else None.

@@ -242,13 +242,17 @@ class ContinualStrategy(LightningModule):
     # ------------------------------------------------------------------ what a method may use
 
     def classification_loss(self, output: Output, batch: Batch) -> Tensor:
-        """Mean cross-entropy over the logits of ``loss_classes``, in nats; samples with a hidden label are ignored."""
+        """Mean cross-entropy over the logits of ``loss_classes``, in nats; samples with a hidden label are ignored.
+
+        Samples are weighted by the ``class_weights`` of the data module.
+        """
+        weights = self.data.weights_of(batch)
         if self.loss_classes == "all":
-            return cross_entropy(output.logits, batch.labels)
+            return cross_entropy(output.logits, batch.labels, weights=weights)
         mask = self.task_columns[batch.tasks] if self.loss_classes == "task" else self.task_columns[-1]
         if self.loss_classes == "new":
             mask = mask | (batch.tasks != self.task.index)[:, None]
-        return cross_entropy(masked_logits(output.logits, mask, self._masked_logit), batch.labels)
+        return cross_entropy(masked_logits(output.logits, mask, self._masked_logit), batch.labels, weights=weights)
 
     @property
     def epoch(self) -> int:
@@ -332,6 +336,8 @@ class ContinualStrategy(LightningModule):
                 f"task {self.task.name!r}: a step has one image on this process, too few for batch normalisation; give "
                 "--data.drop_last true or another --data.batch_size"
             ) from error
+        if batch_idx == 0 and self.task.is_first and self.epoch == 0 and self.data.module.phase_index == 0:
+            self.data.check_weights_used()
         self.terms.add(terms, batch.weight)
         loss = functools.reduce(operator.add, terms.values())
         return loss if batch.weight == 1.0 else loss * batch.weight
