@@ -42,8 +42,8 @@ class DatasetSource:
 
     Labels are read from the attribute ``targets``, ``labels``, ``_labels`` or ``y``, or from the column of a data set
     of Hugging Face; without one, every item is read once. ``Subset``, ``ConcatDataset`` and ``TensorDataset`` of torch
-    are looked through. Domains are read from the attribute ``domains`` (one per item, as labels), their names from
-    ``domain_names``.
+    are looked through; a ``Subset`` has those classes that occur in it. Domains are read from the attribute ``domains``
+    (one per item, as labels), their names from ``domain_names``.
 
     Args:
         dataset: The data set. Its items must not be augmented: augmentation runs on the device.
@@ -100,6 +100,8 @@ class DatasetSource:
         if classes is None:
             names = class_names if class_names is not None else class_names_of(dataset, name, label_key)
             classes = Classes.of(found, count, names, name)
+            if class_names is None and isinstance(dataset, Subset):  # it may hold some classes only
+                classes = classes.present(classes.number(found, count, name))
         self.classes = classes
         self.labels = classes.number(found, count, name)
         self.class_names = classes.names
@@ -281,7 +283,7 @@ def image_of(item: Any) -> Tensor:
     if isinstance(item, str | bytes) or not isinstance(item, Tensor | np.ndarray | Sequence):
         raise ValueError(f"{_named(item)}; give (image, label), the image a PIL image or a uint8 tensor (C, H, W)")
     try:
-        tensor = torch.as_tensor(item)
+        tensor = torch.as_tensor(np.require(item, requirements=["C", "W"]) if isinstance(item, np.ndarray) else item)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{_named(item)}; give (image, label), the image a PIL image or a uint8 tensor (C, H, W)"

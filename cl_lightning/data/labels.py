@@ -83,6 +83,11 @@ class Classes:
     def _sorted(cls, values: Sequence[str], names: tuple[str, ...]) -> "Classes":
         return cls(np.array(values, dtype=np.str_), names)
 
+    def present(self, numbers: IntArray) -> "Classes":
+        """The classes that occur among the classes of samples, int64 ``(N,)``, in their order."""
+        kept = np.unique(numbers)
+        return Classes(self.values[kept], tuple(self.names[place] for place in kept.tolist()))
+
     def number(self, labels: RawLabels, count: int, name: str, kind: str = "class") -> IntArray:
         """Class of each sample, int64 ``(N,)``.
 

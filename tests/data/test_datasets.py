@@ -133,6 +133,9 @@ def test_labels_are_found_behind_subsets_and_joined_sets_without_reading_items()
     assert (joined.class_names, joined.labels.tolist(), named.reads) == (("a", "b"), [1, 0, 1], 0)
     with pytest.raises(ValueError, match=r"parts of a ConcatDataset have different `classes`; give data\.class_names"):
         DatasetSource(ConcatDataset([named, Pairs(0, targets=[0], classes=["z"])]))
+    many = Pairs(0, 1, 2, 3, targets=[0, 1, 2, 3], classes=["a", "b", "c", "d"])
+    some = DatasetSource(Subset(many, [3, 1]))
+    assert (some.class_names, some.labels.tolist()) == (("b", "d"), [1, 0])
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     assert DatasetSource(TensorDataset(images, torch.eye(2))).labels.tolist() == [0, 1]
 
@@ -163,6 +166,7 @@ FIRST = torch.from_numpy(IMAGE.transpose(2, 0, 1).copy())
     "item",
     [
         IMAGE,  # as OpenCV reads it
+        np.frombuffer(IMAGE.tobytes(), np.uint8).reshape(IMAGE.shape),  # read-only
         FIRST,
         FIRST.permute(1, 2, 0),
         IMAGE.transpose(2, 0, 1),
