@@ -1,6 +1,7 @@
 """Collectives for one process and for several: with a single process each returns its input."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -8,10 +9,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+_alone = False
+
 
 def is_distributed() -> bool:
     """Whether a process group with more than one process is initialised."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not _alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process compute as the only one: nothing is exchanged with the other processes."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def world_size() -> int:

@@ -159,7 +159,8 @@ def _load(path: Path) -> np.ndarray:
     return array
 
 
-def _from_file(path: Path, severity: int, count: int, shape: ImageShape) -> Tensor:
+def _images(path: Path, count: int, shape: ImageShape) -> np.ndarray:
+    """The array of a file of corrupted images, not read yet; its layout is checked."""
     array = _load(path)
     channels, height, width = shape
     expected = (len(SEVERITIES) * count, height, width, channels)
@@ -168,7 +169,11 @@ def _from_file(path: Path, severity: int, count: int, shape: ImageShape) -> Tens
             f"CorruptionStream: {path} is {array.dtype} {array.shape}; it must be uint8 {expected}: all {count} test "
             "images at severity 1, then at severity 2, ..."
         )
-    rows = np.array(array[(severity - 1) * count : severity * count])
+    return array
+
+
+def _from_file(path: Path, severity: int, count: int, shape: ImageShape) -> Tensor:
+    rows = np.array(_images(path, count, shape)[(severity - 1) * count : severity * count])
     return torch.from_numpy(rows).permute(0, 3, 1, 2).contiguous()
 
 
@@ -338,3 +343,6 @@ class CorruptionStream(ContinualDataModule):
                 f"CorruptionStream: {self.folder / 'labels.npy'} does not have the labels of the test images, "
                 "repeated five times; give files of these images, in their order"
             )
+        for name in self.corruptions:
+            if (path := self.folder / f"{name}.npy").is_file():
+                _images(path, len(images.labels), images.image_shape)

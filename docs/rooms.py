@@ -38,7 +38,8 @@ ROOMS = (
     Room(
         "loop",
         "the task loop, checkpoints and results",
-        "task_loop, hooks, run (position, restore), options, lightning_support, checkpoint, stopping, nan_guard, "
+        "task_loop, hooks, run (position, restore), options, lightning_support, dry_run, checkpoint, stopping, "
+        "nan_guard, "
         "fast_step, warning_filters, run_lock, logging, results",
     ),
     Room("callbacks", "mechanisms that cut across methods, one file each", "(top-level folder)"),

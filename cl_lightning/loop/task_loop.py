@@ -24,6 +24,7 @@ from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.lightning_private import carry_timer
 from cl_lightning.loop import checkpoint as checkpoints
 from cl_lightning.loop import results, run_lock
+from cl_lightning.loop.dry_run import dry_run
 from cl_lightning.loop.fast_step import install_fast_steps
 from cl_lightning.loop.hooks import LoopHooks
 from cl_lightning.loop.lightning_support import count_steps_per_fit, reset_best
@@ -153,6 +154,8 @@ class TaskLoop:
         check_phases(self.strategy, self.stream, self.options.phase_epochs)
         check_balance(self.strategy, self.datamodule, self.stream)
         check_watched(self.trainer, self.strategy, self.stream)
+        if saved is None:
+            dry_run(self.strategy, self.datamodule, self.trainer, callbacks=self.trainer.callbacks)  # type: ignore[attr-defined]
         if self.run_dir is not None:
             check_names(self.trainer, self._last.parent)
         held = self.run_dir if self.trainer.is_global_zero else None

@@ -13,6 +13,7 @@ from cl_lightning.models.backbones import (
     ResNet56,
     SlimResNet18,
     Timm,
+    built,
 )
 from cl_lightning.models.closed_form import (
     ClosedFormHead,
@@ -98,6 +99,7 @@ __all__ = [
     "align_rows",
     "batch_norms",
     "blocks_of",
+    "built",
     "component_weights",
     "distances",
     "frozen_copy",

@@ -12,8 +12,9 @@ another class than the default class, jsonargparse passes the values of the defa
 import copy
 import difflib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -66,6 +67,41 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features ``(B, num_features)`` of normalised images ``(B, C, H, W)``."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+
+def built(factory: Callable[[ImageShape], Backbone], image_shape: ImageShape) -> Backbone:
+    """The backbone of a factory, for images of a given shape.
+
+    Args:
+        factory: Class of backbones, or a function that builds one.
+        image_shape: Channels, height, width.
+
+    Raises:
+        ValueError: If the factory is a network and builds none, does not take the shape, or the network does not state
+            its number of features.
+    """
+    if isinstance(factory, nn.Module):
+        raise ValueError(
+            f"{type(factory).__name__}: give the class as backbone, not an object of it; it is built for the shape of "
+            "the images"
+        )
+    try:
+        backbone = factory(image_shape)
+    except TypeError as error:
+        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+            raise
+        name = getattr(factory, "__name__", type(factory).__name__)
+        raise ValueError(
+            f"{name}: take image_shape, which is {tuple(image_shape)} here, as the first argument, and give all others "
+            f"a default ({error})"
+        ) from error
+    width = getattr(backbone, "num_features", None)
+    if not isinstance(backbone, nn.Module) or not isinstance(width, Integral) or width < 1:
+        raise ValueError(
+            f"{type(backbone).__name__}: set num_features, the size of a feature vector, in the constructor; a "
+            f"backbone is a module that returns features (images, num_features), and here num_features is {width}"
+        )
+    return backbone
 
 
 class PadShortcut(nn.Module):

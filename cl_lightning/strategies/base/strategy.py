@@ -19,7 +19,7 @@ from cl_lightning.distributed import rank
 from cl_lightning.lightning_private import HOOK_NAME
 from cl_lightning.losses import cross_entropy, masked_logits
 from cl_lightning.memory import Memory, bytes_by_kind, restore_shapes
-from cl_lightning.models import MLP, Backbone, Head, LinearHead, Network, Output, batch_norms, joined
+from cl_lightning.models import MLP, Backbone, Head, LinearHead, Network, Output, batch_norms, built, joined
 from cl_lightning.strategies.base.evaluation import Evaluation
 from cl_lightning.strategies.base.optimizers import apply_lr_factors, fuse, with_lr_factors, without_lr
 from cl_lightning.strategies.base.passes import Passes, StrategyData
@@ -113,7 +113,7 @@ class ContinualStrategy(LightningModule):
                 "class; use 'current', 'new' or 'task'"
             )
         # Not defaults of the signature: the command line would pass their options on to a class that replaces them.
-        self.build_backbone: BackboneFactory = backbone or MLP
+        self.build_backbone: BackboneFactory = functools.partial(built, backbone or MLP)
         self.build_head: HeadFactory = head or LinearHead
         self._options = PhaseOptions(optimizer=optimizer or default_optimizer, scheduler=scheduler)
         self._first_options = PhaseOptions(optimizer=first_optimizer, scheduler=first_scheduler)

@@ -1,0 +1,379 @@
+"""A dry run before training: a few images pass through everything that a run will use."""
+
+import copy
+import random
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+
+from cl_lightning import distributed
+from cl_lightning.callback import AddsLosses, ContinualCallback
+from cl_lightning.data import Transform
+from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.measures import CostMeter
+from cl_lightning.models import AdaptedBackbone, Backbone, Head
+from cl_lightning.strategy import ContinualStrategy, Phase
+from cl_lightning.stream import Stream, Task
+from cl_lightning.stream.draws import rank_in_group
+
+_IMAGES = 2
+_TASKS = 2  # a memory, a teacher or a second block of the head is first used in the second task
+_MISFITS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError)
+"""Errors of shapes, types and options."""
+_LEFT = (AttributeError, KeyError, ArithmeticError, torch.OutOfMemoryError)
+"""Errors that are left to the first step, with their traceback: mistakes in a program, or of the dry run itself."""
+_NEVER = 2**62
+
+
+class MisfitError(ValueError):
+    """A part of a run does not fit the images, the classes or another part."""
+
+
+def dry_run(
+    strategy: ContinualStrategy, datamodule: ContinualDataModule, trainer: Trainer, *, callbacks: Sequence[Any] = ()
+) -> None:
+    """Run the first two tasks on copies, with two images of each: views, phases, heads, statistics, predictions.
+
+    Strategy, callbacks and data module stay as they are to the bit, as do all random generators; processes do not
+    communicate. A failure counts only if it occurs again with a batch of the usual size and two images of each class,
+    because statistics of two images alone may be undefined. A strategy that cannot be copied gets no dry run, and an
+    AttributeError or a KeyError is left to the first step, which raises it again with its traceback.
+
+    Args:
+        strategy: Strategy whose network is built, before its first task.
+        datamodule: Data module with its stream.
+        trainer: Trainer of the run.
+        callbacks: Callbacks; those that add losses take part.
+
+    Raises:
+        ValueError: If anything fails: in one line, with the class that does not fit and the shape of the images.
+    """
+    try:
+        _attempt(strategy, datamodule, trainer, callbacks, _IMAGES)
+    except MisfitError as error:
+        classes = max(len(task.classes) for task in datamodule.stream.tasks[:_TASKS])
+        try:
+            _attempt(strategy, datamodule, trainer, callbacks, max(datamodule.batch_size, 2 * classes))
+        except MisfitError:
+            raise error from error.__cause__
+        except _LEFT:
+            return
+    except _LEFT:
+        return
+
+
+def _attempt(
+    strategy: ContinualStrategy,
+    datamodule: ContinualDataModule,
+    trainer: Trainer,
+    callbacks: Sequence[Any],
+    images: int,
+) -> None:
+    cache, called = strategy.passes.cache, strategy.passes.on_batch
+    strategy.passes.cache, strategy.passes.on_batch = None, []
+    adding = [callback for callback in callbacks if isinstance(callback, AddsLosses)]
+    meters: list[Any] = [callback.meter for callback in adding if isinstance(callback, ContinualCallback)]
+    try:
+        copies = copy.deepcopy((strategy, adding), {id(meter): CostMeter() for meter in meters if meter is not None})
+    except (RuntimeError, TypeError, NotImplementedError, AttributeError):
+        return
+    finally:
+        strategy.passes.cache, strategy.passes.on_batch = cache, called
+    with _without_trace(trainer.strategy.root_device):
+        _DryRun(*copies, _few(datamodule, images), trainer).run()
+
+
+class _DryRun:
+    """The calls of the task loop and of Lightning's fit and test, on copies, with one step per phase."""
+
+    def __init__(
+        self, strategy: ContinualStrategy, callbacks: Sequence[Any], data: ContinualDataModule, trainer: Trainer
+    ) -> None:
+        self.strategy, self.callbacks, self.data = strategy, callbacks, data
+        stage: Any = _Stage(trainer, strategy, data, callbacks)
+        self.stage = stage
+        self.device = trainer.strategy.root_device
+        self.place = ""
+        strategy.trainer = stage
+        data.trainer = stage
+        for name in ("log", "log_dict"):
+            setattr(strategy, name, _nothing)
+        for module in strategy.modules():
+            # The number of features of an adapted backbone is the one after its adaptation; its base is checked.
+            if isinstance(module, Backbone | Head) and not isinstance(module, AdaptedBackbone):
+                module.register_forward_hook(_check_output)
+
+    def run(self) -> None:
+        shape = tuple(self.data.image_shape)
+        for task in self.data.stream.tasks[:_TASKS]:
+            try:
+                self._task(task)
+            except (MisfitError, *_LEFT):
+                raise
+            except _MISFITS as error:
+                name = type(self.strategy).__name__
+                raise MisfitError(
+                    f"{name} does not fit images of shape {shape} ({self.place}): {_in_words(error)}"
+                ) from error
+
+    def _task(self, task: Task) -> None:
+        strategy, data, traits = self.strategy, self.data, self.strategy.traits
+        data.begin(task, cumulative=traits.needs_all_data, with_unlabelled=traits.uses_unlabelled)
+        strategy.task = task
+        self.place = f"task {task.index}, begin_task"
+        strategy.cpu()
+        strategy.mark_columns(task)
+        strategy.begin_task(task)
+        self._call("on_task_start", task)
+        for index, phase in enumerate(strategy.phases(task)):
+            if phase.needed is None or phase.needed():
+                self.place = f"task {task.index}, phase {phase.name!r}"
+                self._phase(index, phase)
+        self.place = f"task {task.index}, end_task"
+        self.stage.training = False
+        strategy.to(self.device).eval()
+        self._hook("setup", "test")
+        self._hook("on_test_start")
+        with torch.no_grad():
+            self._call("on_task_learnt", task)
+            strategy.end_task(task)
+            self._call("on_task_end", task)
+            self.place = f"task {task.index}, predictions"
+            strategy.evaluation.begin(confusion=True)
+            for batch in data.test_dataloader():
+                with self._precision():
+                    strategy.evaluation.update(data.on_after_batch_transfer(batch.to(self.device), 0))
+            strategy.evaluation.finish()
+        self._hook("on_test_end")
+
+    def _phase(self, index: int, phase: Phase) -> None:
+        strategy, data, stage = self.strategy, self.data, self.stage
+        strategy.cpu()
+        phase = replace(phase, options=replace(phase.options, epochs=1))
+        strategy.begin_phase(phase, 0, self.callbacks)
+        data.begin_phase(
+            index,
+            strategy.replay_memory(),
+            0,
+            samples=phase.samples,
+            features=phase.features,
+            batch_size=phase.options.batch_size,
+            augments=not phase.unaugmented,
+        )
+        stage.training = True
+        self._hook("setup", "fit")
+        strategy.to(self.device)
+        stage.optimizers = _optimizers(strategy.configure_optimizers())
+        self._hook("on_fit_start")
+        stage.train_dataloader = data.train_dataloader()
+        self._hook("on_train_start")
+        self._hook("on_train_epoch_start")
+        for batch in stage.train_dataloader:
+            self._step(data.on_after_batch_transfer(batch.to(self.device), 0))
+            break
+        self._hook("on_train_epoch_end")
+        self._hook("on_train_end")
+        strategy.end_phase(phase)
+        self._hook("on_fit_end")
+
+    def _step(self, batch: Any) -> None:
+        self._hook("on_train_batch_start", batch, 0)
+        optimizers = self.stage.optimizers
+        arguments: Any = (batch, 0)
+        if not is_param_in_hook_signature(self.strategy.training_step, "batch_idx", min_args=2):
+            arguments = (batch,)  # as Lightning does
+
+        def closure() -> Any:
+            with self._precision():
+                output = self.strategy.training_step(*arguments)
+            loss: Any = output["loss"] if isinstance(output, Mapping) else output
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            if loss is not None:
+                loss.backward()
+            for optimizer in optimizers[:1]:
+                self._hook("on_before_optimizer_step", optimizer)
+            return loss
+
+        optimizers[0].step(closure) if optimizers else closure()
+        self.stage.global_step += 1
+        self._hook("on_train_batch_end", None, batch, 0)
+
+    def _hook(self, name: str, *args: Any) -> None:
+        """Call a hook of Lightning, of the callbacks and of the strategy."""
+        for callback in self.callbacks:
+            getattr(callback, name)(self.stage, self.strategy, *args)
+        getattr(self.strategy, name)(*args)
+
+    def _call(self, name: str, task: Task) -> None:
+        for callback in self.callbacks:
+            if isinstance(callback, ContinualCallback):
+                getattr(callback, name)(self.stage, self.strategy, task)
+
+    def _precision(self) -> Any:
+        return self.stage.precision_plugin.forward_context()
+
+
+class _Stage:
+    """What strategy, callbacks and data see of the Trainer. Further attributes are those of the Trainer, to be read."""
+
+    def __init__(
+        self, trainer: Trainer, strategy: ContinualStrategy, data: ContinualDataModule, callbacks: Sequence[Any]
+    ) -> None:
+        self._trainer = trainer
+        self.lightning_module = self.model = strategy
+        self.datamodule, self.callbacks = data, list(callbacks)
+        self.current_epoch = self.global_step = 0
+        self.num_training_batches = self.max_epochs = self.estimated_stepping_batches = 1
+        self.world_size, self.global_rank, self.is_global_zero = 1, 0, True
+        self.training = self.is_last_batch = True
+        self.sanity_checking = False
+        self.logger = DummyLogger()
+        self.loggers: list[Any] = []
+        self.log_every_n_steps = _NEVER
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.train_dataloader: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)
+
+
+def _few(datamodule: ContinualDataModule, count: int) -> ContinualDataModule:
+    """A data module over the same sources, with at most ``count`` samples of each task, of as many classes as
+    possible, and as many further samples without a label."""
+    stream = datamodule.stream
+    labels = {train: datamodule.samples(train=train).labels for train in (True, False)}
+
+    def chosen(indices: np.ndarray, *, train: bool = True) -> np.ndarray:
+        places, _ = rank_in_group(labels[train][indices])
+        return np.sort(indices[np.argsort(places, kind="stable")[:count]])
+
+    hidden = tuple(chosen(part) for part in stream.unlabelled)
+    labelled = [np.setdiff1d(part, out) for part, out in zip(stream.train, stream.unlabelled, strict=True)]
+    few = copy.copy(datamodule)
+    few.stream = Stream(
+        tasks=stream.tasks,
+        train=tuple(np.concatenate([chosen(part), out]) for part, out in zip(labelled, hidden, strict=True)),
+        val=tuple(part[:0] for part in stream.val),
+        test=tuple(chosen(part, train=False) for part in stream.test),
+        order=stream.order,
+        class_names=stream.class_names,
+        unlabelled=hidden,
+        parts=stream.parts,
+        one_pass=stream.one_pass,
+        batch_size=stream.batch_size,
+        passes=stream.passes,
+        scenario=stream.scenario,
+    )
+    few._loaders, few.workers, few.drop_last, few.pin_memory = {}, 0, False, False
+    return few
+
+
+@contextmanager
+def _without_trace(device: torch.device) -> Iterator[None]:
+    """Restore all random generators at the end; the processes are on their own, and nothing warns."""
+    python, arrays = random.getstate(), np.random.get_state()
+    cuda = [device] if device.type == "cuda" else []
+    modes = torch.is_grad_enabled()
+    try:
+        with (
+            torch.random.fork_rng(devices=cuda),
+            torch.enable_grad(),
+            distributed.alone(),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            yield
+    finally:
+        torch.set_grad_enabled(modes)
+        random.setstate(python)
+        np.random.set_state(arrays)
+        if cuda:
+            torch.cuda.empty_cache()
+
+
+def _check_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of backbones and heads: one vector per image, and one logit per class."""
+    rows = len(args[0]) if args and isinstance(args[0], Tensor) else None
+    name, images = type(module).__name__, tuple(args[0].shape) if rows is not None else "unknown"
+    if isinstance(module, Head):
+        width, what, remedy = module.num_columns, "logits", "return one logit per class"
+    else:
+        width, what = module.num_features, "features"  # type: ignore[assignment]
+        remedy = f"return a tensor (images, {width}), or set num_features to its width"
+    found = f"{type(output).__name__}"
+    if isinstance(output, Tensor):
+        if output.dim() == 2 and output.shape[1] == width and rows in (None, len(output)):
+            if output.is_floating_point():
+                return
+            found = f"{output.dtype}"
+        else:
+            found = f"a tensor of shape {tuple(output.shape)}"
+    elif isinstance(output, Sequence):
+        found += f" of {', '.join(_described(part) for part in output)}"
+    elif isinstance(output, Mapping):
+        found += f" of {', '.join(f'{key!r}: {_described(part)}' for key, part in output.items())}"
+    raise MisfitError(
+        f"{name}: {remedy}; for {'images' if what == 'features' else 'features'} of shape {images} its forward returns "
+        f"{found}, and {what} of shape {(rows or 'images', width)} are needed"
+    )
+
+
+def _described(part: Any) -> str:
+    return str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__
+
+
+def _optimizers(built: Any) -> list[torch.optim.Optimizer]:
+    """The optimizers in a result of ``configure_optimizers``."""
+    if isinstance(built, torch.optim.Optimizer):
+        return [built]
+    if isinstance(built, Mapping):
+        return _optimizers(built.get("optimizer"))
+    if isinstance(built, Sequence):
+        return [found for part in built for found in _optimizers(part)]
+    return []
+
+
+def _in_words(error: BaseException) -> str:
+    """An error in one line: the object in which it occurred, its type unless its message is made for readers."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    frames = list(traceback.walk_tb(error.__traceback__))
+    owner = next((type(found).__name__ for frame, _ in reversed(frames) if (found := _owner(frame)) is not None), "")
+    if isinstance(error, ValueError) and _is_ours(frames[-1][0]):
+        return text if not owner or owner in text else f"{owner}: {text}"
+    frame, line = next(((f, n) for f, n in reversed(frames) if not _is_library(f)), frames[-1])
+    where = f"{Path(frame.f_code.co_filename).name}, line {line}"
+    return f"{owner + ': ' if owner else ''}{type(error).__name__}: {text} ({where})"
+
+
+def _owner(frame: FrameType) -> Any:
+    found = frame.f_locals.get("self")
+    return found if isinstance(found, Backbone | Head | Transform | ContinualStrategy | AddsLosses) else None
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).startswith("cl_lightning.")
+
+
+def _is_library(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "torch",
+        "torchvision",
+        "timm",
+        "lightning",
+        "numpy",
+    )
+
+
+def _nothing(*_: Any, **__: Any) -> None: ...
