@@ -24,6 +24,7 @@ __all__ = [
     "ignore_signals",
     "is_spawned",
     "keep_buffers_local",
+    "log_at_global_step",
     "set_hook",
     "set_properties",
     "use_own_sampler",
@@ -49,6 +50,22 @@ def carry_timer(timer: Timer) -> None:
     """Add the time of the last fit to the time before it, so that the timer measures all fits of a run together."""
     timer._offset = timer.time_elapsed()  # type: ignore[assignment]
     timer._start_time[RunningStage.TRAINING] = timer._end_time[RunningStage.TRAINING] = None
+
+
+def log_at_global_step(trainer: Trainer) -> None:
+    """Give values that ``self.log`` logs the number of optimizer steps so far, as the terms of the loss have.
+
+    Lightning numbers the steps from 0, and the values of an epoch by its last step.
+    """
+    connector = trainer._logger_connector
+    log_metrics = connector.log_metrics
+
+    def log_at_step(metrics: Any, step: int | None = None) -> None:
+        if step is None and metrics and "step" not in metrics:
+            metrics, step = {"epoch": float(trainer.current_epoch), **metrics}, trainer.global_step
+        log_metrics(metrics, step)
+
+    connector.log_metrics = log_at_step  # type: ignore[method-assign]
 
 
 def clip_gradients(trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:

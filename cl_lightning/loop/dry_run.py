@@ -2,9 +2,10 @@
 
 import copy
 import random
+import re
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cl_lightning import distributed
 from cl_lightning.callback import AddsLosses, ContinualCallback
@@ -24,6 +26,7 @@ from cl_lightning.data import Transform
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.measures import CostMeter
 from cl_lightning.models import AdaptedBackbone, Backbone, Head
+from cl_lightning.strategies.base.evaluation import check_monitor
 from cl_lightning.strategy import ContinualStrategy, Phase
 from cl_lightning.stream import Stream, Task
 from cl_lightning.stream.draws import rank_in_group
@@ -37,12 +40,20 @@ _LEFT = (AttributeError, KeyError, ArithmeticError, torch.OutOfMemoryError)
 _NEVER = 2**62
 
 
+Epochs = Callable[[Task, Phase], int]
+
+
 class MisfitError(ValueError):
     """A part of a run does not fit the images, the classes or another part."""
 
 
 def dry_run(
-    strategy: ContinualStrategy, datamodule: ContinualDataModule, trainer: Trainer, *, callbacks: Sequence[Any] = ()
+    strategy: ContinualStrategy,
+    datamodule: ContinualDataModule,
+    trainer: Trainer,
+    *,
+    callbacks: Sequence[Any] = (),
+    epochs: Epochs | None = None,
 ) -> None:
     """Run the first two tasks on copies, with two images of each: views, phases, heads, statistics, predictions.
 
@@ -56,16 +67,24 @@ def dry_run(
         datamodule: Data module with its stream.
         trainer: Trainer of the run.
         callbacks: Callbacks; those that add losses take part.
+        epochs: Number of epochs of a phase of a task, for its schedule; None for 1.
 
     Raises:
         ValueError: If anything fails: in one line, with the class that does not fit and the shape of the images.
     """
+
+    def attempt(images: int) -> None:
+        copies = _copies(strategy, callbacks)
+        if copies is not None:
+            with _without_trace(trainer.strategy.root_device):
+                _DryRun(*copies, datamodule, images, trainer, epochs or _one).run()
+
     try:
-        _attempt(strategy, datamodule, trainer, callbacks, _IMAGES)
+        attempt(_IMAGES)
     except MisfitError as error:
         classes = max(len(task.classes) for task in datamodule.stream.tasks[:_TASKS])
         try:
-            _attempt(strategy, datamodule, trainer, callbacks, max(datamodule.batch_size, 2 * classes))
+            attempt(max(datamodule.batch_size, 2 * classes))
         except MisfitError:
             raise error from error.__cause__
         except _LEFT:
@@ -74,38 +93,39 @@ def dry_run(
         return
 
 
-def _attempt(
-    strategy: ContinualStrategy,
-    datamodule: ContinualDataModule,
-    trainer: Trainer,
-    callbacks: Sequence[Any],
-    images: int,
-) -> None:
+def _copies(strategy: ContinualStrategy, callbacks: Sequence[Any]) -> tuple[ContinualStrategy, list[Any]] | None:
+    """Copies of the strategy and of the callbacks that add losses; None if they cannot be copied."""
     cache, called = strategy.passes.cache, strategy.passes.on_batch
     strategy.passes.cache, strategy.passes.on_batch = None, []
     adding = [callback for callback in callbacks if isinstance(callback, AddsLosses)]
     meters: list[Any] = [callback.meter for callback in adding if isinstance(callback, ContinualCallback)]
     try:
-        copies = copy.deepcopy((strategy, adding), {id(meter): CostMeter() for meter in meters if meter is not None})
+        return copy.deepcopy((strategy, adding), {id(meter): CostMeter() for meter in meters if meter is not None})
     except (RuntimeError, TypeError, NotImplementedError, AttributeError):
-        return
+        return None
     finally:
         strategy.passes.cache, strategy.passes.on_batch = cache, called
-    with _without_trace(trainer.strategy.root_device):
-        _DryRun(*copies, _few(datamodule, images), trainer).run()
 
 
 class _DryRun:
     """The calls of the task loop and of Lightning's fit and test, on copies, with one step per phase."""
 
     def __init__(
-        self, strategy: ContinualStrategy, callbacks: Sequence[Any], data: ContinualDataModule, trainer: Trainer
+        self,
+        strategy: ContinualStrategy,
+        callbacks: Sequence[Any],
+        whole: ContinualDataModule,
+        images: int,
+        trainer: Trainer,
+        epochs: Epochs,
     ) -> None:
-        self.strategy, self.callbacks, self.data = strategy, callbacks, data
+        data = _few(whole, images)
+        self.strategy, self.callbacks, self.data, self.epochs = strategy, callbacks, data, epochs
+        self.whole = whole
         stage: Any = _Stage(trainer, strategy, data, callbacks)
         self.stage = stage
         self.device = trainer.strategy.root_device
-        self.place = ""
+        self.place, self.configures = "", False
         strategy.trainer = stage
         data.trainer = stage
         for name in ("log", "log_dict"):
@@ -123,10 +143,12 @@ class _DryRun:
             except (MisfitError, *_LEFT):
                 raise
             except _MISFITS as error:
-                name = type(self.strategy).__name__
-                raise MisfitError(
-                    f"{name} does not fit images of shape {shape} ({self.place}): {_in_words(error)}"
-                ) from error
+                name, text = type(self.strategy).__name__, _in_words(error)
+                if not self.configures:
+                    text = f"{name} does not fit images of shape {shape} ({self.place}): {text}"
+                elif not _names_an_object(text):
+                    text = f"{name}: {self.place}: {text}"
+                raise MisfitError(text) from error
 
     def _task(self, task: Task) -> None:
         strategy, data, traits = self.strategy, self.data, self.strategy.traits
@@ -161,7 +183,9 @@ class _DryRun:
     def _phase(self, index: int, phase: Phase) -> None:
         strategy, data, stage = self.strategy, self.data, self.stage
         strategy.cpu()
-        phase = replace(phase, options=replace(phase.options, epochs=1))
+        task, epochs = strategy.task, self.epochs(strategy.task, phase)
+        phase = replace(phase, options=replace(phase.options, epochs=epochs))
+        stage.max_epochs, stage.estimated_stepping_batches = epochs, self._least_steps(task, phase, epochs)
         strategy.begin_phase(phase, 0, self.callbacks)
         data.begin_phase(
             index,
@@ -175,7 +199,12 @@ class _DryRun:
         stage.training = True
         self._hook("setup", "fit")
         strategy.to(self.device)
-        stage.optimizers = _optimizers(strategy.configure_optimizers())
+        self.configures = True
+        built = strategy.configure_optimizers()
+        stage.optimizers = _optimizers(built)
+        for name, monitor in _monitors(built):
+            check_monitor(name, monitor, data.stream)
+        self.configures = False
         self._hook("on_fit_start")
         stage.train_dataloader = data.train_dataloader()
         self._hook("on_train_start")
@@ -187,6 +216,17 @@ class _DryRun:
         self._hook("on_train_end")
         strategy.end_phase(phase)
         self._hook("on_fit_end")
+
+    def _least_steps(self, task: Task, phase: Phase, epochs: int) -> int:
+        """Least number of optimizer steps of a phase; 1 where it is not known before the phase."""
+        trainer: Any = self.stage
+        if phase.samples is not None or phase.features is not None or trainer.limit_train_batches != 1.0:
+            return 1
+        stream, batch_size = self.whole.stream, self.whole.stream.batch_size or self.whole.batch_size
+        labelled = len(stream.train[task.index]) - len(stream.unlabelled[task.index])
+        batches = labelled // batch_size if self.whole.drop_last else -(-labelled // batch_size)
+        steps = epochs * (batches // int(trainer.accumulate_grad_batches))
+        return max(steps, 1)
 
     def _step(self, batch: Any) -> None:
         self._hook("on_train_batch_start", batch, 0)
@@ -266,7 +306,7 @@ def _few(datamodule: ContinualDataModule, count: int) -> ContinualDataModule:
     few.stream = Stream(
         tasks=stream.tasks,
         train=tuple(np.concatenate([chosen(part), out]) for part, out in zip(labelled, hidden, strict=True)),
-        val=tuple(part[:0] for part in stream.val),
+        val=tuple(chosen(part) for part in stream.val),
         test=tuple(chosen(part, train=False) for part in stream.test),
         order=stream.order,
         class_names=stream.class_names,
@@ -345,16 +385,36 @@ def _optimizers(built: Any) -> list[torch.optim.Optimizer]:
     return []
 
 
+def _monitors(built: Any) -> Iterator[tuple[str, str]]:
+    """Names of the schedules that follow a metric, and the metrics, in a result of ``configure_optimizers``."""
+    if isinstance(built, Mapping):
+        scheduler, monitor = built.get("scheduler"), built.get("monitor")
+        if isinstance(scheduler, ReduceLROnPlateau) and isinstance(monitor, str):
+            yield type(scheduler).__name__, monitor
+        yield from _monitors(built.get("lr_scheduler"))
+    elif isinstance(built, Sequence):
+        for part in built:
+            yield from _monitors(part)
+
+
+def _one(task: Task, phase: Phase) -> int:
+    return 1
+
+
 def _in_words(error: BaseException) -> str:
     """An error in one line: the object in which it occurred, its type unless its message is made for readers."""
     text = " ".join(str(error).split()) or type(error).__name__
     frames = list(traceback.walk_tb(error.__traceback__))
     owner = next((type(found).__name__ for frame, _ in reversed(frames) if (found := _owner(frame)) is not None), "")
     if isinstance(error, ValueError) and _is_ours(frames[-1][0]):
-        return text if not owner or owner in text else f"{owner}: {text}"
+        return text if not owner or _names_an_object(text) else f"{owner}: {text}"
     frame, line = next(((f, n) for f, n in reversed(frames) if not _is_library(f)), frames[-1])
     where = f"{Path(frame.f_code.co_filename).name}, line {line}"
     return f"{owner + ': ' if owner else ''}{type(error).__name__}: {text} ({where})"
+
+
+def _names_an_object(text: str) -> bool:
+    return re.match(r"\w+: ", text) is not None
 
 
 def _owner(frame: FrameType) -> Any:

@@ -94,6 +94,9 @@ class LoopHooks(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         distributed.average_batch_statistics(pl_module)
+        for name, value in self.loop.strategy.terms.epoch_means(pl_module.device).items():
+            # For callbacks and schedules that monitor it; loggers get means over log_every_n_steps.
+            pl_module.log(name, torch.tensor(value, dtype=torch.float32), logger=False)
         self.loop.meter.end_epoch(self.loop.strategy.phase.name)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -82,7 +82,7 @@ class MetricsFile(Logger):
         row = {"step": str(step if step is not None else self._last_step())}
         row |= {name: repr(float(value)) for name, value in metrics.items() if name != "step"}
         last = self.rows[-1] if self.rows else {}
-        if last.get("step") == row["step"] and not (last.keys() & row.keys()) - {"step"}:
+        if last.get("step") == row["step"] and all(last[name] == row[name] for name in last.keys() & row.keys()):
             last.update(row)
         else:
             self.rows.append(row)

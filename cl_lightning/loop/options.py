@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 
 from cl_lightning.checks import above, at_least, one_of
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.lightning_private import keep_buffers_local, use_own_sampler
 from cl_lightning.loop.lightning_support import check_support
 from cl_lightning.loop.nan_guard import NanLoss
+from cl_lightning.memory import HerdingPolicy, Memory
+from cl_lightning.strategies.base.evaluation import METRICS, check_monitor
 from cl_lightning.strategy import ContinualStrategy
 from cl_lightning.stream import Stream
 
@@ -143,9 +146,14 @@ def check_fit(strategy: ContinualStrategy, datamodule: ContinualDataModule, stre
     """Check that the traits of a strategy fit the data and the stream.
 
     Raises:
-        ValueError: If the strategy does not support inputs, targets or streams of this kind.
+        ValueError: If the strategy does not support inputs, targets or streams of this kind, or optimises manually.
     """
     name, traits = type(strategy).__name__, strategy.traits
+    if not strategy.automatic_optimization:
+        raise ValueError(
+            f"{name}: automatic_optimization is False, which is not supported: return the loss from losses(), and "
+            "change gradients in edit_gradients()"
+        )
     for what, kind, taken in (
         ("inputs", datamodule.input_kind, traits.inputs),
         ("targets", datamodule.target_kind, traits.targets),
@@ -187,21 +195,36 @@ def check_balance(strategy: ContinualStrategy, datamodule: ContinualDataModule, 
 def check_watched(trainer: Trainer, strategy: ContinualStrategy, stream: Stream) -> None:
     """Check that the validation metrics that callbacks monitor will exist.
 
+    Every callback with an attribute ``monitor`` is checked; schedules are checked when they are built.
+
     Raises:
         ValueError: If there are no validation samples, or if a strategy of this package does not log the metric.
     """
+    own = type(strategy).__module__.startswith("cl_lightning.")  # other strategies may log further metrics
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        watched = getattr(callback, "monitor", None) or ""
-        if not isinstance(callback, (EarlyStopping, ModelCheckpoint)) or not watched.startswith("val"):
+        if not isinstance(watched := getattr(callback, "monitor", None), str):
             continue
         name = type(callback).__name__
-        own = type(strategy).__module__.startswith("cl_lightning.")  # other strategies may log further metrics
-        if own and watched not in ("val/accuracy", "val/loss"):
-            raise ValueError(f"{name}: monitor is {watched!r}; the validation metrics are val/accuracy and val/loss")
-        if not any(len(part) for part in stream.val):
-            raise ValueError(
-                f"{name}: monitor is {watched!r}, but there are no validation samples; give --data.val_fraction 0.1"
-            )
+        check_monitor(name, watched, stream, only=METRICS if own else ())
+        if watched.startswith("val") and trainer.limit_val_batches == 0:
+            raise ValueError(f"{name}: monitor is {watched!r}, but trainer.limit_val_batches is 0; give at least 1")
+
+
+def check_memory(strategy: ContinualStrategy, stream: Stream) -> None:
+    """Warn, once and before training, if a memory of samples is smaller than the number of classes or of lists."""
+    for module in strategy.modules():
+        if not isinstance(module, Memory):
+            continue
+        lists = isinstance(module.policy, HerdingPolicy)
+        count = sum(len(task.classes) for task in stream.tasks) if lists else len(stream.order)
+        if module.size >= count or (module.size == 0 and not lists):  # a reservoir of 0 samples is no memory
+            continue
+        what = f"{count} lists of exemplars" if lists and count != len(stream.order) else f"{count} classes"
+        rank_zero_warn(
+            f"give --model.memory_size {20 * count}, or at least {count}: the memory of {type(strategy).__name__} has "
+            f"{module.size} samples for {what}, so that at least {count - module.size} of them have no exemplar; a "
+            "method that classifies by exemplars never predicts such a class"
+        )
 
 
 def check_names(trainer: Trainer, folder: Path) -> None:

@@ -171,7 +171,7 @@ def protocol(loop: Run) -> dict[str, Any]:
         "freeze_backbone": strategy.freeze_backbone,
         "task_ids_at_test": strategy.traits.task_ids == "needed",
         "memory_samples": sum(len(module) for module in strategy.modules() if isinstance(module, Memory)),
-        "optimizers": [_optimizer(optimizer) for optimizer in trainer.optimizers],
+        "optimizers": loop.optimizers,
         "precision": str(trainer.precision),
         "gradient_clip_val": trainer.gradient_clip_val,
         "callbacks": [class_path(callback) for callback in callbacks if callback not in loop.own_callbacks],
@@ -305,7 +305,8 @@ def _hash(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 
-def _optimizer(optimizer: Any) -> dict[str, Any]:
+def described(optimizer: Any) -> dict[str, Any]:
+    """Name and plain options of an optimizer, of its first group."""
     group = optimizer.param_groups[0]
     plain = {name: value for name, value in group.items() if isinstance(value, bool | int | float | str)}
     return {"name": type(optimizer).__name__, **{name: value for name, value in plain.items() if value == value}}

@@ -70,6 +70,8 @@ def restore(strategy: ContinualStrategy, trainer: Trainer, saved: Mapping[str, A
     except RuntimeError as error:
         first = " ".join(line.strip() for line in str(error).splitlines()[1:3])
         raise ValueError(f"the checkpoint is of another network or other options: {first}") from error
+    if (terms := saved["cl_lightning"].get("terms")) is not None:
+        strategy.terms.load_state_dict(terms, strategy.device)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if (state := saved["callbacks"].get(callback.state_key)) is not None:
             callback.load_state_dict(state)
@@ -92,6 +94,7 @@ class Run(Protocol):
         measured: Measures of each finished task.
         fingerprints: Hash of the data of each task.
         own_callbacks: Callbacks that the loop added.
+        optimizers: Names and options of the optimizers of the last fit.
     """
 
     trainer: Trainer
@@ -107,3 +110,6 @@ class Run(Protocol):
     measured: list[dict[str, float]]
     fingerprints: list[str]
     own_callbacks: tuple[Callback, ...]
+
+    @property
+    def optimizers(self) -> list[dict[str, Any]]: ...

@@ -21,7 +21,7 @@ from cl_lightning.batch import mix
 from cl_lightning.callback import AddsLosses, ContinualCallback, Progress
 from cl_lightning.data import FeatureCache
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.lightning_private import carry_timer
+from cl_lightning.lightning_private import carry_timer, log_at_global_step
 from cl_lightning.loop import checkpoint as checkpoints
 from cl_lightning.loop import results, run_lock
 from cl_lightning.loop.dry_run import dry_run
@@ -34,6 +34,7 @@ from cl_lightning.loop.options import (
     LoopOptions,
     check_balance,
     check_fit,
+    check_memory,
     check_names,
     check_phases,
     check_trainer,
@@ -92,6 +93,7 @@ class TaskLoop:
         self.measured: list[dict[str, float]] = []  # measures of each finished task, filled by ``results.collect``
         self.meter = CostMeter()
         self.fingerprints: list[str] = []
+        self._optimizers: list[dict[str, Any]] = []  # of the checkpoint from which the run was resumed
         self.stream: Stream
         self.started = False  # whether a step was taken, or a task closed
         self._phases: list[Phase] = []
@@ -119,6 +121,7 @@ class TaskLoop:
         # Tensors created under no_grad can be used in later gradients; tensors of inference mode cannot.
         trainer.test_loop.inference_mode = trainer.validate_loop.inference_mode = False
         install_fast_steps(trainer)
+        log_at_global_step(trainer)
         count_steps_per_fit(trainer, lambda: self._origin)
 
     # ------------------------------------------------------------------ public methods
@@ -154,8 +157,10 @@ class TaskLoop:
         check_phases(self.strategy, self.stream, self.options.phase_epochs)
         check_balance(self.strategy, self.datamodule, self.stream)
         check_watched(self.trainer, self.strategy, self.stream)
+        check_memory(self.strategy, self.stream)
         if saved is None:
-            dry_run(self.strategy, self.datamodule, self.trainer, callbacks=self.trainer.callbacks)  # type: ignore[attr-defined]
+            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+            dry_run(self.strategy, self.datamodule, self.trainer, callbacks=callbacks, epochs=self._epochs)
         if self.run_dir is not None:
             check_names(self.trainer, self._last.parent)
         held = self.run_dir if self.trainer.is_global_zero else None
@@ -394,6 +399,7 @@ class TaskLoop:
         self.position = Position(**part["place"])
         self.matrix.load_state_dict(part["matrix"])
         self.meter.load_state_dict(part["costs"])
+        self._optimizers = part.get("optimizers", [])  # missing in checkpoints of earlier releases
         strategy.task = self.stream.tasks[self.position.task]
 
     def _check_is_free(self, saved: Mapping[str, Any] | None) -> None:
@@ -442,6 +448,7 @@ class TaskLoop:
             "config": self.config,
             "seed": self.seed,
             "versions": results.versions(),
+            "optimizers": self.optimizers,
             "exact": self._is_saving,  # ModelCheckpoint and others save in the middle of the hooks of a step
         }
 
@@ -511,6 +518,11 @@ class TaskLoop:
             for old in kept[: -self.options.keep_tasks] if self.options.keep_tasks else []:
                 old.unlink()
             results.write(last.parents[1] / "results.json", self.results())
+
+    @property
+    def optimizers(self) -> list[dict[str, Any]]:
+        """Names and options of the optimizers of the last fit, also after a resumption that no fit followed."""
+        return [results.described(optimizer) for optimizer in self.trainer.optimizers] or self._optimizers
 
     def results(self) -> dict[str, Any]:
         """Results of the run so far, as plain values for JSON."""

@@ -209,7 +209,7 @@ class SecondTask(Finetune):
     ("wrong", "message"),
     [
         ("loss", r"\(task 1, phase 'train'\): SecondTask: RuntimeError: .*\(test_dry_run.py, line \d+\)"),
-        ("optimizer", r"\(task 1, phase 'second'\): .*Invalid learning rate: -1.0"),
+        ("optimizer", r"SecondTask: task 1, phase 'second': .*Invalid learning rate: -1.0"),
         ("end", r"\(task 1, end_task\): SecondTask: RuntimeError: .*\(test_dry_run.py, line \d+\)"),
     ],
 )
@@ -374,12 +374,13 @@ def test_what_methods_of_users_read_of_the_trainer_is_there(monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(SUBJECTS))
-def test_two_images_pass_through_all_methods(name, monkeypatch):
+def test_two_images_pass_through_all_methods(name):
     subject = SUBJECTS[name]
     loop = TaskLoop(trainer(*subject.callbacks()), subject.factory(), subject.data())
     loop._prepare(None)
-    monkeypatch.setattr(module, "_LEFT", ())
-    module._attempt(loop.strategy, loop.datamodule, loop.trainer, subject.callbacks(), 2)  # no second attempt
+    copies = module._copies(loop.strategy, subject.callbacks())
+    with module._without_trace(torch.device("cpu")):
+        module._DryRun(*copies, loop.datamodule, 2, loop.trainer, module._one).run()  # no second attempt
 
 
 class NoWidth(Backbone):

@@ -1,5 +1,7 @@
 """Evaluation of a strategy on the test or validation samples of the tasks seen so far."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,38 @@ from cl_lightning.data.feature_cache import KEYS, STORED
 from cl_lightning.distributed import all_sum
 from cl_lightning.measures import EvaluationResult, StreamAccuracy
 from cl_lightning.strategies.base.host import Host
+from cl_lightning.stream import Stream
+
+METRICS = ("val/accuracy", "val/loss")
+"""Metrics of an evaluation on the validation samples, for callbacks and schedules that monitor one."""
+
+
+def check_monitor(owner: str, monitor: str, stream: Stream, *, only: Sequence[str] = ()) -> None:
+    """Check that a metric that a callback or a schedule monitors will exist.
+
+    Args:
+        owner: Name of the class that monitors it, for the error.
+        monitor: Name of the metric.
+        stream: Stream with its validation samples.
+        only: All validation metrics that there are; empty if a strategy may log more of them.
+
+    Raises:
+        ValueError: If the metric is of validation samples, and the first task has none, or is none of ``only``.
+    """
+    if not monitor.startswith("val"):
+        return
+    if only and monitor not in only:
+        raise ValueError(f"{owner}: monitor is {monitor!r}; the validation metrics are {' and '.join(only)}")
+    if not any(len(part) for part in stream.val):
+        raise ValueError(
+            f"{owner}: monitor is {monitor!r}, but there are no validation samples; give --data.val_fraction 0.1, or "
+            "monitor train/loss"
+        )
+    if not len(stream.val[0]):
+        raise ValueError(
+            f"{owner}: monitor is {monitor!r}, but the first task has no validation samples; give a larger "
+            "--data.val_fraction, or monitor train/loss"
+        )
 
 
 class Evaluation:

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Literal, Self, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from cl_lightning.checks import at_least
+from cl_lightning.checks import at_least, one_of
 from cl_lightning.data import FeaturePool
+
+Interval = Literal["epoch", "step"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,15 @@ class PhaseOptions:
             a constant learning rate.
         batch_size: Rows per step of a phase on features, over all processes, at least 1; None for the batch size of the
             data module.
+        interval: Whether ``scheduler`` is stepped after each ``epoch`` or after each optimizer ``step``; None for the
+            interval of the strategy.
     """
 
     epochs: int | None = None
     optimizer: OptimizerCallable | None = None
     scheduler: LRSchedulerCallable | None = None
     batch_size: int | None = None
+    interval: Interval | None = None
 
     def filled(self, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None = None) -> Self:
         """A copy with this optimizer and schedule as defaults; the options themselves if they have an optimizer."""
@@ -39,6 +44,7 @@ class PhaseOptions:
     def __post_init__(self) -> None:
         at_least(self, 0, epochs=self.epochs, optional=True)
         at_least(self, 1, batch_size=self.batch_size, optional=True)
+        one_of(self, get_args(Interval), interval=self.interval, optional=True)
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,68 @@ own. These schedules get the number of epochs from the strategy, not from the co
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+from lightning.pytorch.cli import LRSchedulerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from cl_lightning.checks import above, at_least, within
+from cl_lightning.strategies.base.evaluation import check_monitor
+from cl_lightning.strategies.base.phases import Interval
+
+
+def scheduled(
+    optimizer: Optimizer, build: LRSchedulerCallable, interval: Interval | None, epochs: int, trainer: Any
+) -> OptimizerLRScheduler:
+    """An optimizer with its schedule, as ``configure_optimizers`` returns them.
+
+    Args:
+        optimizer: The optimizer of a phase.
+        build: Builds its schedule.
+        interval: Whether the schedule is stepped after each ``epoch`` or each optimizer ``step``; None for ``step``
+            with OneCycleLR and CyclicLR, which count batches, and for ``epoch`` with all others.
+        epochs: Length of the phase.
+        trainer: Trainer of the fit; its data module has the stream.
+
+    Raises:
+        ValueError: If the schedule ends before the phase does, or follows a metric that does not exist.
+    """
+    scheduler = build(optimizer)
+    name = type(scheduler).__name__
+    if isinstance(scheduler, ReduceLROnPlateau):
+        if interval == "step":  # Lightning would look for the metric after each step
+            raise ValueError(f"{name}: it follows a metric of each epoch; give scheduler_interval epoch")
+        monitor = getattr(scheduler, "monitor", "val/loss")
+        check_monitor(name, monitor, trainer.datamodule.stream)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+    if interval is None:
+        interval = "step" if isinstance(scheduler, OneCycleLR | CyclicLR) else "epoch"
+    length = epochs if interval == "epoch" else int(trainer.estimated_stepping_batches)
+    if isinstance(scheduler, PhaseSchedule):
+        scheduler.begin(length)
+    if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < length:
+        raise ValueError(
+            f"{name}: total_steps is {scheduler.total_steps}, but the phase has {length} {interval}s; give at least "
+            f"{length}, another scheduler_interval, or CosineOverPhase, which has the length of each phase"
+        )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
 
 class PhaseSchedule(LRScheduler):
-    """Base of schedules over the epochs of one phase; a subclass implements :meth:`factor`."""
+    """Base of schedules over the epochs of one phase; a subclass implements :meth:`factor`.
+
+    Where the schedule is stepped after each optimizer step, "epoch" means step in this class and its subclasses.
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.epochs = 1
         super().__init__(optimizer)
 
     def begin(self, epochs: int) -> None:
-        """Set the length of the phase, in epochs. Called by the strategy before the first step."""
+        """Set the length of the phase. Called by the strategy before the first step."""
         self.epochs = max(epochs, 1)
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = rate

@@ -23,8 +23,8 @@ from cl_lightning.models import MLP, Backbone, Head, LinearHead, Network, Output
 from cl_lightning.strategies.base.evaluation import Evaluation
 from cl_lightning.strategies.base.optimizers import apply_lr_factors, fuse, with_lr_factors, without_lr
 from cl_lightning.strategies.base.passes import Passes, StrategyData
-from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer
-from cl_lightning.strategies.base.schedules import PhaseSchedule
+from cl_lightning.strategies.base.phases import Interval, Phase, PhaseOptions, default_optimizer
+from cl_lightning.strategies.base.schedules import scheduled
 from cl_lightning.strategies.base.terms import AddsLosses, LossTerms
 from cl_lightning.strategies.base.traits import Traits
 from cl_lightning.stream import Task
@@ -50,8 +50,10 @@ class ContinualStrategy(LightningModule):
         head: Builds the classifier for a number of features; None for ``LinearHead``.
         optimizer: Builds an optimizer over the parameters that a phase trains; called for each phase. None for SGD with
             learning rate 0.05 and momentum 0.9.
-        scheduler: Builds the learning-rate schedule of an optimizer, stepped once per epoch; None for a constant
-            learning rate.
+        scheduler: Builds the learning-rate schedule of an optimizer; None for a constant learning rate.
+        scheduler_interval: Whether schedules are stepped after each ``epoch`` or after each optimizer ``step``; the
+            schedules over a phase (``CosineOverPhase``) then span its steps, and their ``warmup`` counts steps. None
+            for ``step`` with torch's OneCycleLR and CyclicLR, which count batches, and for ``epoch`` with all others.
         first_optimizer: As ``optimizer``, for the first task; None for ``optimizer``.
         first_scheduler: As ``scheduler``, for the first task; None for ``scheduler``, or for a constant learning rate
             if ``first_optimizer`` is given.
@@ -94,6 +96,7 @@ class ContinualStrategy(LightningModule):
         head: HeadFactory | None = None,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
+        scheduler_interval: Interval | None = None,
         first_optimizer: OptimizerCallable | None = None,
         first_scheduler: LRSchedulerCallable | None = None,
         loss_classes: LossClasses = "all",
@@ -115,7 +118,10 @@ class ContinualStrategy(LightningModule):
         # Not defaults of the signature: the command line would pass their options on to a class that replaces them.
         self.build_backbone: BackboneFactory = functools.partial(built, backbone or MLP)
         self.build_head: HeadFactory = head or LinearHead
-        self._options = PhaseOptions(optimizer=optimizer or default_optimizer, scheduler=scheduler)
+        one_of(self, get_args(Interval), scheduler_interval=scheduler_interval, optional=True)
+        self._options = PhaseOptions(
+            optimizer=optimizer or default_optimizer, scheduler=scheduler, interval=scheduler_interval
+        )
         self._first_options = PhaseOptions(optimizer=first_optimizer, scheduler=first_scheduler)
         self.loss_classes: LossClasses = loss_classes
         self._masked_logit: float | Literal["adaptive"] = -math.inf if masked_logit is None else masked_logit
@@ -373,6 +379,7 @@ class ContinualStrategy(LightningModule):
         batch.last_pass = self.epoch + 1 == self.phase.options.epochs and batch_idx % passes == passes - 1
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.terms.rate = optimizer.param_groups[0]["lr"]
         if self._arrived is not None:
             self.edit_gradients(self._arrived)
 
@@ -410,13 +417,8 @@ class ContinualStrategy(LightningModule):
         fuse(optimizer)
         if build_scheduler is None:
             return optimizer
-        scheduler = build_scheduler(optimizer)
-        if isinstance(scheduler, PhaseSchedule):
-            scheduler.begin(self.phase.options.epochs or 1)
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            monitor = getattr(scheduler, "monitor", "val/loss")
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
+        interval = self.phase.options.interval or self._options.interval
+        return scheduled(optimizer, build_scheduler, interval, self.phase.options.epochs or 1, self.trainer)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.evaluation.update(batch)
