@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from cl_lightning import distributed, report
@@ -180,6 +180,8 @@ class ContinualCLI(LightningCLI):
         hidden = given.get("enable_progress_bar") is False or given.get("barebones")
         if not hidden and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(StreamProgress())
+        if any(isinstance(callback, Checkpoint) for callback in callbacks):
+            kwargs["enable_checkpointing"] = True  # off by default, since the run writes its checkpoints itself
         try:
             return super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except TypeError as error:

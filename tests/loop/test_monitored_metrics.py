@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 from cl_lightning.batch import Batch
+from cl_lightning.cli import main
 from cl_lightning.datamodules.digits import Digits
 from cl_lightning.loop import LoopOptions, TaskLoop
 from cl_lightning.models import Output
@@ -298,3 +299,11 @@ def test_a_memory_of_fewer_samples_than_classes_warns_once_before_training(strat
     said = [str(warning.message) for warning in caught if "memory_size" in str(warning.message)]
     assert len(said) == (expected is not None)
     assert all(expected in message for message in said)
+
+
+def test_a_model_checkpoint_needs_no_further_option(tmp_path):
+    of_run = ["--run_dir", str(tmp_path / "run"), "--data.val_fraction", "0.2", "--trainer.max_epochs", "1"]
+    of_run += ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor", "val/accuracy"]
+    of_run += ["--loop.stop_after_task", "0", "--trainer.enable_progress_bar", "false"]
+    assert main(["fit", *of_run]) == 0
+    assert list((tmp_path / "run" / "checkpoints").glob("epoch=0*.ckpt"))
