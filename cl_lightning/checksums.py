@@ -119,7 +119,8 @@ def resume_from(target: Path, path: Path) -> None:
 
     Args:
         target: ``last.ckpt`` of the run.
-        path: The checkpoint to resume from; nothing happens if it is ``target`` or in another folder.
+        path: The checkpoint to resume from; nothing happens if it is ``target`` or in another folder. Checkpoints of
+            finished tasks stay; the run writes them again.
     """
     if path == target or path.parent != target.parent:
         return
@@ -131,14 +132,20 @@ def resume_from(target: Path, path: Path) -> None:
 
 
 def candidates(target: Path) -> list[Path]:
-    """Existing checkpoints of a run: ``target``, the earlier ones, then those of finished tasks, newest first.
+    """Existing checkpoints of a run: ``target``, then earlier ones and those of finished tasks, newest first.
 
     Args:
         target: ``last.ckpt`` of the run.
     """
-    aged = [path for path, _ in sorted(_aged(target), key=lambda pair: pair[1])]
-    tasks = sorted(target.parent.glob("task_*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    return [path for path in (target, *aged, *tasks) if path.is_file()]
+    others = _others(target)
+    others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)  # stable: a link is as old as its file
+    return [*([target] if target.is_file() else []), *others]
+
+
+def task_number(path: Path) -> int:
+    """Task of a file ``task_7.ckpt``; by number, because as text task_1000 comes before task_999."""
+    number = path.stem.removeprefix("task_")
+    return int(number) if number.isdecimal() else -1
 
 
 def newest(target: Path) -> tuple[Path | None, list[str]]:
@@ -150,15 +157,27 @@ def newest(target: Path) -> tuple[Path | None, list[str]]:
     Returns:
         The path, or None if there is none, and a message for each newer checkpoint that is damaged.
     """
-    problems: list[str] = []
+    damaged: dict[Path, str] = {}
+    whole = None
     for path in candidates(target):
         try:
             check(path)
         except DamagedError as error:
-            problems.append(str(error))
+            damaged[path] = str(error)
             continue
-        return path, problems
-    return None, problems
+        except OSError as error:
+            damaged[path] = f"checkpoint {path}: cannot be read ({error.strerror or error})"
+            continue
+        whole = path
+        break
+    return whole, [damaged[path] for path in (target, *_others(target)) if path in damaged]
+
+
+def _others(target: Path) -> list[Path]:
+    """Earlier checkpoints and those of finished tasks, each kind from the last one on."""
+    aged = [path for path, _ in sorted(_aged(target), key=lambda pair: pair[1])]
+    tasks = sorted(target.parent.glob("task_*.ckpt"), key=task_number, reverse=True)
+    return [path for path in (*aged, *tasks) if path.is_file()]
 
 
 def _aged(target: Path) -> list[tuple[Path, int]]:

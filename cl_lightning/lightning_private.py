@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization as AutomaticOptimization
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import RunningStage
@@ -25,6 +25,7 @@ __all__ = [
     "is_spawned",
     "keep_buffers_local",
     "log_at_global_step",
+    "renew_logger",
     "set_hook",
     "set_properties",
     "use_own_sampler",
@@ -105,6 +106,17 @@ def has_wandb_run(logger: WandbLogger) -> bool:
 def forget_wandb_run(logger: WandbLogger) -> None:
     """Forget a run of W&B that has ended: a later fit starts it again, with the same id."""
     logger._experiment = None
+
+
+def renew_logger(logger: Logger) -> None:
+    """Open a new file for a ``TensorBoardLogger`` whose writer has failed, since that writer fails for ever."""
+    if isinstance(logger, TensorBoardLogger):
+        failed, logger._experiment = logger._experiment, None
+        try:
+            logger.experiment  # noqa: B018  # opens the file
+        except BaseException:
+            logger._experiment = failed  # otherwise Lightning would open the file, outside of any guard
+            raise
 
 
 def wandb_options(logger: WandbLogger) -> dict[str, Any]:

@@ -39,8 +39,7 @@ ROOMS = (
         "loop",
         "the task loop, checkpoints and results",
         "task_loop, hooks, run (position, restore), options, lightning_support, dry_run, checkpoint, stopping, "
-        "nan_guard, "
-        "fast_step, warning_filters, run_lock, logging, results",
+        "nan_guard, fast_step, warning_filters, run_lock, logging, results, logger_guard",
     ),
     Room("callbacks", "mechanisms that cut across methods, one file each", "(top-level folder)"),
     Room("datamodules", "sources of data, one file each, over one base", "(top-level folder)"),
@@ -88,6 +87,7 @@ ROOMS = (
     Room("checks", "options of constructors that are out of range", "(porch)"),
     Room("hashing", "counter-based random numbers", "(porch)"),
     Room("lightning_private", "private names of Lightning that are touched", "(porch)"),
+    Room("files", "text files that are replaced as a whole", "(porch)"),
     Room("checksums", "files that show whether they are whole", "(porch)"),
     Room("renamed", "names of earlier releases in saved files", "(porch)"),
     Room("escape_control", "removal of control characters from printed names", "(porch)"),

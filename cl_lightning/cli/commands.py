@@ -1,6 +1,7 @@
 """The commands ``fit``, ``test``, ``validate`` and ``predict``, on LightningCLI."""
 
 import dis
+import errno
 import logging
 import os
 import re
@@ -356,6 +357,9 @@ def run(arguments: list[str]) -> int:
         started = cli is not None and cli.loop is not None and cli.loop.started
         if os.environ.get("CL_LIGHTNING_TRACEBACK"):
             raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"error: free the disk, then run the command again; {one_line(error)}", file=sys.stderr)
+            return 1
         if started and not isinstance(error, MisconfigurationException):
             if not is_own_message(error):
                 raise

@@ -2,11 +2,8 @@
 
 import csv
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +23,7 @@ from cl_lightning.data.images import IMAGE_SUFFIXES, pixels
 from cl_lightning.data.sources import checked
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.escape_control import printable, spreadsheet_cell, spreadsheet_path
+from cl_lightning.files import replaced
 from cl_lightning.loop import restore
 from cl_lightning.measures import AccuracyMatrix
 from cl_lightning.strategy import ContinualStrategy
@@ -146,27 +144,6 @@ def file_source(paths: list[Path], root: Path, shape: Sequence[int], *, skip_unr
 def cover(image: Image.Image, *, height: int, width: int) -> Tensor:
     """Scale an image until it covers ``(height, width)``, and crop the centre; uint8 ``(C, height, width)``."""
     return pixels(ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR))
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[TextIO]:
-    """A text file under a temporary name, renamed to ``path`` when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            yield file
-        os.chmod(name, 0o666 & ~_umask())  # temporary files are private
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class _Writer(Callback):

@@ -4,7 +4,9 @@ import csv
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,8 +21,10 @@ from torch import Tensor
 
 from cl_lightning.callback import ContinualCallback
 from cl_lightning.distributed import all_sum
+from cl_lightning.files import replaced
 from cl_lightning.lightning_private import forget_wandb_run, has_wandb_run, wandb_options
 from cl_lightning.loop import results
+from cl_lightning.loop.logger_guard import LoggerGuard
 from cl_lightning.loop.run import Run
 from cl_lightning.measures import headline_accuracy
 from cl_lightning.stream import Task
@@ -39,11 +43,14 @@ class MetricsFile(Logger):
     file when a run is resumed; this logger keeps the rows up to the checkpoint and removes later rows, which the
     resumed run logs again.
 
+    If the file cannot be written, ``save`` raises, keeps the rows and leaves the file as it was.
+
     Args:
         path: The file.
         keep: Number of rows of an earlier file to keep; None for all of them. If ``up_to`` is None as well, an earlier
             file is deleted.
         up_to: Largest step of the rows to keep; None for no limit.
+        rows: Rows after them that could not be written yet.
 
     Attributes:
         written: Number of rows in the file.
@@ -51,13 +58,19 @@ class MetricsFile(Logger):
 
     _FLUSH = 256  # largest number of rows that are not written yet
 
-    def __init__(self, path: str | Path, keep: int | None = None, up_to: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        keep: int | None = None,
+        up_to: int | None = None,
+        rows: Sequence[Mapping[str, str]] = (),
+    ) -> None:
         super().__init__()
         self.written = 0
         self.path = Path(path)
         self.columns = ["step"]
         self.expected: list[str] = []  # columns that later tasks will add
-        self.rows: list[dict[str, str]] = []  # not written yet
+        self.rows = [dict(row) for row in rows]  # not written yet
         if getattr(rank_zero_only, "rank", 0) == 0:
             self._begin(keep, up_to)
 
@@ -86,8 +99,9 @@ class MetricsFile(Logger):
             last.update(row)
         else:
             self.rows.append(row)
-        if len(self.rows) > self._FLUSH:
-            self.save()
+        if len(self.rows) % self._FLUSH == 0:
+            with suppress(OSError):  # reported by the next ``save``
+                self.save()
 
     @rank_zero_only
     def save(self) -> None:
@@ -98,15 +112,18 @@ class MetricsFile(Logger):
         new = [name for row in self.rows for name in row if name not in seen and not seen.add(name)]  # type: ignore[func-returns-value]
         if new:  # add the columns of later tasks too, so that the file is rewritten once and not after each task
             new += [name for name in self.expected if name not in seen]
-        rows, self.rows = self.rows, []
-        self.written += len(rows)
         if new or not self.path.exists():
             earlier = self._read()
-            self.columns += new
-            self._rewrite(earlier + rows)
-            return
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns).writerows(rows)
+            before, self.columns = self.columns, self.columns + new
+            try:
+                self._rewrite(earlier + self.rows)
+            except OSError:
+                self.columns = before
+                raise
+        else:
+            self._append()
+        self.written += len(self.rows)
+        self.rows = []
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -134,14 +151,20 @@ class MetricsFile(Logger):
             self.columns = list(reader.fieldnames or ["step"])
         return rows
 
+    def _append(self) -> None:
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerows(self.rows)
+        except OSError:
+            os.truncate(self.path, size)  # without the rows of which a part was written
+            raise
+
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_name(f".{self.path.name}.draft")
-        with draft.open("w", newline="", encoding="utf-8") as file:
+        with replaced(self.path) as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
-        draft.replace(self.path)
 
 
 class RunLogging(ContinualCallback):
@@ -168,6 +191,7 @@ class RunLogging(ContinualCallback):
         self.loop = loop
         self._prototypes: dict[str, float] = {}
         self._opened: list[WandbLogger] = []
+        self._guards: list[LoggerGuard] = []
 
     # ------------------------------------------------------------------ open and close
 
@@ -185,11 +209,15 @@ class RunLogging(ContinualCallback):
             path = loop.run_dir / "metrics.csv"
             others = [logger for logger in trainer.loggers if not _writes(logger, path)]
             # At the end, so that `trainer.logger` is still the logger that the user chose.
-            kept = {} if saved is None else {"keep": saved.get("rows"), "up_to": trainer.global_step}
-            trainer.loggers = [*others, MetricsFile(path, **kept)]
+            if saved is None:
+                file = MetricsFile(path)
+            else:
+                file = MetricsFile(path, saved.get("rows"), trainer.global_step, saved.get("unwritten_rows", ()))
+            trainer.loggers = [*others, file]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
                 self._open_wandb(logger, saved is not None)
+        self._guards = [LoggerGuard(logger) for logger in trainer.loggers]
 
     def __enter__(self) -> "RunLogging":
         return self
@@ -197,12 +225,14 @@ class RunLogging(ContinualCallback):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for logger in self.loop.trainer.loggers:
-            logger.save()
-        for logger in self._opened:
-            logger.experiment.finish(exit_code=0 if error is None else 1)
-            forget_wandb_run(logger)
-        self._opened = []
+        for guard in self._guards:
+            guard.try_again()
+            guard.logger.save()
+            if (logger := guard.logger) in self._opened:
+                guard.attempt(partial(logger.experiment.finish, exit_code=0 if error is None else 1))
+                forget_wandb_run(logger)
+            guard.release()
+        self._opened, self._guards = [], []
 
     def _open_wandb(self, logger: WandbLogger, resumed: bool) -> None:
         import wandb
@@ -242,10 +272,13 @@ class RunLogging(ContinualCallback):
         self._prototypes = prototype_gap(trainer, strategy, task) if trainer.loggers else {}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsFile):
+        for guard in self._guards:
+            if isinstance(logger := guard.logger, MetricsFile):
+                guard.try_again()
                 logger.save()  # so that the file has all rows up to the checkpoint
                 checkpoint["cl_lightning"]["rows"] = logger.written
+                if logger.rows:
+                    checkpoint["cl_lightning"]["unwritten_rows"] = logger.rows
 
     def task_done(self, task: Task) -> None:
         """Log the measures of a finished task, after its evaluation; called on all processes."""
@@ -264,12 +297,14 @@ class RunLogging(ContinualCallback):
             if name.endswith("task_00")
             for other in loop.stream.tasks
         ]
-        for logger in trainer.loggers:
+        for guard in self._guards:
+            logger = guard.logger
             if isinstance(logger, MetricsFile):
                 logger.expected = later
+            guard.try_again()
             logger.log_metrics(values, step=trainer.global_step)
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-                self._log_wandb(logger)
+                guard.attempt(partial(self._log_wandb, logger))
             logger.save()
 
     def _log_wandb(self, logger: WandbLogger) -> None:

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from cl_lightning.callback import ContinualCallback
 from cl_lightning.escape_control import printable
+from cl_lightning.files import replaced
 from cl_lightning.loop.run import Run
 from cl_lightning.measures import base_novel_harmonic, performance_drop
 from cl_lightning.memory import Memory
@@ -222,15 +223,10 @@ def summary(matrix: "AccuracyMatrix", stream: "Stream", task: int) -> dict[str, 
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON to a temporary file and rename it to ``path``, so that ``path`` is complete at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write JSON; an existing file is replaced atomically."""
     text = _indented(content)
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("w", encoding="utf-8") as file:
+    with replaced(path) as file:
         file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
 
 
 def _indented(value: Any, start: str = "\n") -> str:

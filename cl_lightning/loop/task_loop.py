@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Mapping
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +21,7 @@ from cl_lightning.batch import mix
 from cl_lightning.callback import AddsLosses, ContinualCallback, Progress
 from cl_lightning.data import FeatureCache
 from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.files import clear_drafts, replaced
 from cl_lightning.lightning_private import carry_timer, log_at_global_step
 from cl_lightning.loop import checkpoint as checkpoints
 from cl_lightning.loop import results, run_lock
@@ -28,6 +29,7 @@ from cl_lightning.loop.dry_run import dry_run
 from cl_lightning.loop.fast_step import install_fast_steps
 from cl_lightning.loop.hooks import LoopHooks
 from cl_lightning.loop.lightning_support import count_steps_per_fit, reset_best
+from cl_lightning.loop.logger_guard import silent_writers
 from cl_lightning.loop.logging import RunLogging
 from cl_lightning.loop.nan_guard import NanGuard
 from cl_lightning.loop.options import (
@@ -103,6 +105,7 @@ class TaskLoop:
             self._feature_cache = FeatureCache(folder, int(self.options.feature_cache_gb * 1e9))
         self._last_save = time.monotonic()
         self._is_saving = False
+        self._results_written = True  # since the last task
         self.newest: Path | None = None  # checkpoint from which the run can be resumed now
         self._driver = LoopHooks(self)
         self.stop_request = StopRequest(trainer)
@@ -168,6 +171,7 @@ class TaskLoop:
             run_lock.hold(held) if held is not None else nullcontext(),
             ignore_lightning_warnings(),
             self.stop_request.listening(),
+            silent_writers(),
             self.run_logging,
             closing(self.datamodule),
         ):
@@ -182,6 +186,8 @@ class TaskLoop:
                     break
                 if self.stop_request.made(now=True):
                     self._interrupt()
+            if not self._results_written:
+                self._write_results(needed=True)
         return self.matrix
 
     def test(self, ckpt_path: str | Path) -> AccuracyMatrix:
@@ -503,21 +509,51 @@ class TaskLoop:
             checksums.clear_torn(self._last.parent)
             if resumed is not None:
                 checksums.resume_from(self._last, resumed)
-            if self.config:
-                (self.run_dir / "config.yaml").write_text(self.config, encoding="utf-8")
-            self.stream.save(self.run_dir / "manifest.json")
-            results.write(self.run_dir / "results.json", self.results())
+            clear_drafts(self.run_dir)
+            try:
+                if self.config:
+                    with replaced(self.run_dir / "config.yaml") as file:
+                        file.write(self.config)
+                self.stream.save(self.run_dir / "manifest.json")
+                results.write(self.run_dir / "results.json", self.results())
+            except OSError as error:
+                raise ValueError(
+                    f"{self.run_dir}: cannot be written ({_in_words(error)}); free the disk, or give another --run_dir"
+                ) from error
 
     def _write_task(self, task: Task) -> None:
         self.run_logging.task_done(task)  # first, so that no checkpoint is ahead of the logs
         last = self.save()
         if last is not None and self.trainer.is_global_zero:
-            if self.options.keep_tasks != 0:
-                checksums.link(last, last.with_name(f"task_{task.index:03d}.ckpt"))
-            kept = sorted(last.parent.glob("task_[0-9]*.ckpt"), key=_task_of)
-            for old in kept[: -self.options.keep_tasks] if self.options.keep_tasks else []:
-                old.unlink()
-            results.write(last.parents[1] / "results.json", self.results())
+            with self._reporting(last.with_name(f"task_{task.index:03d}.ckpt")) as path:
+                if self.options.keep_tasks != 0:
+                    checksums.link(last, path)
+                kept = sorted(last.parent.glob("task_[0-9]*.ckpt"), key=checksums.task_number)
+                for old in kept[: -self.options.keep_tasks] if self.options.keep_tasks else []:
+                    old.unlink()
+            self._write_results()
+
+    def _write_results(self, *, needed: bool = False) -> None:
+        """Write ``results.json``; called on one process. If it is needed, an error is raised, otherwise reported."""
+        assert self.run_dir is not None
+        with self._reporting(self.run_dir / "results.json", needed=needed) as path:
+            self._results_written = False
+            results.write(path, self.results())
+            self._results_written = True
+
+    @contextmanager
+    def _reporting(self, path: Path, *, needed: bool = False) -> Iterator[Path]:
+        """Report that a file cannot be written; a run whose checkpoint is whole does not end for it."""
+        try:
+            yield path
+        except OSError as error:
+            message = f"{path}: cannot be written ({_in_words(error)}); "
+            if needed:
+                raise checkpoints.WriteError(
+                    f"{message}the run is complete and saved; free the disk, then resume with --ckpt_path last, which "
+                    "writes it"
+                ) from error
+            rank_zero_warn(f"{message}the run continues and tries again at the end of the next task")
 
     @property
     def optimizers(self) -> list[dict[str, Any]]:
@@ -541,12 +577,6 @@ class TaskLoop:
 def _effort(phase: Phase) -> float:
     """Cost of one row of a phase, relative to a forward and backward pass of an image; for the remaining time."""
     return 0.02 if phase.features is not None else 1.0
-
-
-def _task_of(path: Path) -> int:
-    """Task of a file ``task_7.ckpt``; by number, because as text task_1000 comes before task_999."""
-    number = path.stem.removeprefix("task_")
-    return int(number) if number.isdecimal() else -1
 
 
 def _in_words(error: OSError) -> str:

@@ -3,11 +3,11 @@
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from cl_lightning.files import replaced
 from cl_lightning.report import comparison, tables
 from cl_lightning.report.comparison import Comparison
 from cl_lightning.report.runs import load
@@ -115,25 +115,12 @@ def save(compared: Comparison, output: str | Path) -> Path:
     if path.is_dir():
         raise ValueError(f"--output {path} is a folder; give the name of a file")
     html = page.render(compared)
-    draft = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with replaced(path) as file:
             file.write(html)
-        os.chmod(draft, 0o666 & ~_umask())
-        os.replace(draft, path)
     except OSError as error:
-        if draft is not None:
-            Path(draft).unlink(missing_ok=True)
         raise ValueError(f"{path} cannot be written: {error.strerror}") from error
     return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def show(compared: Comparison, form: str = "table") -> None:

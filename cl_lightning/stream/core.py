@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cl_lightning.files import replaced
 from cl_lightning.hashing import IntArray, KeyArray, hash64, hash_names
 from cl_lightning.stream import manifest
 from cl_lightning.stream.draws import rank_in_group
@@ -314,10 +315,8 @@ class Stream:
 
     def save(self, path: str | Path) -> None:
         """Write the manifest as JSON; an existing file is replaced atomically."""
-        path = Path(path)
-        draft = path.with_name(path.name + ".draft")
-        draft.write_text(dumps(self.to_dict(), allow_nan=False, separators=(",", ":")) + "\n", encoding="utf-8")
-        draft.replace(path)
+        with replaced(path) as file:
+            file.write(dumps(self.to_dict(), allow_nan=False, separators=(",", ":")) + "\n")
 
     @staticmethod
     def load(path: str | Path) -> "Stream":

@@ -138,3 +138,29 @@ def test_torn_drafts_are_cleared_and_nothing_else(tmp_path):
         (tmp_path / name).touch()
     clear_torn(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "last.ckpt"]
+
+
+def test_the_newest_whole_file_may_be_of_a_finished_task(tmp_path):
+    """With ``last`` damaged, the age of a file counts, not the kind of its name; links of one file have one age."""
+    last = tmp_path / "last.ckpt"
+    for age, name in enumerate(("task_009", "last-1", "task_010", "last")):
+        written(tmp_path / f"{name}.ckpt")
+        os.utime(tmp_path / f"{name}.ckpt", ns=(age * 10**9, age * 10**9))
+    os.link(tmp_path / "task_010.ckpt", tmp_path / "task_1000.ckpt")
+    assert [path.stem for path in candidates(last)] == ["last", "task_1000", "task_010", "last-1", "task_009"]
+    last.write_bytes(b"torn")
+    assert newest(last)[0] == tmp_path / "task_1000.ckpt"
+
+
+def test_a_file_that_cannot_be_read_is_not_whole(tmp_path, monkeypatch):
+    last, earlier = tmp_path / "last.ckpt", tmp_path / "last-1.ckpt"
+    written(last)
+    written(earlier)
+
+    def broken(path, check=check):
+        if path == last:
+            raise OSError(5, "Input/output error")
+        check(path)
+
+    monkeypatch.setattr("cl_lightning.checksums.check", broken)
+    assert newest(last) == (earlier, [f"checkpoint {last}: cannot be read (Input/output error)"])
