@@ -1,11 +1,65 @@
-"""Text files that are replaced as a whole: a reader, a crash or a full disk never finds half of one."""
+"""Text files: read without waiting for a pipe, and replaced as a whole, so that nobody finds half of one."""
 
+import errno
 import os
 import secrets
+import select
+import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+
+def read_text(path: str | Path, errors: str = "strict") -> str:
+    """Text of a regular file in UTF-8; a named pipe or a device, which could block for ever, is refused.
+
+    Raises:
+        OSError: If it is not a regular file, or cannot be read.
+        UnicodeDecodeError: If it is not UTF-8, and ``errors`` is ``strict``.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
+    with open(descriptor, encoding="utf-8", errors=errors) as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        return file.read()
+
+
+def read_pipe(path: str | Path, *, most: int = 2**22, seconds: float = 10.0) -> bytes:
+    """Everything that the writer of a pipe writes until it closes it.
+
+    Args:
+        path: A named pipe, or a pipe of the shell, such as ``/dev/fd/63``.
+        most: Largest number of bytes.
+        seconds: Longest time without a byte, and until there is a writer.
+
+    Raises:
+        ValueError: If the pipe gives more, or nothing for so long.
+        OSError: If the pipe cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        content = b""
+        due = time.monotonic() + seconds
+        while True:
+            select.select([descriptor], [], [], max(due - time.monotonic(), 0.0))
+            try:
+                part: bytes | None = os.read(descriptor, 2**16)
+            except BlockingIOError:  # there is a writer, which has written nothing yet
+                part = None
+            if part:
+                content, due = content + part, time.monotonic() + seconds
+                if len(content) > most:
+                    raise ValueError(f"the pipe gives more than {most} bytes")
+            elif part == b"" and content:
+                return content
+            elif time.monotonic() >= due:
+                raise ValueError(f"nothing was written to the pipe for {seconds:g} seconds")
+            elif part == b"":
+                time.sleep(0.02)  # no writer yet
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -91,7 +91,8 @@ def last_of_newest_run() -> Path | None:
 def resolve_configs(arguments: Sequence[str]) -> list[str]:
     """The arguments with config names replaced by paths: ``--config er`` by ``experiments/**/er.yaml``.
 
-    A value is a name if it has neither a folder nor a suffix, and the working directory has no file of that name.
+    A value is a name if it has neither a folder nor a suffix, and the working directory has no file of that name. A
+    pipe is read, and replaced by its content.
     """
     resolved: list[str] = []
     for index, argument in enumerate(arguments):
@@ -106,6 +107,10 @@ def resolve_configs(arguments: Sequence[str]) -> list[str]:
 
 
 def _config_path(value: str) -> str:
+    try:
+        value = configs.of_pipe(value)
+    except ValueError as error:
+        fail(str(error))
     if not re.fullmatch(r"[\w-]+", value) or Path(value).exists() or value == "null":
         return value
     files = sorted(Path("experiments").rglob("*.yaml"))
@@ -161,7 +166,7 @@ def complete(arguments: list[str]) -> tuple[list[str], dict[str, Any] | None]:
     if path is not None:
         from cl_lightning.loop import checkpoint as checkpoints  # torch takes seconds to import
 
-        saved = checkpoints.load(path)["cl_lightning"]["config"]
+        saved = checkpoints.load(path)["cl_lightning"].get("config", "")
     if saved and not configs_of(rest):
         content = _of_checkpoint(saved, str(path))
         if command != "fit" and isinstance(trainer := content.get("trainer"), dict):

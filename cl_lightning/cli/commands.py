@@ -301,6 +301,7 @@ class ContinualCLI(LightningCLI):
                 Path(config.output),
                 skip_unreadable=config.skip_unreadable,
                 task=config.task,
+                path=ckpt_path,
             )
             for reason in skipped:
                 print(f"skipped {printable(str(reason))}", file=sys.stderr)

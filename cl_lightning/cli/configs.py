@@ -1,5 +1,6 @@
 """Reading of configuration files before the parser: size, nesting, repeated keys; errors are one line with the file."""
 
+import json
 import os
 import stat
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 
 from cl_lightning.escape_control import printable
+from cl_lightning.files import read_pipe, read_text
 
 _DEEPEST = 100
 _MOST = 100_000
@@ -32,7 +34,7 @@ def read(config: str) -> Any:
     if not stat.S_ISREG(kind):
         raise ValueError(f"{printable(where)}: not a regular file; give the path of a YAML file")
     try:
-        text = Path(config).read_text(encoding="utf-8")
+        text = read_text(config)
     except (OSError, ValueError) as error:
         raise ValueError(f"{printable(where)}: give a YAML file in UTF-8; this one cannot be read ({error})") from error
     content = parse(text, where)
@@ -44,20 +46,41 @@ def read(config: str) -> Any:
     return content
 
 
+def of_pipe(config: str) -> str:
+    """A configuration in place of the pipe that is given for it, such as ``<(command)`` of a shell; else as given.
+
+    A pipe can be read once, by one process: its content takes its place on the command line.
+
+    Raises:
+        ValueError: If it is too large, is not YAML, or nobody writes into the pipe.
+    """
+    if not _is_pipe(config):
+        return config
+    where = f"--config {config}"
+    try:
+        text = read_pipe(config).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{printable(where)}: give YAML in UTF-8; {error}") from error
+    return json.dumps(parse(text, where) or {}, default=str)
+
+
+def _is_pipe(path: str) -> bool:
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False  # no path
+
+
 def refuse_pipe(value: str) -> None:
     """Raise if there is a named pipe at a path, because reading it would wait for ever."""
-    try:
-        kind = os.stat(value).st_mode
-    except (OSError, ValueError):
-        return  # no path
-    if stat.S_ISFIFO(kind):
+    if _is_pipe(value):
         raise ValueError(f"{printable(value)} is a named pipe; give a file")
 
 
 def _text(path: str) -> str:
     if not os.path.isfile(path):
         raise ValueError(f"config {printable(path)}: not a regular file; give the path of a YAML file")
-    return Path(path).read_text(encoding="utf-8", errors="replace")
+    return read_text(path, errors="replace")
 
 
 def parse(text: str, where: str) -> Any:

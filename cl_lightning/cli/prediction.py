@@ -25,6 +25,7 @@ from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.escape_control import printable, spreadsheet_cell, spreadsheet_path
 from cl_lightning.files import replaced
 from cl_lightning.loop import restore
+from cl_lightning.loop.checkpoint_parts import named
 from cl_lightning.measures import AccuracyMatrix
 from cl_lightning.strategy import ContinualStrategy
 from cl_lightning.stream import Stream
@@ -40,6 +41,7 @@ def predict_folder(
     *,
     skip_unreadable: bool = False,
     task: int | None = None,
+    path: str | Path | None = None,
 ) -> tuple[int, list[Path]]:
     """Classify image files and write a CSV file: path, predicted class, and the probability of each class.
 
@@ -55,6 +57,7 @@ def predict_folder(
         skip_unreadable: Leave out files that are not readable images.
         task: Index of the task that the images belong to, for a strategy that makes use of it; None where it is not
             known.
+        path: Path of the checkpoint, for messages.
 
     Returns:
         Number of images, and the files that were left out.
@@ -64,10 +67,15 @@ def predict_folder(
     """
     part = saved["cl_lightning"]
     paths, root = find_images(images)
-    strategy.on_load_checkpoint(dict(saved))
-    restore(strategy, trainer, saved)
-    datamodule.load_state_dict(saved.get(type(datamodule).__qualname__, {}))
-    tasks, columns = strategy.task_columns.shape
+    with named(path):
+        strategy.on_load_checkpoint(dict(saved))
+        restore(strategy, trainer, saved)
+        datamodule.load_state_dict(saved.get(type(datamodule).__qualname__, {}))
+        seen = Stream.from_dict(json.loads(part["manifest"])).tasks[: strategy.task_columns.shape[0]]
+        names = part["class_names"][: strategy.task_columns.shape[1]]
+        if not len(seen) == strategy.task_columns.shape[0] or not len(names) == strategy.task_columns.shape[1]:
+            raise ValueError("its parts manifest, class_names and state_dict are of different streams")
+    tasks = len(seen)
     if not tasks:
         raise ValueError("predict: the checkpoint has seen no task yet")
     if strategy.traits.task_ids == "needed" and task is None:
@@ -81,7 +89,7 @@ def predict_folder(
             allowed = f"predictions of {type(strategy).__name__} do not depend on the task; leave it out"
         raise ValueError(f"predict: task is {task}; {allowed}")
     shape = part.get("raw_shape", strategy.image_shape)
-    strategy.task = Stream.from_dict(json.loads(part["manifest"])).tasks[tasks - 1]
+    strategy.task = seen[-1]
     source = file_source(paths, root, shape, skip_unreadable=skip_unreadable)
     kept = set(source.paths)
     plan = Plan(
@@ -92,7 +100,7 @@ def predict_folder(
     )
     loader = StreamLoader(source, torch.zeros(1, dtype=torch.int64), workers=datamodule.workers).over(plan)
     with replaced(output) as file:
-        writer = _Writer(file, source.paths, part["class_names"][:columns])
+        writer = _Writer(file, source.paths, names)
         trainer.callbacks.append(writer)  # type: ignore[attr-defined]
         try:
             trainer.predict(strategy, dataloaders=_NormalisedLoader(loader, datamodule), return_predictions=False)

@@ -156,6 +156,8 @@ class FeatureStore:
             return
         keys, rows = (torch.cat(part) for part in zip(*self._new, strict=True))
         self._new = []
+        finite = rows.isfinite().all(1)  # others are computed again
+        keys, rows = keys[finite], rows[finite]
         known = self._table.has(keys)
         if self.folder is not None and not known.all():
             self._unwritten.append((keys[~known], rows[~known]))
@@ -170,19 +172,40 @@ class FeatureStore:
     def _read(self, folder: Path) -> None:
         found: list[tuple[Tensor, Tensor]] = []
         size = 0
-        for path in sorted(folder.glob("*.pt")):
+        for path in sorted(path for path in folder.glob("*.pt") if path.is_file()):
             try:
                 checksums.check(path)
-                part = torch.load(path, "cpu", weights_only=True)
-            except (OSError, ValueError, RuntimeError) as error:
-                warnings.warn(f"feature cache: {path} cannot be used and is left out: {error}", stacklevel=2)
+                part = _checked(torch.load(path, "cpu", weights_only=True), self._table.rows.shape[1])
+            except Exception as error:  # the content of a foreign file leads to errors of all kinds
+                reason = " ".join(str(error).split()) or type(error).__name__
+                warnings.warn(f"feature cache: {path} cannot be used and is left out: {reason}", stacklevel=2)
                 continue
             size += part["rows"].nbytes
-            if part["format"] == _FORMAT and same_backbone(part["probe"], self.probe) and size <= self.room:
+            if same_backbone(part["probe"], self.probe) and size <= self.room:
                 found.append((part["keys"], part["rows"]))
         if found:
             keys, rows = (torch.cat(part) for part in zip(*found, strict=True))
             self._insert(keys, rows)
+
+
+def _checked(part: Any, num_features: int) -> dict[str, Tensor]:
+    """The content of a file, if it is what :meth:`FeatureStore.write` writes.
+
+    Raises:
+        ValueError: If it is not, with the reason.
+    """
+    if not isinstance(part, dict) or part.get("format") != _FORMAT:
+        raise ValueError("it is not a file of features of this version")
+    keys, rows, probe = (part.get(name) for name in ("keys", "rows", "probe"))
+    if not isinstance(keys, Tensor) or keys.dtype != torch.int64 or keys.ndim != 1:
+        raise ValueError("its keys are not a list of integers")
+    if not isinstance(rows, Tensor) or rows.dtype != torch.float32 or rows.shape != (len(keys), num_features):
+        raise ValueError(f"its rows are not {len(keys)} rows of {num_features} features")
+    if not isinstance(probe, Tensor) or not probe.is_floating_point():
+        raise ValueError("its probe is not a tensor of features")
+    if not rows.isfinite().all():
+        raise ValueError("it has features that are nan or infinite")
+    return {"keys": keys, "rows": rows, "probe": probe}
 
 
 def same_backbone(first: Tensor, second: Tensor) -> bool:

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from cl_lightning import checksums, renamed
+from cl_lightning.loop.checkpoint_parts import check_parts, named
 
 SCHEMA = 1
 """Version of the part under the key ``cl_lightning``; old versions stay readable."""
@@ -112,11 +113,13 @@ def load(path: str | Path) -> dict[str, Any]:
             "checkpoints of this framework hold tensors and plain values only"
         ) from error
     except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise checksums.DamagedError(f"checkpoint {path}: not a readable checkpoint ({reason})") from error
     part = checkpoint.get("cl_lightning") if isinstance(checkpoint, Mapping) else None
     if not isinstance(part, Mapping) or "schema" not in part:
         raise ValueError(f"checkpoint {path}: not written by this framework; it has no part 'cl_lightning'")
+    with named(path):
+        check_parts(checkpoint)
     if part["schema"] > SCHEMA:
         raise ValueError(
             f"checkpoint {path}: its version is {part['schema']}, this program reads up to {SCHEMA}; update it"

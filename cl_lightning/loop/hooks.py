@@ -52,12 +52,14 @@ class LoopHooks(Callback):
     def __init__(self, loop: HookedLoop) -> None:
         self.loop = loop
         self.closing: Task | None = None
+        self.restored = False  # whether Lightning has read the checkpoint of a fit that is resumed
         self._mid_epoch = False
         self._since_save = 0
         self._step = 0
         self._share = 1.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.restored = True
         self._step = trainer.global_step
         loader = trainer.train_dataloader
         # Share of the images that come from the stream: a loader may add samples of a memory, or serve features.

@@ -70,6 +70,8 @@ def restore(strategy: ContinualStrategy, trainer: Trainer, saved: Mapping[str, A
     except RuntimeError as error:
         first = " ".join(line.strip() for line in str(error).splitlines()[1:3])
         raise ValueError(f"the checkpoint is of another network or other options: {first}") from error
+    if strategy.task_columns.ndim != 2:
+        raise ValueError(f"its part task_columns has {strategy.task_columns.ndim} dimensions instead of 2")
     if (terms := saved["cl_lightning"].get("terms")) is not None:
         strategy.terms.load_state_dict(terms, strategy.device)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

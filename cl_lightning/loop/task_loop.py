@@ -25,6 +25,7 @@ from cl_lightning.files import clear_drafts, replaced
 from cl_lightning.lightning_private import carry_timer, log_at_global_step
 from cl_lightning.loop import checkpoint as checkpoints
 from cl_lightning.loop import results, run_lock
+from cl_lightning.loop.checkpoint_parts import named
 from cl_lightning.loop.dry_run import dry_run
 from cl_lightning.loop.fast_step import install_fast_steps
 from cl_lightning.loop.hooks import LoopHooks
@@ -152,7 +153,7 @@ class TaskLoop:
                 "cannot be resumed from it exactly; use --ckpt_path last, and this file for test and predict"
             )
         self._check_is_free(saved)
-        self._prepare(saved)
+        self._prepare(saved, path)
         stop, count = self.options.stop_after_task, len(self.stream)
         if stop is not None and stop >= count:
             raise ValueError(f"loop: stop_after_task is {stop}; the stream has {count} tasks, so at most {count - 1}")
@@ -192,7 +193,8 @@ class TaskLoop:
 
     def test(self, ckpt_path: str | Path) -> AccuracyMatrix:
         """Evaluate a checkpoint on the test data of all tasks so far, and return the matrix with this row."""
-        self._prepare(checkpoints.load(self._path_of(ckpt_path)))
+        path = self._path_of(ckpt_path)
+        self._prepare(checkpoints.load(path), path)
         task = self._last_seen()
         self.datamodule.begin(task)
         with ignore_lightning_warnings(), closing(self.datamodule):
@@ -201,7 +203,8 @@ class TaskLoop:
 
     def validate(self, ckpt_path: str | Path) -> dict[str, float]:
         """Accuracy and loss of a checkpoint on the validation samples of all tasks so far."""
-        self._prepare(checkpoints.load(self._path_of(ckpt_path)))
+        path = self._path_of(ckpt_path)
+        self._prepare(checkpoints.load(path), path)
         self.datamodule.begin(self._last_seen())
         if not self.datamodule.val_dataloader():
             raise ValueError("there are no validation samples; give data.val_fraction the value of the training run")
@@ -264,7 +267,8 @@ class TaskLoop:
         sources = [callback for callback in trainer.callbacks if isinstance(callback, AddsLosses)]  # type: ignore[attr-defined]
         self.strategy.begin_phase(phase, origin, sources)
         self._show_progress(task, index)
-        at = _resumed_at(self._files.read(resume)) if resume is not None else None
+        with named(resume):
+            at = _resumed_at(self._files.read(resume)) if resume is not None else None
         self.datamodule.begin_phase(
             index,
             self.strategy.replay_memory(),
@@ -279,7 +283,8 @@ class TaskLoop:
         trainer.fit_loop.max_epochs = origin + epochs
         trainer.fit_loop.min_epochs = origin + self._min_epochs if self._min_epochs else None
         path = str(resume) if resume is not None else None
-        trainer.fit(self.strategy, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
+        with named(resume, until=lambda: self._driver.restored):
+            trainer.fit(self.strategy, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
 
     def _evaluate(self, task: Task) -> None:
         self.strategy.task = task
@@ -348,13 +353,13 @@ class TaskLoop:
 
     # ------------------------------------------------------------------ before training
 
-    def _prepare(self, saved: Mapping[str, Any] | None) -> None:
+    def _prepare(self, saved: Mapping[str, Any] | None, path: Path | None) -> None:
         self._prepare_data()
         self.strategy.seed = self.seed
         self.datamodule.whole_batches = self.strategy.traits.transductive
         self.strategy.passes.cache = self._feature_cache
         self.strategy.passes.on_batch.append(self._stop_in_pass)
-        self.stream = self._match(saved) if saved is not None else self.datamodule.make_stream(self.seed)
+        self.stream = self._match(saved, path) if saved is not None else self.datamodule.make_stream(self.seed)
         self.fingerprints = [self.datamodule.fingerprint(task.index) for task in self.stream.tasks]
         if not self.strategy.is_built:
             self._seed()
@@ -365,7 +370,8 @@ class TaskLoop:
             self.datamodule.channels_last = True
             self.strategy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if saved is not None:
-            self._restore(saved)
+            with named(path):
+                self._restore(saved)
 
     def _prepare_data(self) -> None:
         """Download data in one process per machine; the other processes wait."""
@@ -382,13 +388,19 @@ class TaskLoop:
             self.datamodule.prepare_data()
         self.trainer.strategy.barrier("prepare_data")
 
-    def _match(self, saved: Mapping[str, Any]) -> Stream:
+    def _match(self, saved: Mapping[str, Any], path: Path | None) -> Stream:
         """The stream of a checkpoint, extended by tasks for the classes that the data have gained since."""
-        earlier = Stream.from_dict(json.loads(saved["cl_lightning"]["manifest"]))
         data = self.datamodule
-        data.load_state_dict(saved.get(type(data).__qualname__, {}))
+        with named(path):
+            earlier = Stream.from_dict(json.loads(saved["cl_lightning"]["manifest"]))
+            data.load_state_dict(saved.get(type(data).__qualname__, {}))
+            expected_hashes = saved["cl_lightning"]["fingerprints"]
+            if saved["cl_lightning"]["place"]["task"] >= len(earlier.tasks):
+                raise ValueError(
+                    f"its part place is in task {saved['cl_lightning']['place']['task']}, of {len(earlier)}"
+                )
         stream = data.make_stream(self.seed, earlier)
-        for index, expected in enumerate(saved["cl_lightning"]["fingerprints"]):
+        for index, expected in enumerate(expected_hashes):
             if index < len(stream.tasks) and data.fingerprint(index) != expected:
                 raise ValueError(
                     f"the checkpoint is of another stream: task {index} ({stream.tasks[index].name}) has other "
@@ -403,6 +415,8 @@ class TaskLoop:
         fit_loop.load_state_dict(saved["loops"]["fit_loop"])
         fit_loop.restarting = False  # a fit that is resumed within a phase restores the loop again
         self.position = Position(**part["place"])
+        if self.position.running and not saved["optimizer_states"]:
+            raise ValueError("its part optimizer_states is empty, in the middle of a phase")
         self.matrix.load_state_dict(part["matrix"])
         self.meter.load_state_dict(part["costs"])
         self._optimizers = part.get("optimizers", [])  # missing in checkpoints of earlier releases

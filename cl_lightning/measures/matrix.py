@@ -129,10 +129,24 @@ class AccuracyMatrix:
         return {name: getattr(self, name).clone() for name in self._FIELDS + self._OF_CLASSES}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore a state; it may have any number of tasks."""
+        """Restore a state; it may have any number of tasks.
+
+        Raises:
+            ValueError: If a tensor has another shape or kind than the numbers of tasks and classes make it.
+        """
         fresh = type(self)(len(state["totals"]))
+        classes = state["per_class"].shape[-1:] if "per_class" in state else torch.Size([0])
         for name in self._FIELDS + self._OF_CLASSES:
-            setattr(self, name, state.get(name, getattr(fresh, name)).cpu().clone())
+            value: Tensor = getattr(fresh, name)
+            found = state.get(name, value).cpu()
+            expected = value.shape if name in self._FIELDS else (*value.shape[:1], *classes)
+            if name == "confusion":  # of the latest evaluation, which may have had fewer classes
+                expected = (found.shape[:1] * 2) if found.ndim else classes
+            if found.shape != torch.Size(expected) or found.is_floating_point() != value.is_floating_point():
+                raise ValueError(
+                    f"{name} of the accuracy matrix has {found.dtype} {tuple(found.shape)}, not {tuple(expected)}"
+                )
+            setattr(self, name, found.clone())
 
     def to_dict(self) -> dict[str, Any]:
         """Nested lists for JSON, None for nan; without the confusion matrix, which has C^2 entries."""

@@ -13,6 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cl_lightning.files import read_text
 from cl_lightning.report.fields import (
     FILE,
     Parser,
@@ -313,7 +314,7 @@ def read(folder: Path) -> Run:
         raise ValueError(f"{constant} is not a number")
 
     try:
-        data = json.loads((folder / FILE).read_text(encoding="utf-8"), parse_constant=refuse)
+        data = json.loads(read_text(folder / FILE), parse_constant=refuse)
         written = (folder / FILE).stat().st_mtime
     except OSError as error:
         raise UnusableRunError(f"{FILE} cannot be read: {error.strerror}") from None

@@ -7,6 +7,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 
+from cl_lightning.files import read_text
 from cl_lightning.hashing import IntArray
 from cl_lightning.stream.tasks import Segment, Shift, number_tasks
 
@@ -31,7 +32,7 @@ def parse(path: str | Path) -> Any:
         raise ValueError(f"{constant} is not a number")
 
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+        return json.loads(read_text(path), parse_constant=refuse)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except RecursionError as error:

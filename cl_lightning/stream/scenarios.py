@@ -3,10 +3,10 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from cl_lightning.files import read_text
 from cl_lightning.hashing import IntArray
 from cl_lightning.stream import draws
 from cl_lightning.stream.core import DatasetInfo, Stream
@@ -220,7 +220,7 @@ def read_lists(path: str) -> list[list[int]]:
         ValueError: If there is no such file, or it holds anything other than integers.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
         if text.lstrip().startswith("["):
             lists = json.loads(text)
         else:

@@ -1,4 +1,5 @@
 import functools
+import os
 import threading
 import warnings
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
+from cl_lightning import checksums
 from cl_lightning.data import FeatureCache, FeatureStore, RandomCrop, RandomHorizontalFlip, TensorSource
 from cl_lightning.data.feature_cache import identities
 from cl_lightning.datamodules.base import ContinualDataModule
@@ -345,3 +347,36 @@ def test_files_are_distinguished_by_what_they_are(tmp_path: Path):
     Image.new("L", (5, 5), 250).save(source.paths[2])
     changed = identities(source) != first
     assert changed.tolist() == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda part: [1], "not a file of features"),
+        (lambda part: {**part, "format": 9}, "not a file of features of this version"),
+        (lambda part: {"format": 1}, "its keys are not a list of integers"),
+        (lambda part: {**part, "keys": part["keys"].float()}, "its keys are not"),
+        (lambda part: {**part, "rows": part["rows"][:, :2]}, "its rows are not 4 rows of 3 features"),
+        (lambda part: {**part, "rows": part["rows"][1:]}, "its rows are not 4 rows"),
+        (lambda part: {**part, "rows": part["rows"] * float("nan")}, "nan or infinite"),
+        (lambda part: {**part, "probe": 3}, "its probe is not a tensor"),
+    ],
+)
+def test_a_whole_file_of_other_content_is_left_out_and_named(tmp_path, change, reason):
+    part = {"format": 1, "keys": torch.arange(4), "rows": torch.ones(4, 3), "probe": torch.zeros(2, 3)}
+    for name, content in (("right", part), ("wrong", change(part))):
+        torch.save(content, tmp_path / f"{name}.pt")
+        checksums.seal(tmp_path / f"{name}.pt")
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.warns(UserWarning, match=rf"{tmp_path}/wrong.pt cannot be used and is left out: .*{reason}"):
+        assert len(store(tmp_path)) == 4
+
+
+def test_features_that_are_not_finite_are_not_stored(tmp_path):
+    made = store(tmp_path)
+    rows = torch.ones(3, 3)
+    rows[1, 2] = float("nan")
+    made.add(torch.arange(3), rows)
+    assert made.table().has(torch.arange(3)).tolist() == [True, False, True]
+    made.write()
+    assert len(store(tmp_path)) == 2
