@@ -12,18 +12,25 @@ from pathlib import Path
 from typing import TextIO
 
 
-def read_text(path: str | Path, errors: str = "strict") -> str:
-    """Text of a regular file in UTF-8; a named pipe or a device, which could block for ever, is refused.
+def require_regular(path: str | Path) -> None:
+    """Refuse a named pipe, whose opening could block for ever, a device, and a folder.
 
     Raises:
-        OSError: If it is not a regular file, or cannot be read.
+        OSError: If there is nothing at the path, or no regular file.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+def read_text(path: str | Path, errors: str = "strict") -> str:
+    """Text of a regular file in UTF-8.
+
+    Raises:
+        OSError: As :func:`require_regular`, or if the file cannot be read.
         UnicodeDecodeError: If it is not UTF-8, and ``errors`` is ``strict``.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
-    with open(descriptor, encoding="utf-8", errors=errors) as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-        return file.read()
+    require_regular(path)
+    return Path(path).read_text(encoding="utf-8", errors=errors)
 
 
 def read_pipe(path: str | Path, *, most: int = 2**22, seconds: float = 10.0) -> bytes:

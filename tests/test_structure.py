@@ -148,6 +148,35 @@ def test_private_names_of_lightning_stand_in_one_file():
     assert found == ["cl_lightning/lightning_private.py"]
 
 
+def test_private_names_of_the_parser_stand_in_one_file_and_exist():
+    import argparse
+    import re
+
+    import jsonargparse
+
+    from cl_lightning import parser_private as private
+
+    names = r"jsonargparse\._|\b_actions\b|_SubParsersAction|_name_parser_map|_typehint\b"
+    found = [
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "cl_lightning").rglob("*.py")
+        if re.search(names, path.read_text(encoding="utf-8"))
+    ]
+    assert found == ["cl_lightning/parser_private.py"]
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--number", type=int | None)
+    assert [private.type_hint(a) for a in private.actions(parser) if a.dest == "number"] == [int | None]
+    inner = argparse.ArgumentParser()
+    made = inner.add_subparsers()
+    command = made.add_parser("go")
+    assert [private.commands(action) for action in private.actions(inner)] == [[], [command]]
+    with private.settings_restored():
+        jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        assert private.parsing_settings["omegaconf_absolute_to_relative_paths"]
+        private.parsing_settings["unknown"] = 1
+    assert "unknown" not in private.parsing_settings
+
+
 def test_private_names_of_lightning_exist(tmp_path):
     import torch
     from lightning.pytorch import LightningModule, Trainer

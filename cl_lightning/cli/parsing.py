@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from omegaconf.errors import OmegaConfBaseException
 
 from cl_lightning.escape_control import printable
+from cl_lightning.parser_private import actions, commands
 
 
 class Parser(LightningArgumentParser):
@@ -48,11 +49,10 @@ class Parser(LightningArgumentParser):
 def option_names(parser: argparse.ArgumentParser) -> list[str]:
     """Keys of a parser and its sub-parsers, without leading dashes."""
     names: set[str] = set()
-    for action in parser._actions:
+    for action in actions(parser):
         names.update(option.lstrip("-") for option in action.option_strings if option.startswith("--"))
-        if isinstance(action, argparse._SubParsersAction):
-            for inner in action._name_parser_map.values():
-                names.update(option_names(inner))
+        for inner in commands(action):
+            names.update(option_names(inner))
     return sorted(name for name in names if not name.endswith((".help", "+")))
 
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
-from jsonargparse._common import parsing_settings
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.accelerators import Accelerator
@@ -37,6 +36,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 from cl_lightning.escape_control import printable
+from cl_lightning.parser_private import actions, settings_restored, type_hint
 
 FLAG = "--trust_checkpoint"
 PACKAGES = ("cl_lightning", "torch", "torchvision", "timm", "lightning", "torchmetrics")
@@ -324,7 +324,7 @@ def types_of(found: Any) -> dict[str, Any]:
 
 def option_types(parser: Any) -> dict[str, Any]:
     """Types of the options of a parser by key, as far as they have one."""
-    hints = ((action.dest, getattr(action, "_typehint", None)) for action in parser._actions)
+    hints = ((action.dest, type_hint(action)) for action in actions(parser))
     return {key: hint for key, hint in hints if hint is not None and not key.endswith(".help")}
 
 
@@ -381,12 +381,9 @@ def check(content: Any, types: Mapping[str, Any], path: str, arguments: Sequence
 @contextmanager
 def only_allowed_imports(arguments: Sequence[str]) -> Iterator[None]:
     """Let the parser import nothing but ``PACKAGES`` without their excluded parts, and what the arguments name."""
-    before = dict(parsing_settings)
     roots = {value.partition(".")[0] for values in named_by(arguments).values() for value in values}
-    try:
+    with settings_restored():
         set_parsing_settings(
             import_path_denylist=["*", *_EXCLUDED], import_path_allowlist=[*PACKAGES, *sorted(roots - {"jsonargparse"})]
         )
         yield
-    finally:
-        parsing_settings.update(before)

@@ -485,3 +485,10 @@ def test_errors_of_a_thread_arrive():
 
     with pytest.raises(ValueError, match="item 70 is bad"):
         decoded(DatasetSource(Bad([picture()] * 100, [0] * 100, targets=[0] * 100), threads=True))
+
+
+def test_a_pipe_among_image_files_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    for read in (looks_whole, lambda path: open_image(path, "RGB")):
+        with pytest.raises(ValueError, match=r"x\.png: not a readable image \(it is not a regular file\)"):
+            read(tmp_path / "x.png")
