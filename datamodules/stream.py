@@ -15,6 +15,7 @@ from cl_lightning.data import Compose, Context, FileSource, Normalize, SampleSou
 from cl_lightning.data.feature_cache import KEYS, STORED
 from cl_lightning.data.scaling import InputSize, measured
 from cl_lightning.data.sources import checked, decoded
+from cl_lightning.recorded import options_of
 from cl_lightning.stream import ClassIncremental, DatasetInfo, Scenario, Segment, Stream
 
 _EVAL_VALUES = 512 * 3 * 32 * 32
@@ -86,6 +87,7 @@ class StreamDataModule(LightningDataModule):
         in_memory: bool | None = None,
     ) -> None:
         super().__init__()
+        self._recorded = options_of(self)
         at_least(self, 1, batch_size=batch_size)
         at_least(self, 1, optional=True, eval_batch_size=eval_batch_size)
         at_least(self, 0, workers=workers)

@@ -87,6 +87,7 @@ ROOMS = (
     Room("checks", "options of constructors that are out of range", "(porch)"),
     Room("hashing", "counter-based random numbers", "(porch)"),
     Room("lightning_private", "private names of Lightning that are touched", "(porch)"),
+    Room("recorded", "options of objects made in Python, as plain values", "(porch)"),
     Room("parser_private", "private names of jsonargparse that are touched", "(porch)"),
     Room("files", "text files that are replaced as a whole", "(porch)"),
     Room("checksums", "files that show whether they are whole", "(porch)"),

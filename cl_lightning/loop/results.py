@@ -15,6 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    DeviceStatsMonitor,
+    LearningRateMonitor,
+    ModelSummary,
+    ProgressBar,
+)
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +33,7 @@ from cl_lightning.files import replaced
 from cl_lightning.loop.run import Run
 from cl_lightning.measures import base_novel_harmonic, performance_drop
 from cl_lightning.memory import Memory
+from cl_lightning.recorded import described
 
 if TYPE_CHECKING:
     from cl_lightning.measures import AccuracyMatrix
@@ -54,6 +62,11 @@ _LOGIN = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)(?:([^\s/?#:@]*):[^\s/?#]*|[^\
 _QUERY = re.compile(r"(?<=[?&;])([\w.-]+)=([^&;#\s]+)")
 _LEAST_SECRET = 8  # characters; a shorter value of a variable may be an ordinary word
 _REMOVED = "(removed)"
+_TRAINER = (
+    *("max_epochs", "min_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val"),
+    *("gradient_clip_algorithm", "world_size", "check_val_every_n_epoch", "val_check_interval"),
+    *("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches"),
+)
 _PACKAGES = ("cl-lightning", "torch", "lightning", "torchmetrics", "torchvision", "timm", "numpy", "scikit-learn")
 
 
@@ -85,7 +98,7 @@ def collect(loop: Run) -> dict[str, Any]:
     content = {
         "schema": SCHEMA,
         "strategy": class_path(strategy),
-        "config": yaml.safe_load(loop.config) if loop.config else None,
+        "config": yaml.safe_load(loop.config or loop.recorded),
         "seed": loop.seed,
         "seeds": {"run": loop.seed, "data": data.seed, "stream": [part.seed for part in stream.parts]},
         "tasks": [
@@ -122,6 +135,29 @@ def collect(loop: Run) -> dict[str, Any]:
             name = type(callback).__name__
             content[_free_key(_OLD_NAMES.get(name, name), content)] = found
     return content
+
+
+def recorded(loop: Run) -> str:
+    """Options of a run that was made in Python, as YAML in the form of a configuration and without secrets.
+
+    These are the arguments of strategy and data module, the options of the loop, and those of the Trainer that can
+    change a result, with its callbacks.
+    """
+    trainer, strategy = loop.trainer, loop.strategy
+    observers = (Checkpoint, ProgressBar, ModelSummary, LearningRateMonitor, DeviceStatsMonitor)
+    callbacks = [item for item in trainer.callbacks if not isinstance(item, observers)]  # type: ignore[attr-defined]
+    content = {
+        "seed_everything": loop.seed,
+        "model": described(strategy),
+        "data": described(loop.datamodule),
+        "trainer": {
+            **{name: described(getattr(trainer, name)) for name in _TRAINER},
+            "strategy": class_path(trainer.strategy),
+            "callbacks": [described(callback) for callback in callbacks],
+        },
+        "loop": described(vars(loop.options)),
+    }
+    return without_secrets(yaml.safe_dump(content, sort_keys=False))
 
 
 def measures(matrix: "AccuracyMatrix", stream: "Stream", task: int) -> dict[str, float]:

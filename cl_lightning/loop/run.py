@@ -90,6 +90,7 @@ class Run(Protocol):
         trainer, strategy, datamodule, options: Arguments of the loop.
         run_dir: Folder of the run; None to write nothing.
         seed, config: Seed of the run, and its configuration as YAML without secrets.
+        recorded: In place of a configuration, the options of a run that was made in Python.
         stream: Tasks of the run.
         matrix: Accuracies so far.
         meter: Costs so far.
@@ -106,6 +107,7 @@ class Run(Protocol):
     run_dir: Path | None
     seed: int
     config: str
+    recorded: str
     stream: Stream
     matrix: AccuracyMatrix
     meter: CostMeter

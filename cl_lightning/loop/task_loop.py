@@ -88,6 +88,7 @@ class TaskLoop:
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.seed, self.config = seed, results.without_secrets(config)
         self.epochs = check_trainer(trainer, self.options)
+        self.recorded = "" if config else results.recorded(self)
         self._min_epochs = trainer.min_epochs
         trainer.strategy.checkpoint_io = self._files
         self.position = Position()

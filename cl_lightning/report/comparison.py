@@ -243,9 +243,17 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 def _grouped(runs: Sequence[Run]) -> tuple[list[tuple[Run, ...]], list[Problem]]:
     by_key: dict[Hashable, dict[Hashable, Run]] = {}
     repeated = []
+    unrecorded: dict[Hashable, list[Run]] = {}
     for run in runs:
         config = None if run.config is None else frozenset(comparable(run.config).items())
         key: tuple[Hashable, ...] = (run.strategy, config, run.finished, _size(run))
+        if config is None:  # what is known of the options is the protocol
+            known = {name: text for name, text in run.protocol.texts.items() if name not in ("mean", "std")}
+            key = (
+                *key,
+                frozenset(known.items()),
+            )  # mean and std may be those of the first task, which depend on the seed
+            unrecorded.setdefault(key, []).append(run)
         # Runs of one seed are separate groups unless they are known to have the same options and data.
         while (other := by_key.get(key, {}).get(run.draw)) is not None and (
             config is None or other.fingerprints != run.fingerprints
@@ -258,6 +266,12 @@ def _grouped(runs: Sequence[Run]) -> tuple[list[tuple[Run, ...]], list[Problem]]
             members[run.draw] = kept
         else:
             members[run.draw] = run
+    repeated += [
+        Problem(run.name, f"has no recorded options; it is grouped with {_some(others)}, which may have other options")
+        for alike in unrecorded.values()
+        for run in alike
+        if (others := [other.name for other in alike if other is not run])
+    ]
     return [tuple(members.values()) for members in by_key.values()], repeated
 
 

@@ -20,6 +20,7 @@ from cl_lightning.lightning_private import HOOK_NAME
 from cl_lightning.losses import cross_entropy, masked_logits
 from cl_lightning.memory import Memory, bytes_by_kind, restore_shapes
 from cl_lightning.models import MLP, Backbone, Head, LinearHead, Network, Output, batch_norms, built, joined
+from cl_lightning.recorded import options_of
 from cl_lightning.strategies.base.evaluation import Evaluation
 from cl_lightning.strategies.base.optimizers import apply_lr_factors, fuse, with_lr_factors, without_lr
 from cl_lightning.strategies.base.passes import Passes, StrategyData
@@ -106,6 +107,7 @@ class ContinualStrategy(LightningModule):
         lr_factors: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
+        self._recorded = options_of(self)
         one_of(self, get_args(LossClasses), loss_classes=loss_classes)
         one_of(self, get_args(FreezeNorm), freeze_norm=freeze_norm)
         if masked_logit != "adaptive":
