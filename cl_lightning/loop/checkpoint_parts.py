@@ -57,6 +57,7 @@ _FORMS: Mapping[str, Any] = {
         ],
         "config": str,
         "seed": int,
+        "processes": _Natural,
         "versions": _Each(str, str),
         "exact": bool,
         "rows": _Natural,

@@ -337,7 +337,7 @@ def _hash(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 
-def described(optimizer: Any) -> dict[str, Any]:
+def optimizer_options(optimizer: Any) -> dict[str, Any]:
     """Name and plain options of an optimizer, of its first group."""
     group = optimizer.param_groups[0]
     plain = {name: value for name, value in group.items() if isinstance(value, bool | int | float | str)}

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cl_lightning.batch import ImageShape
@@ -54,6 +55,17 @@ class Position:
     origin: int = 0
     done: bool = False
     learnt: bool = False
+
+
+def check_processes(saved: Mapping[str, Any], processes: int) -> None:
+    """Warn if a run is resumed with another number of processes than its checkpoint was written with."""
+    before = saved["cl_lightning"].get("processes", processes)
+    if before != processes:
+        rank_zero_warn(
+            f"the checkpoint is of a run with {before} process{'es' if before > 1 else ''}, this one has {processes}; "
+            "the results may differ from those of an uninterrupted run by rounding, by the random numbers of dropout, "
+            "and by batch normalisation, whose statistics are those of the samples of each process"
+        )
 
 
 def restore(strategy: ContinualStrategy, trainer: Trainer, saved: Mapping[str, Any]) -> None:

@@ -43,7 +43,7 @@ from cl_lightning.loop.options import (
     check_trainer,
     check_watched,
 )
-from cl_lightning.loop.run import Position, _class_path, restore
+from cl_lightning.loop.run import Position, _class_path, check_processes, restore
 from cl_lightning.loop.stopping import Interrupted, StopRequest
 from cl_lightning.loop.warning_filters import ignore_lightning_warnings
 from cl_lightning.measures import AccuracyMatrix, CostMeter, headline_accuracy
@@ -154,6 +154,8 @@ class TaskLoop:
                 "cannot be resumed from it exactly; use --ckpt_path last, and this file for test and predict"
             )
         self._check_is_free(saved)
+        if saved is not None:
+            check_processes(saved, self.trainer.world_size)
         self._prepare(saved, path)
         stop, count = self.options.stop_after_task, len(self.stream)
         if stop is not None and stop >= count:
@@ -468,6 +470,7 @@ class TaskLoop:
             "costs": self.meter.state_dict(),
             "config": self.config,
             "seed": self.seed,
+            "processes": distributed.world_size(),
             "versions": results.versions(),
             "optimizers": self.optimizers,
             "exact": self._is_saving,  # ModelCheckpoint and others save in the middle of the hooks of a step
@@ -573,7 +576,7 @@ class TaskLoop:
     @property
     def optimizers(self) -> list[dict[str, Any]]:
         """Names and options of the optimizers of the last fit, also after a resumption that no fit followed."""
-        return [results.described(optimizer) for optimizer in self.trainer.optimizers] or self._optimizers
+        return [results.optimizer_options(optimizer) for optimizer in self.trainer.optimizers] or self._optimizers
 
     def results(self) -> dict[str, Any]:
         """Results of the run so far, as plain values for JSON."""

@@ -15,6 +15,10 @@ def herding_indices(features: Tensor, count: int, *, normalize: bool = True, nor
     since k^2 times the squared distance differs from the right side by terms without i. Each choice costs one product
     of the feature matrix and a vector. The first m choices equal ``herding_indices(features, m)``.
 
+    Rows that are equally good go by their order: two rows are always equally far from their mean, and rounding, which
+    depends on the batch in which a feature was computed and on the number of processes, must not decide. Equally good
+    is a right side within 1e-6 k max ||phi||^2, ten times the rounding of features in float32.
+
     Args:
         features: Features of one class, ``(n, d)``; the computation is in float64.
         count: Number of rows to choose; all rows if there are fewer.
@@ -29,9 +33,12 @@ def herding_indices(features: Tensor, count: int, *, normalize: bool = True, nor
     mu = phi.mean(0)
     mu = F.normalize(mu, dim=0) if normalize_mean else mu
     square, with_mean, with_sum = phi.square().sum(1), phi @ mu, torch.zeros_like(phi[:, 0])  # (n,)
+    tolerance = 1e-6 * square.max() if len(square) else 0.0
     chosen = []
     for k in range(1, min(count, phi.shape[0]) + 1):
-        row = (square + 2 * with_sum - 2 * k * with_mean).argmin(0, keepdim=True)  # a tensor: no synchronisation
+        cost = square + 2 * with_sum - 2 * k * with_mean
+        equal = cost <= cost.amin() + k * tolerance
+        row = equal.byte().argmax(0, keepdim=True)  # the first; a tensor: no synchronisation
         chosen.append(row)
         with_sum += phi @ phi.index_select(0, row)[0]
         square.index_fill_(0, row, float("inf"))  # a row is chosen once
