@@ -56,6 +56,8 @@ _FORMS: Mapping[str, Any] = {
             }
         ],
         "config": str,
+        "recorded": str,
+        "option_changes": [{"task": _Natural, **dict.fromkeys(("option", "before", "now", "holds"), str)}],
         "seed": int,
         "processes": _Natural,
         "versions": _Each(str, str),

@@ -99,6 +99,7 @@ def collect(loop: Run) -> dict[str, Any]:
         "schema": SCHEMA,
         "strategy": class_path(strategy),
         "config": yaml.safe_load(loop.config or loop.recorded),
+        "option_changes": loop.option_changes,
         "seed": loop.seed,
         "seeds": {"run": loop.seed, "data": data.seed, "stream": [part.seed for part in stream.parts]},
         "tasks": [

@@ -103,6 +103,7 @@ class Run(Protocol):
         run_dir: Folder of the run; None to write nothing.
         seed, config: Seed of the run, and its configuration as YAML without secrets.
         recorded: In place of a configuration, the options of a run that was made in Python.
+        option_changes: Options with which the run was resumed and that differ from its checkpoint.
         stream: Tasks of the run.
         matrix: Accuracies so far.
         meter: Costs so far.
@@ -120,6 +121,7 @@ class Run(Protocol):
     seed: int
     config: str
     recorded: str
+    option_changes: list[dict[str, Any]]
     stream: Stream
     matrix: AccuracyMatrix
     meter: CostMeter

@@ -33,6 +33,7 @@ from cl_lightning.loop.lightning_support import count_steps_per_fit, reset_best
 from cl_lightning.loop.logger_guard import silent_writers
 from cl_lightning.loop.logging import RunLogging
 from cl_lightning.loop.nan_guard import NanGuard
+from cl_lightning.loop.option_changes import changes, held
 from cl_lightning.loop.options import (
     LoopOptions,
     check_balance,
@@ -89,6 +90,7 @@ class TaskLoop:
         self.seed, self.config = seed, results.without_secrets(config)
         self.epochs = check_trainer(trainer, self.options)
         self.recorded = "" if config else results.recorded(self)
+        self.option_changes: list[dict[str, Any]] = []  # of this and earlier resumptions
         self._min_epochs = trainer.min_epochs
         trainer.strategy.checkpoint_io = self._files
         self.position = Position()
@@ -156,7 +158,7 @@ class TaskLoop:
         self._check_is_free(saved)
         if saved is not None:
             check_processes(saved, self.trainer.world_size)
-        self._prepare(saved, path)
+        self._prepare(saved, path, resume=True)
         stop, count = self.options.stop_after_task, len(self.stream)
         if stop is not None and stop >= count:
             raise ValueError(f"loop: stop_after_task is {stop}; the stream has {count} tasks, so at most {count - 1}")
@@ -356,7 +358,7 @@ class TaskLoop:
 
     # ------------------------------------------------------------------ before training
 
-    def _prepare(self, saved: Mapping[str, Any] | None, path: Path | None) -> None:
+    def _prepare(self, saved: Mapping[str, Any] | None, path: Path | None, *, resume: bool = False) -> None:
         self._prepare_data()
         self.strategy.seed = self.seed
         self.datamodule.whole_batches = self.strategy.traits.transductive
@@ -374,6 +376,8 @@ class TaskLoop:
             self.strategy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if saved is not None:
             with named(path):
+                if resume:
+                    self._note_changes(saved)
                 self._restore(saved)
 
     def _prepare_data(self) -> None:
@@ -410,6 +414,15 @@ class TaskLoop:
                     "classes or other samples than in that run; give the data, class order and seed of that run"
                 )
         return stream
+
+    def _note_changes(self, saved: Mapping[str, Any]) -> None:
+        """Record options that differ from the checkpoint; report those that do not hold from now on."""
+        found = changes(saved, self.config or self.recorded, self.strategy, from_config=bool(self.config))
+        self.config, self.recorded = held(self.config, found), held(self.recorded, found)
+        self.option_changes = [*saved["cl_lightning"].get("option_changes", ()), *(item._asdict() for item in found)]
+        if late := [item for item in found if item.holds != "now"]:
+            listed = "; ".join(map(str, late))
+            rank_zero_warn(f"options that differ from the checkpoint: {listed}")
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         part, strategy = saved["cl_lightning"], self.strategy
@@ -469,6 +482,8 @@ class TaskLoop:
             "matrix": self.matrix.state_dict(),
             "costs": self.meter.state_dict(),
             "config": self.config,
+            "recorded": self.recorded,
+            "option_changes": self.option_changes,
             "seed": self.seed,
             "processes": distributed.world_size(),
             "versions": results.versions(),

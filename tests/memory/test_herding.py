@@ -21,7 +21,9 @@ def test_equally_good_rows_go_by_their_order_whatever_the_rounding(options):
         pair = pair / pair.norm(dim=1, keepdim=True)
         assert herding_indices(computed_elsewhere(pair, trial), 1, **options).tolist() == [0]
         twins = torch.randn(6, 16, dtype=torch.float64).repeat(2, 1)
-        chosen = [herding_indices(computed_elsewhere(twins, seed), 4, **options).tolist() for seed in (trial, trial + 1)]
+        chosen = [
+            herding_indices(computed_elsewhere(twins, seed), 4, **options).tolist() for seed in (trial, trial + 1)
+        ]
         assert chosen[0] == chosen[1]
         first = chosen[0][0]
         assert first < 6
