@@ -6,7 +6,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
 from itertools import count
 from pathlib import Path
@@ -266,6 +266,9 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
         file.write(text + "\n")
 
 
+_ENTRIES = {float, type(None)}
+
+
 def _indented(value: Any, start: str = "\n") -> str:
     """JSON with each list of plain values on one line: one row of a matrix per line, and the fast encoder for each."""
     inner = f"{start} "
@@ -275,9 +278,27 @@ def _indented(value: Any, start: str = "\n") -> str:
             return f"{{{inner}{text[1:-1]}{start}}}"
         items = (f"{json.dumps(str(key))}: {_indented(item, inner)}" for key, item in value.items())
         return f"{{{inner}{f',{inner}'.join(items)}{start}}}"
+    if isinstance(value, list) and value and {type(value[0]), type(value[-1])} <= _ENTRIES:
+        return _row(value)
     if isinstance(value, list | tuple) and not {dict, list, tuple}.isdisjoint(map(type, value)):
         return f"[{inner}{f',{inner}'.join(_indented(item, inner) for item in value)}{start}]"
     return json.dumps(value, allow_nan=False)
+
+
+def _row(value: list[float | None]) -> str:
+    """JSON of a row of a matrix. Rows of finished tasks only get more nulls at their end: their text is made once."""
+    end = next((index for index in range(len(value), 0, -1) if value[index - 1] is not None), 0)
+    row = tuple(value[:end])
+    if not set(map(type, row)) <= _ENTRIES:  # 1, 1.0 and True are equal, and their texts are not
+        return json.dumps(value, allow_nan=False)
+    text = _text_of_row(row)
+    missing = ("null, " * (len(value) - end))[:-2]
+    return f"[{text}{', ' if text and missing else ''}{missing}]"
+
+
+@lru_cache(maxsize=4096)  # five matrices of 800 tasks
+def _text_of_row(row: tuple[float | None, ...]) -> str:
+    return json.dumps(row, allow_nan=False)[1:-1]
 
 
 def without_secrets(config: str) -> str:

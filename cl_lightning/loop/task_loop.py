@@ -344,8 +344,13 @@ class TaskLoop:
             phases=len(self._phases),
             work=float(sum(work[index : index + 1])),
             ahead=float(sum(work[index:]) + later),
-            accuracy=headline_accuracy(self.matrix.measures()) if self.matrix.learned else None,
+            accuracy=headline_accuracy(self._last_measures()) if self.matrix.learned else None,
         )
+
+    def _last_measures(self) -> dict[str, float]:
+        """Measures after the last task learnt, which ``results.collect`` has computed on the process that writes."""
+        known = self.measured
+        return known[-1] if len(known) == self.matrix.learned else self.matrix.measures()
 
     def _call(self, hook: str, task: Task) -> None:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]

@@ -168,7 +168,10 @@ class AccuracyMatrix:
 def _listed(value: list[Any]) -> list[Any]:
     if value and isinstance(value[0], list):
         return [_listed(item) for item in value]
-    return [None if item != item else item for item in value]
+    end = len(value)
+    while end and value[end - 1] != value[end - 1]:  # half of a matrix of many tasks
+        end -= 1
+    return [None if item != item else item for item in value[:end]] + [None] * (len(value) - end)
 
 
 def _unlisted(value: Any) -> Any:

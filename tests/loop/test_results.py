@@ -566,3 +566,21 @@ def test_two_processes_account_for_what_one_does(tmp_path):
 def test_augmentation_is_named_in_the_protocol():
     made = run(er(), data={"transforms": [RandomHorizontalFlip()]}, max_epochs=1).results()
     assert made["protocol"]["augmentation"] == ["RandomHorizontalFlip"]
+
+
+def test_rows_of_finished_tasks_are_turned_into_text_once():
+    """With each task a row gets a null more; the text of its entries stays, and the file is the same as without it."""
+
+    def matrix(tasks):
+        return [[t + i / 7 if i <= t else None for i in range(tasks)] for t in range(tasks)]
+
+    content = {"R": matrix(30), "empty": [], "gaps": [[None, 1.5, None], [None, None, None], [0.1]], "counts": [[1, 2]]}
+    assert json.loads(results._indented(content)) == content
+    before = results._text_of_row.cache_info().misses
+    text = results._indented({"R": matrix(31)})
+    assert results._text_of_row.cache_info().misses - before == 1
+    assert json.loads(text) == {"R": matrix(31)}
+    mixed = [[1, 1.0, True, None], [1.0, 1, None, 2.0], [0.25, None], [1.0, "a"], [None, {"b": None}], [None]]
+    assert "".join(results._indented(mixed).split()) == "".join(json.dumps(mixed).split())
+    with pytest.raises(ValueError, match="Out of range"):
+        results._indented([[float("nan")]])
