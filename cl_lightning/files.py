@@ -18,8 +18,11 @@ def require_regular(path: str | Path) -> None:
     Raises:
         OSError: If there is nothing at the path, or no regular file.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket", stat.S_ISDIR: "a folder"}
+        kind = next((name for test, name in kinds.items() if test(mode)), "a device")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))
 
 
 def read_text(path: str | Path, errors: str = "strict") -> str:

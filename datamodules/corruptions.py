@@ -13,8 +13,8 @@ from cl_lightning.batch import ImageShape, mix
 from cl_lightning.checks import above, at_least, one_of, reason
 from cl_lightning.data import CORRUPTIONS, SEVERITIES, SampleSource, Transform, corrupt
 from cl_lightning.data.corruptions import check
-from cl_lightning.data.images import regular
 from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.files import require_regular
 from cl_lightning.stream import DatasetInfo, DomainIncremental, IntArray, Scenario
 
 SOURCE = "source"
@@ -150,7 +150,7 @@ class CorruptedSource:
 
 def _load(path: Path) -> np.ndarray:
     try:
-        regular(path)
+        require_regular(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"CorruptionStream: {path} is not a readable .npy file ({reason(error)})") from error

@@ -1,8 +1,8 @@
 """Image files: formats, decoding and conversion to the shape of a data set."""
 
+import errno
 import importlib
 import os
-import stat
 import struct
 import zlib
 from collections import Counter
@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from cl_lightning.checks import reason
+from cl_lightning.files import require_regular
 
 ENDINGS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
@@ -75,27 +76,14 @@ _DAMAGE = (
 )
 
 
-def regular(path: Path) -> None:
-    """Check that a path is a file: opening a named pipe would wait for ever, and a device need not end.
-
-    Raises:
-        OSError: If there is nothing at the path.
-        ValueError: If it is a pipe, a socket, a device or a folder.
-    """
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        kinds = {stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket", stat.S_ISDIR: "a folder"}
-        kind = next((name for test, name in kinds.items() if test(mode)), "a device")
-        raise ValueError(f"it is {kind}, not a file; remove it")
-
-
 def _opened(path: Path) -> Image.Image:
     """The image of a file, not decoded yet; a plugin of Pillow is loaded where the content needs it.
 
     Raises:
-        ValueError: If the path is no file, or its format needs a package that is not installed.
+        OSError: If there is nothing at the path, or no regular file.
+        ValueError: If its format needs a package that is not installed.
     """
-    regular(path)
+    require_regular(path)
     formats = [name for name in ENDINGS if name not in _PLUGINS or name in Image.OPEN]
     try:
         return Image.open(path, formats=formats)
@@ -378,6 +366,8 @@ def _refuse_dangling(path: Path) -> None:
 
 def _refuse_special(path: Path) -> None:
     try:
-        regular(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        require_regular(path)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise ValueError(f"{path}: {reason(error)}; remove it") from None
