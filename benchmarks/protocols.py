@@ -204,8 +204,9 @@ PROTOCOLS = {
         "memory. 3 epochs are too few for the second phase of FOSTER: with 1,500 images of each class the boosted "
         "network reaches 73.9, the compressed network 67.3 after 3 epochs and 77.3 after 12 (seed 0). A-GEM only keeps "
         "the mean loss of the memory from rising: it knows old classes where the task is known (98.5, fine-tuning "
-        "58.8), but predicts new classes otherwise. WA mixes the memory with the data by the loader, as ER by the "
-        "loader, and not in equal parts in each step, as ER: its exemplars are 500 among 12,000 images of a task.",
+        "58.8), but predicts new classes otherwise. WA mixes its 500 exemplars with the 12,000 images of a task by the "
+        "loader, as ER by the loader, while ER replays as many samples in each step as the batch has: WA is to be "
+        "compared with ER by the loader, which it exceeds by its distillation and the alignment.",
         f"{OFFLINE} {MLP} --trainer.max_epochs 3",
     ),
     "fashion_mlp_online": Protocol(
