@@ -120,6 +120,8 @@ def test_online_ewc_decays_the_past_and_moves_the_anchor():
     torch.testing.assert_close(importance.penalty(theta), quadratic(theta, first, expected))
     torch.testing.assert_close(importance.anchors, first)
     assert importance.penalty(first).item() == 0  # nothing is left of the constant either
+    importance.merge(second, g)  # by default the past does not decay
+    torch.testing.assert_close(importance.omegas, {name: expected[name] + g[name] for name in f})
 
 
 def test_merging_keeps_old_names_and_takes_in_new_ones():
@@ -136,6 +138,9 @@ def test_averaging_starts_from_nothing_as_facil_does():
     importance.average(anchor, f, alpha=0.25)
     importance.average(anchor, g, alpha=0.25)
     torch.testing.assert_close(importance.omegas, {n: 0.25 * 0.75 * f[n] + 0.75 * g[n] for n in f})
+    half = Importance()
+    half.average(anchor, f)
+    torch.testing.assert_close(half.omegas, {n: 0.5 * f[n] for n in f})
 
 
 def test_l2_is_ewc_with_equal_importances_and_keeps_one_number_for_them():

@@ -88,6 +88,20 @@ def test_importance_of_a_path_is_work_over_the_squared_distance_and_can_be_clamp
     assert path.work["a.b"].tolist() == [0, 0, 0]
 
 
+def test_starting_again_forgets_the_names_and_the_work_of_before():
+    path, importance = PathIntegral(), Importance()
+    path.begin({"a": torch.zeros(2), "b": torch.zeros(1)})
+    path.accumulate({"a": torch.zeros(2)}, {"a": torch.ones(2)}, {"a": -torch.ones(2)})
+    torch.testing.assert_close(path.importance({"a": torch.ones(2), "b": torch.zeros(1)})["a"], torch.ones(2) / 1.1)
+    path.begin({"a": torch.ones(2)})
+    assert path.importance({"a": torch.zeros(2)}).keys() == {"a"}
+    torch.testing.assert_close(path.work, {"a": torch.zeros(2)})
+    importance.merge({"a": torch.ones(2), "b": torch.ones(1)}, {"a": torch.ones(2), "b": torch.ones(1)})
+    importance.anchor_at({"b": torch.zeros(1)}, 3.0)
+    torch.testing.assert_close(importance.anchors, {"b": torch.zeros(1)})
+    torch.testing.assert_close(importance.omegas, {"b": torch.tensor(3.0)})
+
+
 def test_a_path_continues_after_a_restart(tmp_path: Path):
     images, labels = normal(20, 2, 4, 4), torch.arange(20) % 4
     net, path = small_net(), PathIntegral()
