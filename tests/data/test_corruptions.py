@@ -96,7 +96,7 @@ def test_chance_depends_on_seed_severity_and_image(name):
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 28, 40)])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 28, 40), (3, 33, 17)])
 def test_other_shapes_are_taken(name, shape):
     images = pictures(3, 48, 3)[:, : shape[0], : shape[1], : shape[2]].contiguous()
     found = corrupt(images, name, 5)

@@ -431,3 +431,14 @@ def test_grey_is_torchvisions_grey():
     assert levels_apart(RandomGrayscale(1.0)(images, draw), grey).max() <= 1
     changed = (RandomGrayscale(0.3)(images, draw) != images).flatten(1).any(1)
     assert torch.equal(changed, draw.rand() < 0.3)
+
+
+def test_defaults_are_the_usual_ones_and_limits_hold_for_each_channel():
+    assert (RandomCrop().padding, RandomHorizontalFlip().p) == (4, 0.5)
+    crop = RandomResizedCrop(32)
+    assert (crop.scale, crop.ratio) == ((0.08, 1.0), (3 / 4, 4 / 3))  # of torchvision
+    assert RandomCrop(1)(torch.zeros(2, 3, 8, 8), Draw.of(2, 0)).shape == (2, 3, 8, 8)
+    assert Normalize([1.0, 0.2], [1.0, 0.1]).std == (1.0, 0.1)
+    for mean, std in (([0.5, 0.5], [0.2, 0.0]), ([0.5, 1.1], [0.2, 0.2]), ([0.5, 0.5], [0.2, 1.5])):
+        with pytest.raises(ValueError, match="std above 0 and both at most 1"):
+            Normalize(mean, std)
