@@ -442,3 +442,13 @@ def test_defaults_are_the_usual_ones_and_limits_hold_for_each_channel():
     for mean, std in (([0.5, 0.5], [0.2, 0.0]), ([0.5, 1.1], [0.2, 0.2]), ([0.5, 0.5], [0.2, 1.5])):
         with pytest.raises(ValueError, match="std above 0 and both at most 1"):
             Normalize(mean, std)
+
+
+def test_boxes_have_the_given_areas_and_a_ratio_of_1_is_square():
+    draw = Draw.of(4000, 1)
+    areas = RandomResizedCrop(8, scale=(0.2, 0.4)).boxes(draw, 200, 200)[:, 2:].prod(1) / 200**2
+    assert 0.197 < areas.min() < 0.203
+    assert 0.397 < areas.max() < 0.403
+    assert float(areas.mean()) == pytest.approx(0.3, abs=0.005)
+    tall, wide = RandomResizedCrop(8, ratio=(1.0, 1.0)).boxes(draw, 50, 50)[:, 2:].unbind(1)
+    assert torch.equal(tall, wide)

@@ -6,6 +6,7 @@ import inspect
 import pytest
 
 from cl_lightning.strategies.exemplar_free.efc_pp import EFCpp
+from cl_lightning.strategies.exemplar_free.fetril import FeTrIL
 from cl_lightning.strategies.pretrained.slca import SLCA
 
 PUBLISHED = {
@@ -62,6 +63,7 @@ def test_defaults_are_the_published_numbers(path):
     ("options", "epochs", "batch_size", "optimizer"),
     [
         (lambda: EFCpp().rebalance_options, 50, 256, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}),
+        (lambda: FeTrIL().head_options, 50, None, {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}),
         (lambda: SLCA().align_options, 5, 256, {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}),
     ],
 )

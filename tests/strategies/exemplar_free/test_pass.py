@@ -66,6 +66,13 @@ def test_the_radius_is_the_root_of_the_mean_variance():
     assert float(average_radius(features, labels, means, counts)) == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_radius_of_classes_of_one_and_two_samples():
+    features = torch.tensor([[0.0, 0.0], [3.0, 5.0], [1.0, 1.0]], dtype=torch.float64)
+    means = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.5, 2.5]], dtype=torch.float64)  # of classes 0 and 2
+    found = average_radius(features, torch.tensor([2, 2, 0]), means, torch.tensor([1, 0, 2]))
+    assert float(found) == pytest.approx(((9 + 25) / 2 / 2 / 2) ** 0.5)  # trace, over classes, over features
+
+
 def test_the_norm_of_rows_and_its_gradient_match_the_vector():
     rows = normal(5, 3).requires_grad_()
     norm = rows_norm(rows)
