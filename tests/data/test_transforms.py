@@ -452,3 +452,31 @@ def test_boxes_have_the_given_areas_and_a_ratio_of_1_is_square():
     assert float(areas.mean()) == pytest.approx(0.3, abs=0.005)
     tall, wide = RandomResizedCrop(8, ratio=(1.0, 1.0)).boxes(draw, 50, 50)[:, 2:].unbind(1)
     assert torch.equal(tall, wide)
+
+
+def test_angles_are_uniform_in_their_range(monkeypatch):
+    angles = []
+    monkeypatch.setattr(ours.pixels, "rotate", lambda values, angle, interpolation: (angles.append(angle), values)[1])
+    draw, images = Draw.of(4000, 2), torch.zeros(4000, 1, 2, 2)
+    for degrees, low, high in (((20.0, 40.0), 20, 40), (15.0, -15, 15)):
+        RandomRotation(degrees)(images, draw)
+        angle = angles.pop()
+        assert low <= angle.min() < low + 0.05 < high - 0.05 < angle.max() <= high
+        assert float(angle.double().mean()) == pytest.approx((low + high) / 2, abs=0.5)
+
+
+def test_a_jitter_has_the_bounds_of_torchvision():
+    jitter = ColorJitter(0.4, 1.5, (0.5, 0.7), 0.1)
+    found = dict(zip(jitter.columns.tolist(), jitter.bounds.tolist(), strict=True))  # less the neutral value
+    torchvision = v2.ColorJitter(0.4, 1.5, (0.5, 0.7), 0.1)
+    for column, name, neutral in ((0, "brightness", 1), (2, "contrast", 1), (1, "saturation", 1), (3, "hue", 0)):
+        assert [bound + neutral for bound in found[column]] == pytest.approx(getattr(torchvision, name))
+    for p in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="ColorJitter: p "):
+            ColorJitter(0.4, p=p)
+
+
+def test_the_centre_of_a_cutout_is_uniform_over_the_pixels():
+    found = Cutout(4)(torch.ones(20_000, 1, 8, 8), Draw.of(20_000, 3))
+    covered = (found == 0).any(dim=3).float().mean(dim=(0, 1))  # by row; a centre c covers the rows c - 2 .. c + 1
+    torch.testing.assert_close(covered, torch.tensor([3, 4, 4, 4, 4, 4, 3, 2]) / 8, rtol=0, atol=0.02)

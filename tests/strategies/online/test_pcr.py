@@ -120,6 +120,14 @@ def test_it_is_computed_in_single_precision_at_least():
 # ---------------------------------------------------------------------- the views
 
 
+def test_the_strong_view_has_the_numbers_of_the_paper():
+    crop, flip, jitter, grey = strong_augmentation(24, 32).transforms
+    assert (crop.size, crop.scale, crop.ratio) == ((24, 32), (0.2, 1.0), (3 / 4, 4 / 3))
+    assert (flip.p, jitter.p, grey.p) == (0.5, 0.8, 0.2)
+    bounds = dict(zip(jitter.columns.tolist(), jitter.bounds[:, 1].tolist(), strict=True))
+    assert bounds == pytest.approx({0: 0.4, 1: 0.4, 2: 0.4, 3: 0.1})  # brightness, saturation, contrast, hue
+
+
 def test_the_strong_view_differs_from_row_to_row_and_is_the_same_for_the_same_draw():
     image = torch.randint(256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images, transform = image.expand(64, -1, -1, -1), strong_augmentation(16, 16)
