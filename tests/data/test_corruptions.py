@@ -77,7 +77,7 @@ def test_results_are_those_of_the_published_code_with_the_same_random_numbers(na
         found = corrupt(images, name, severity, seed=5)[..., kept]
         apart = (found.int() - expected.int()).abs()
         assert int(apart.max()) <= most, severity  # found: 2 in snow, 0 in JPEG, 1 elsewhere
-        assert float(apart.double().mean()) <= mean, severity  # found: 0.45, 0, 0.05; another severity: 2.5 and more
+        assert float(apart.double().mean()) <= mean, severity  # found: 0.45, 0, 0.05; another severity: 1.7 and more
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ import pytest
 import torch
 import yaml
 from support.adaptation import adapt, normalised, scores, source_network, stream, tiny_resnet, watching
-from support.fakes import normal
+from support.fakes import batch_of, normal
 from support.runs import assert_same
 from torch.nn import functional as F
 
 from cl_lightning.datamodules.digits import Digits
 from cl_lightning.losses import entropy
-from cl_lightning.models import adapt_norms, set_statistics
+from cl_lightning.models import Output, adapt_norms, set_statistics
 from cl_lightning.strategies.test_time.bn_adapt import BNAdapt
 from cl_lightning.strategies.test_time.eata import EATA, kept_samples, weighted_entropy
 from cl_lightning.strategies.test_time.tent import Tent
@@ -87,6 +87,30 @@ def test_where_no_sample_is_kept_no_step_is_taken():
     assert all(torch.equal(state[name], value) for name, value in before.items() if name in state)
     assert made.strategy.optimizer_state._get("state") == {}
     assert float(made.strategy.mean.sum()) == 0.0
+
+
+def test_the_loss_is_the_mean_over_the_kept_samples_whatever_the_weight_of_the_process():
+    class OfFour(EATA):
+        num_source = 4
+
+    strategy = OfFour(margin=0.4, diversity=2.0, fisher_weight=0.0)
+    mean = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    strategy.mean = mean.clone()
+    flat = torch.zeros(3, 4)  # of entropy log 4
+    sharp = torch.tensor([[4.0, 0, 0, 0], [0, 3, 0, 0], [0, 0.1, 0, 0]])  # of which the first two are kept
+    bound = 0.4 * math.log(4)
+    for logits, count in ((flat, 0), (sharp, 2)):
+        batch = batch_of(torch.zeros(3, dtype=torch.int64)).replace(weight=0.5)
+        returned, terms = strategy.adapt(batch, Output(logits, logits))
+        assert torch.equal(returned, logits)
+        values = entropy(logits)[:count]
+        expected = ((bound - values).exp() * values).sum() / 2
+        torch.testing.assert_close(0.5 * terms["entropy"], expected)  # the base class multiplies by the weight
+        if count:
+            mean = 0.9 * mean + 0.1 * logits[:count].softmax(1).mean(0)
+        torch.testing.assert_close(strategy.mean, mean)
+        assert set(terms) == {"entropy"}
+    assert int(strategy._kept_in_step) == 2  # of both batches of a step with accumulated gradients
 
 
 def test_the_mean_prediction_follows_the_kept_samples():
