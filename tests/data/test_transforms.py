@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tv
 
-from cl_lightning.batch import Draw
+from cl_lightning.batch import Draw, mix
 from cl_lightning.data import (
     AlternatingFlip,
     AutoAugment,
@@ -261,6 +261,18 @@ def test_two_consecutive_epochs_show_both_views_of_every_image_once():
         assert torch.equal(mirrored(indices, epoch, key=1 + epoch), first ^ (epoch % 2 == 1))
     assert abs(first.float().mean() - 0.5) < 0.02
     assert abs((first[1:] == first[:-1]).float().mean() - 0.5) < 0.02
+
+
+def test_the_coin_is_the_top_bit_of_splitmix64():
+    indices, mask = [*range(200), 10**9, 2**40 + 3], (1 << 64) - 1
+
+    def top_bit(index: int, seed: int) -> bool:
+        z = (index * 0x9E3779B97F4A7C15 + mix(seed)) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        return bool(((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask & (1 << 63))
+
+    for seed in (0, 7, 123456789):
+        assert ours._coin(torch.tensor(indices), seed).tolist() == [top_bit(index, seed) for index in indices]
 
 
 def test_the_coin_belongs_to_seed_and_index_not_to_the_batch():
