@@ -42,7 +42,7 @@ PUBLISHED = {
         "boost_beta": 0.96,
         "compress_beta": 0.97,
     },
-    "rehearsal.gem.GEM": {"memory_strength": 0.5},
+    "rehearsal.gem.GEM": {"memory_strength": 0.5, "ridge": 1e-3},
     "rehearsal.icarl.ICaRL": {"memory_size": 2000, "temperature": 2},
     "rehearsal.wa.WA": {"memory_size": 2000, "temperature": 2},
     "test_time.cotta.CoTTA": {"teacher_momentum": 0.999, "restore": 0.01, "threshold": 0.92, "views": 32},

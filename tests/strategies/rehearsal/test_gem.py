@@ -53,6 +53,13 @@ def test_the_minimum_fulfils_the_conditions_of_kuhn_and_tucker(size, rank):
         assert (u * rise).abs().max() <= tolerance * max(1.0, float(u.max()))
 
 
+def test_the_margin_and_the_ridge_of_a_projection_are_those_of_the_authors():
+    gradient, past = torch.tensor([1.0, -2.0, 0.5]).double(), torch.tensor([[0.0, 1.0, 0.0]]).double()
+    # One past task: v = gamma + max(0, -(g_1 + gamma (1 + eps)) / (1 + eps)), g_1 = -2.
+    v = 0.5 + (2 - 0.5 * 1.001) / 1.001
+    torch.testing.assert_close(gem_projection(gradient, past), gradient + v * past[0])
+
+
 def test_the_minimum_is_the_least_over_all_active_sets():
     for seed in range(30):
         matrix, slope = programme(4, 4, 10 * seed)
