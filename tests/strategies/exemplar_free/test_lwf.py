@@ -4,12 +4,14 @@ from functools import partial
 import pytest
 import torch
 from support.baselines import finetuning
-from support.fakes import batch_of
+from support.fakes import batch_of, normal
 from support.runs import NormNet, assert_same, assert_same_run, loop, plain_net, run, sgd
+from support.teaching import losses
 from torch.nn import functional as F
 
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.lwf import LwF
+from cl_lightning.strategy import Phase
 from cl_lightning.stream import RotatedDomains
 from cl_lightning.testing import Subject, small
 
@@ -23,6 +25,25 @@ SUBJECTS = {
 }
 
 LWF = partial(LwF, backbone=plain_net, optimizer=sgd)
+
+
+@pytest.mark.parametrize(("scaled", "factor"), [(False, 0.7), (True, 0.7 * 9)])
+def test_the_terms_are_cross_entropy_and_softened_distillation(scaled, factor):
+    logits, taught, labels = normal(4, 5), normal(4, 3, seed=1), torch.tensor([0, 3, 4, 2])
+    strategy = LwF(distill_weight=0.7, temperature=3.0, scale_by_temperature=scaled, loss_classes="all")
+    strategy.phase = Phase()
+    found = losses(strategy, logits, labels, taught)
+    torch.testing.assert_close(found["ce"], F.cross_entropy(logits, labels))
+    distill = -((taught / 3).softmax(1) * (logits[:, :3] / 3).log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(found["distill"], factor * distill)
+
+
+def test_the_sigmoid_form_is_binary_cross_entropy_to_the_teacher_and_the_labels():
+    logits, taught, labels = normal(3, 4), normal(3, 2, seed=1), torch.tensor([2, 3, 0])
+    found = losses(LwF(form="sigmoid", loss_classes="all"), logits, labels, taught)
+    targets = torch.cat([taught.sigmoid(), F.one_hot(labels, 4)[:, 2:].double()], 1)
+    expected = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1).mean()
+    torch.testing.assert_close(found, {"bce": expected})
 
 
 def test_with_weight_0_it_is_finetuning_on_the_new_rows_to_the_bit():

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 from support.baselines import finetuning
-from support.fakes import normal
+from support.fakes import batch_of, normal
 from support.runs import assert_same_run, plain_net, run, sgd
 from torch.nn import functional as F
 
+from cl_lightning.batch import join
 from cl_lightning.losses import logit_matching
 from cl_lightning.memory import valid_columns
+from cl_lightning.models import Output
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.rehearsal.derpp import DER, DERpp
 from cl_lightning.strategies.rehearsal.er import ER
@@ -72,6 +74,21 @@ def test_rows_of_different_widths_have_equal_weight_and_no_rows_give_zero():
 
 
 # ---------------------------------------------------------------------- limits
+
+
+def test_the_terms_are_means_over_their_parts_with_their_weights():
+    logits, stored = normal(6, 4), normal(2, 4, seed=1)
+    labels = torch.tensor([0, 1, 2, 3, 1, 0])
+    parts = {"stream": batch_of(labels[:3]), "replay": batch_of(labels[3:4]), "dark": batch_of(labels[4:])}
+    parts["dark"] = parts["dark"].replace(extra={"logits": stored})
+    found = DERpp(logit_weight=0.3, label_weight=0.7).losses(join(parts), Output(logits, logits))
+    per_row = F.cross_entropy(logits, labels, reduction="none")
+    expected = {
+        "ce": per_row[:3].mean(),
+        "replay": 0.7 * per_row[3],
+        "dark": 0.3 * (logits[4:] - stored).square().mean(),
+    }
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("options", [{"logit_weight": 0.0, "label_weight": 0.0}, {"memory_size": 0}])
