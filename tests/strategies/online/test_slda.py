@@ -146,12 +146,14 @@ def test_a_prediction_between_two_batches_changes_nothing_and_is_of_the_batches_
 
 def test_the_base_covariance_is_that_of_scikit_learn():
     features, labels = samples()
+    features = features * torch.tensor([9.0, 4.0, 2.0, 1.0, 0.5, 0.1])  # far from a multiple of the identity
     for rows in (60, 9):  # few rows are shrunk more
         x, y = features[:rows], labels[:rows]
         means = torch.stack([x[y == c].mean(0) if (y == c).any() else torch.zeros(WIDTH).double() for c in range(4)])
         centred = x - means[y]
         expected = torch.as_tensor(OAS(assume_centered=True).fit(centred.numpy()).covariance_)
         torch.testing.assert_close(oas_covariance(centred), expected, rtol=1e-10, atol=1e-12)
+        assert expected.diagonal().max() > 2 * expected.diagonal().min()  # shrunk, but not to the identity
         head = head_of([], shrinkage=0.0)
         head.initialise(x, y)
         torch.testing.assert_close(head.covariance(), expected, rtol=1e-10, atol=1e-12)
