@@ -166,6 +166,7 @@ for _name, _row in METHODS.items():
     if _name == "ER + EMA":
         SHORT_TASKS["ER + EMA of 10 steps"] = Method("er_ema", f"{MEMORY} --trainer.callbacks.momentum 0.9")
 
+FECAM = "--model.power 0.5 --model.shrinkage [1.0,1.0] --model.shrinks 2 --model.unit_norm false"
 CLOSED = {
     "SimpleCIL": Method("simplecil_vit32"),
     "NMC": Method("simplecil_vit32", "--model.metric euclidean"),
@@ -174,6 +175,19 @@ CLOSED = {
     ),
     "RanPAC without phase 1": Method("ranpac_vit32", "--model.adapt false --model.projection 2000"),
     "G-ACIL": Method("gacil_vit32", "--model.projection 2000"),
+    "SLDA": Method("slda"),
+    "Mahalanobis": Method("mahalanobis_vit32"),
+    "FeCAM": Method("fecam_vit32", FECAM),
+    "FeCAM, common covariance": Method("fecam_vit32", f"{FECAM} --model.covariance common"),
+    "DS-AL": Method(
+        "dsal",
+        "--model.adapt false --model.projection 2000 --model.ridge 100 --model.compensation_ridge 100 "
+        "--model.backend accumulate",
+    ),
+}
+LONG_TAILED = {
+    **{name: CLOSED[name] for name in ("NMC", "LDA", "SLDA", "G-ACIL")},
+    "AEF-OCL": Method("aef_ocl"),
 }
 ADAPTED = {
     "linear head": Method("linear_vit32", "--trainer.max_epochs {epochs}"),
@@ -276,6 +290,13 @@ PROTOCOLS = {
         )
         for suffix, tasks in (("", 10), ("_5", 5), ("_20", 20))
     },
+    "cifar100_cnn_long_tailed": Protocol(
+        "Long-tailed CIFAR-100, 10 tasks, frozen MobileNetV2 at 96 x 96 pixels",
+        "As above with 500 to 5 training images of a class, sizes mixed over the tasks; all test images.",
+        f"{CNN_STREAM} --data.scenario LongTailed {orders(10).replace('--data.scenario', '--data.scenario.base')} "
+        "--data.scenario.imbalance 100 --data.scenario.arrangement shuffled --loop.feature_cache {runs}/features",
+        methods=LONG_TAILED,
+    ),
     "cifar100_cnn_trained": Protocol(
         "CIFAR-100, 10 tasks, trained MobileNetV2 at 96 x 96 pixels",
         "As above with 100 training images of each class and 20 test images, batches of 32 in bf16-mixed: 5 epochs "
