@@ -14,7 +14,7 @@ Departs from the algorithm box of the paper, which initialises R = r I: here R =
 Departs from the published run, whose code updates R and W three times with each batch of the stream, as it arrives, and
 computes the rows of phi again for each update, from images that its training transform normalises and crops. Three
 updates with equal rows are a ridge of r / 3.
-For a backbone that is trained on the first task and then frozen, use ``FirstSessionAdaptation`` with ``RidgeHead``.
+For a backbone that is trained on the first task and then frozen, use ``ACIL``.
 """
 
 import functools
