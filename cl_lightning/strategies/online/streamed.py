@@ -53,12 +53,21 @@ class StreamedHead(ClosedFormHead):
         self.counts += (self.one_hot(labels) * known[:, None]).sum(dim=0).long()
         self._solved = False
 
+    def forward(self, features: Tensor) -> Tensor:
+        """Scores ``(n, C)``; in training mode by the last solution, since a step does not use them."""
+        if not self.training:
+            self._solve()
+        return super().forward(features)
+
     def classify(self, features: Tensor) -> Tensor:
+        self._solve()
+        return super().classify(features)
+
+    def _solve(self) -> None:
         if not self._solved and self.blocks:
-            with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+            with torch.no_grad(), torch.autocast(self.counts.device.type, enabled=False):
                 self._place(*self.solution())
             self._solved = True
-        return super().classify(features)
 
     def grow(self, num_new: int) -> None:
         super().grow(num_new)

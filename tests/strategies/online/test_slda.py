@@ -141,7 +141,8 @@ def test_a_prediction_between_two_batches_changes_nothing_and_is_of_the_batches_
     head = head_of(parts[:1])
     torch.testing.assert_close(head.classify(features), head_of(parts[:1]).classify(features))
     head.observe(*parts[1])
-    assert torch.equal(head.classify(features), head_of(parts).classify(features))
+    assert torch.equal(head.eval()(features), head_of(parts).classify(features))
+    assert torch.equal(head.classify(features), head(features))
 
 
 def test_the_base_covariance_is_that_of_scikit_learn():
