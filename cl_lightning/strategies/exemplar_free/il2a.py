@@ -6,7 +6,7 @@ of the task, counted from 0, is an additional class while the task is trained,
     x = lambda x_i + (1 - lambda) x_j,   lambda ~ Beta(alpha, alpha), 0.5 if it is outside [0.4, 0.6]
     column of the pair: C + a (a - 1) / 2 + b,   m (m - 1) / 2 columns in all
 
-The batch is mixed ``mix_times`` times with a random permutation of itself; pairs of one class are left out.
+The batch is mixed ``mix_times`` times with a random permutation of itself.
 Semantic augmentation: for features N(mu_y, r Sigma_y) of an old class y, the expected cross-entropy has an upper bound
 in closed form, the cross-entropy of the logits
 
@@ -22,7 +22,7 @@ at the end of its task and are not changed afterwards. The first task has the fi
 largest of the C logits, without pairs.
 r -> strength, beta -> semantic_weight, gamma -> distill_weight, tau -> temperature, alpha -> mix_alpha.
 The authors' code is not available: the constants and the division of all logits by tau follow the re-implementation of
-PyCIL, whose quadratic term has no gradient for w. z~ has no columns of pairs.
+PyCIL. z~ has no columns of pairs. A mixture of one class is left out of the losses, but passes through the network.
 With several processes, each process mixes its own images.
 """
 

@@ -14,9 +14,10 @@ divides the loss between classification and distillation,
 instead of a choice by a threshold. The distances are neither squared nor averaged: their sum grows with the batch. The
 first task has the first term only, with w = 0. Prototypes are not changed, and no noise is added to them.
 lambda -> prototype_weight, gamma -> distill_weight, tau -> temperature.
-The authors' code is not available: the terms follow the re-implementation of PyCIL, and were not compared with the
-paper. The loss is over all classes so far. A negative w, which features of both signs can have, is set to 0. A linear
-layer has a parallel linear layer, so that fully connected networks are trained as a whole.
+The authors' code is not available: the terms follow the re-implementation of PyCIL, which trains the adapters in the
+first task too, and were not compared with the paper. The loss is over all classes so far. A negative w, which features
+of both signs can have, is set to 0. A linear layer has a parallel linear layer, so that fully connected networks are
+trained as a whole.
 """
 
 import functools
