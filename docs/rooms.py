@@ -74,7 +74,8 @@ ROOMS = (
     Room(
         "models",
         "modules with parameters: backbones, heads, adapters",
-        "backbones, weights, convnet, heads, closed_form, network, normalization, prompts, expansion, masks, svm, "
+        "backbones, weights, convnet, heads, text_head, closed_form, network, normalization, prompts, expansion, "
+        "masks, svm, "
         "`peft/` (a file per mechanism)",
     ),
     Room("losses", "functions of logits, features, labels", "classification, distillation, contrastive"),

@@ -231,6 +231,8 @@ class TaskLoop:
             self.meter.enter("statistics")
             strategy.mark_columns(task)
             strategy.begin_task(task)
+            if (head := strategy.network.head).needs_names:
+                head.fill_names(self.stream.class_names[: head.num_columns])
             self._call("on_task_start", task)
             self.meter.enter(None)
         else:

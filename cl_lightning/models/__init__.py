@@ -48,6 +48,7 @@ from cl_lightning.models.prompts import (
     orthonormal_rows,
 )
 from cl_lightning.models.svm import linear_svm
+from cl_lightning.models.text_head import TextHead
 
 __all__ = [
     "MLP",
@@ -92,6 +93,7 @@ __all__ = [
     "RidgeHead",
     "Site",
     "SlimResNet18",
+    "TextHead",
     "Timm",
     "WholeModel",
     "adapt_norms",

@@ -5,7 +5,7 @@ averages that refer to them stay valid. A head is resized to the shape of the st
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, cast
 
@@ -38,6 +38,9 @@ class Head(nn.Module):
     """Whether the head is fitted on the task's features at the end of a task (``fit_features``)."""
     needs_all_rows: bool = False
     """Whether ``fit_features`` receives the features of all processes, in data set order, instead of a share."""
+
+    needs_names: bool = False
+    """Whether the head is given the names of its classes when it has grown (``fill_names``)."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -86,6 +89,16 @@ class Head(nn.Module):
             features: Features of un-augmented images, ``(n, d)``: the share of this process, or all with
                 ``needs_all_rows``.
             labels: Columns, int64 ``(n,)``; -1 for unlabelled samples.
+        """
+
+    def fill_names(self, names: Sequence[str]) -> None:
+        """Set the rows of the classes from their names; called after :meth:`grow` if ``needs_names`` is True.
+
+        Args:
+            names: Name of each column, in order.
+
+        Raises:
+            ValueError: If there is no row for a name.
         """
 
     def _weights(self) -> list[Tensor]:

@@ -1,0 +1,129 @@
+"""A fixed classifier whose rows are embeddings of the names of the classes."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cl_lightning.checks import above
+from cl_lightning.losses import full_precision
+from cl_lightning.models.heads import Head
+
+
+def _plain(name: str) -> str:
+    """A name without upper case, underscores and repeated spaces."""
+    return re.sub(r"[\s_]+", " ", name).strip().lower()
+
+
+def _read(path: str, key: str, names: str) -> tuple[np.ndarray, list[str]]:
+    """Embeddings ``(N, D)`` and the name of each row; pickled objects in the file are refused."""
+    try:
+        with np.load(Path(path), allow_pickle=False) as file:
+            keys = sorted(file.files)
+            rows, found = (file[name] if name in keys else None for name in (key, names))
+    except Exception as error:  # of numpy and zipfile, for a file that is missing or damaged
+        raise ValueError(f"TextHead: embeddings {path}: {error}; give an .npz file of numpy.savez") from error
+    if rows is None or found is None:
+        missing = key if rows is None else names
+        raise ValueError(f"TextHead: embeddings {path} has no {missing!r}; it has {', '.join(keys) or 'nothing'}")
+    if rows.ndim != 2 or rows.dtype.kind != "f" or found.dtype.kind != "U" or found.shape != rows.shape[:1]:
+        raise ValueError(
+            f"TextHead: embeddings {path}: {key} is {rows.dtype} {rows.shape}, {names} is {found.dtype} {found.shape}; "
+            "they must be floats (N, D) and strings (N,)"
+        )
+    if not np.isfinite(rows).all() or not np.abs(rows).max(axis=1, initial=0).all():
+        raise ValueError(f"TextHead: embeddings {path}: {key} has a row that is not finite or 0, and has no direction")
+    return rows, [_plain(str(name)) for name in found]
+
+
+class _FixedBlock(nn.Module):
+    weight: Tensor
+
+    def __init__(self, size: int, num_new: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(num_new, size))
+
+
+class TextHead(Head):
+    """Cosines to fixed embeddings of the class names: language-guided supervision (LingoCL, arXiv:2403.16124).
+
+        z_c = s cos(P f(x), w_c),   w_c the embedding of the name of class c, of norm 1, frozen
+
+    A head for any method that does not need a head of its own; nothing in it depends on the task. P is a trained linear
+    map if the features have another size than the embeddings, else the identity; the features then need both signs
+    (``last_relu=False`` of the ResNets). The scale s is a parameter unless ``learn_scale`` is
+    False: with s = 1 the cross-entropy cannot fall below ``log(1 + (C - 1) exp(-1))`` for orthogonal rows, 3.62 for 100
+    classes. s is our choice, and so is ``center``: embeddings of text are narrow (the cosines of two names are often
+    above 0.6), so that the differences of logits are small; the mean of all rows of the table, also of classes that
+    come later, is subtracted before they are normalised. Names are compared without upper case and underscores.
+
+    A method that aligns or scales the rows of the head (``WA``, ``WeightAlignment``) needs a ``LinearHead``.
+
+    Args:
+        num_features: Size of a feature vector, d.
+        embeddings: Path of an ``.npz`` file with one embedding per class name.
+        key: Key of the embeddings in the file, floats ``(N, D)``.
+        names: Key of the names, strings ``(N,)``.
+        scale: Initial s, above 0.
+        learn_scale: Whether s is trained.
+        center: Whether the mean of the rows of the table is subtracted.
+
+    Raises:
+        ValueError: If the scale is not positive, or the file is missing, damaged or of another form.
+    """
+
+    needs_names = True
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        embeddings: str,
+        key: str = "clip_text512",
+        names: str = "class_names",
+        scale: float = 16.0,
+        learn_scale: bool = True,
+        center: bool = False,
+    ) -> None:
+        super().__init__(num_features)
+        above(self, 0, scale=scale)
+        rows, found = _read(embeddings, key, names)
+        table = torch.from_numpy(rows.astype(np.float64))
+        self._table = F.normalize(table - table.mean(dim=0) if center else table, dim=1)
+        self._places = {name: place for place, name in enumerate(found)}
+        self._origin = embeddings
+        size = self._table.shape[1]
+        self.projection = nn.Identity() if size == num_features else nn.Linear(num_features, size, bias=False)
+        self.scale: Tensor
+        if learn_scale:
+            self.scale = nn.Parameter(torch.tensor(float(scale)))
+        else:
+            self.register_buffer("scale", torch.tensor(float(scale)))
+
+    def new_block(self, num_new: int) -> nn.Module:
+        return _FixedBlock(self._table.shape[1], num_new)
+
+    def fill_names(self, names: Sequence[str]) -> None:
+        missing = [name for name in names if _plain(name) not in self._places]
+        if missing:
+            raise ValueError(
+                f"TextHead: embeddings {self._origin} has no row for the class {missing[0]!r} (and {len(missing) - 1} "
+                "other classes); give a file with a row for each class name"
+            )
+        rows = self._table[[self._places[_plain(name)] for name in names]]
+        for block, values in zip(self.blocks, torch.split(rows, self.block_sizes()), strict=True):
+            weight = block.weight
+            assert isinstance(weight, Tensor)
+            weight.copy_(values)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if not self.blocks:
+            return features.new_zeros(len(features), 0)
+        projected = self.projection(features)
+        with torch.autocast(features.device.type, enabled=False):  # cosines near 1 differ by less than bf16 resolves
+            directions = F.normalize(full_precision(projected), dim=1)
+            return self.scale * F.linear(directions, self.weight().to(directions.dtype))
