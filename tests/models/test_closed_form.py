@@ -127,6 +127,34 @@ def test_the_covariances_match_their_definitions():
     torch.testing.assert_close(within.shared_covariance(), 0.75 * pooled + 0.25 * pooled.trace() / WIDTH * identity)
 
 
+def test_classes_of_one_sample_and_of_none_have_their_share_in_mean_and_covariance():
+    features, labels = samples()
+    labels = torch.where(labels == 3, 2, labels)  # class 3 has no samples
+    labels[(labels == 1).nonzero()[1:]] = 2  # class 1 has one
+    options = {"covariance": "within", "ridge": 0.1, "priors": "counts"}
+    head = learnt(partial(LDAHead, **options), [(features, labels)])
+    present = labels.unique()
+    assert present.tolist() == [0, 1, 2, 4, 5]
+    means = torch.stack([features[labels == c].mean(0) for c in present])
+    rest = features - means[torch.searchsorted(present, labels)]
+    covariance = rest.T @ rest / (len(labels) - 5) + 0.1 * torch.eye(WIDTH, dtype=torch.float64)
+    weight, bias = gaussian_classifier(means, covariance)
+    expected = features @ weight.T + bias + (labels.bincount()[present] / len(labels)).log()
+    torch.testing.assert_close(head(features)[:, present], expected)
+
+
+def test_without_enough_samples_the_median_ridge_is_taken_in_any_order():
+    features, labels = samples()
+    ridges = [100.0, 1.0, 10.0, 0.1, 1000.0]
+    for count, chosen in ((4, 10.0), (5, None)):
+        head = learnt(partial(RidgeHead, ridge=ridges), [(features[:count], labels[:count])])
+        assert float(head.chosen) == chosen if chosen else float(head.chosen) in ridges
+    before = learnt(partial(RidgeHead, ridge=[1e-3, 1e3, 1.0]), [(features, labels)])
+    kept = float(before.chosen)
+    before.fit_features(features[:4], labels[:4])
+    assert float(before.chosen) == kept  # that of the task before
+
+
 def test_priors_are_added_as_logarithms():
     features, labels = samples()
     plain, weighed = (learnt(partial(LDAHead, priors=p), [(features, labels)]) for p in ("equal", "counts"))
