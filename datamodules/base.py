@@ -153,7 +153,7 @@ class ContinualDataModule(StreamDataModule):
             shuffle=self.shuffles(index),
             columns=self._candidates(indices, memory)[0] if self.sampler == "balanced" else None,
         )
-        stored, augmented = None, bool(self.augmentation.transforms)
+        stored, augmented = None, self._augments and bool(self.augmentation.transforms)
         if memory is None and (self.feature_views or not augmented):
             stored = self._stored("train", training=True)
         if stored is not None and augmented:

@@ -7,9 +7,11 @@ import torch
 from sklearn.covariance import OAS
 from support.fakes import normal
 from support.pretrained import in_tasks, samples_right
-from support.runs import run
+from support.runs import loop, run
 
 from cl_lightning.callbacks.continual_evaluation import ContinualEvaluation
+from cl_lightning.data import RandomCrop
+from cl_lightning.data.feature_cache import KEYS, STORED
 from cl_lightning.measures import last_accuracy
 from cl_lightning.models import MLP
 from cl_lightning.strategies.baselines.finetune import Finetune
@@ -216,6 +218,22 @@ def test_a_base_task_gives_the_first_state():
     based, plain = in_tasks(partial(make, base_initialisation=True), 2), in_tasks(make, 2)
     torch.testing.assert_close(state_of(based)[0], state_of(plain)[0], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(state_of(based)[1], state_of(plain)[1], rtol=1e-3)
+
+
+def test_stored_features_replace_the_images_also_where_the_data_module_augments():
+    class Watching(SLDA):
+        traits = SLDA.traits  # a class with its own losses says again that they use no images
+
+        def losses(self, batch, output):
+            self.seen = [*getattr(self, "seen", []), (KEYS in batch.extra, STORED in batch.extra)]
+            return super().losses(batch, output)
+
+    options = {"data": {"transforms": [RandomCrop(padding=1)]}, "max_epochs": 1}
+    plain = run(SLDA(backbone=random_features), **options)
+    made = loop(Watching(backbone=random_features), options={"feature_cache": "memory"}, **options)
+    made.fit()
+    assert all(key or stored for key, stored in made.strategy.seen)
+    torch.testing.assert_close(state_of(made), state_of(plain), rtol=1e-5, atol=1e-5)
 
 
 def test_the_released_update_conforms():
