@@ -61,7 +61,7 @@ def test_an_image_is_the_same_alone_and_among_others_and_in_any_order(name):
     assert torch.equal(corrupt(images[3:4], name, 4, indices=[3], seed=3), whole[3:4])
 
 
-PUBLISHED = np.load(Path(__file__).with_name("published_corruptions.npz"))
+GOLDEN = np.load(Path(__file__).with_name("published_corruptions.npz"))
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
@@ -69,11 +69,11 @@ def test_results_are_those_of_the_published_code_with_the_same_random_numbers(na
     """The file holds 2 images and what hendrycks/robustness (commit 8190fe3, with OpenCV 5.0, scikit-image 0.26 and
     ImageMagick 6.9.11) makes of them for each corruption and severity, at a fifth of the positions. The numbers of
     `Chance` with seed 5 replaced numpy's there, and our texture the photographs of frost."""
-    images = torch.from_numpy(PUBLISHED["images"])
+    images = torch.from_numpy(GOLDEN["images"])
     rows, columns = np.mgrid[: images.shape[2], : images.shape[3]]
     kept = torch.from_numpy((2 * rows + columns) % 5 == 0)
     most, mean = {"snow": (3, 0.7), "jpeg_compression": (25, 1.0)}.get(name, (2, 0.15))  # libraries of JPEG vary
-    for severity, expected in zip(SEVERITIES, torch.from_numpy(PUBLISHED[name]), strict=True):
+    for severity, expected in zip(SEVERITIES, torch.from_numpy(GOLDEN[name]), strict=True):
         found = corrupt(images, name, severity, seed=5)[..., kept]
         apart = (found.int() - expected.int()).abs()
         assert int(apart.max()) <= most, severity  # found: 2 in snow, 0 in JPEG, 1 elsewhere

@@ -9,7 +9,7 @@ from cl_lightning.strategies.exemplar_free.efc_pp import EFCpp
 from cl_lightning.strategies.exemplar_free.fetril import FeTrIL
 from cl_lightning.strategies.pretrained.slca import SLCA
 
-PUBLISHED = {
+DEFAULTS = {
     "exemplar_free.efc.EFC": {"feature_weight": 10, "identity_weight": 0.1, "drift_sigma": 0.2},
     "exemplar_free.fetril.FeTrIL": {"svm_cost": 1},
     "exemplar_free.lwf.LwF": {"distill_weight": 1, "temperature": 2},
@@ -51,12 +51,12 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("path", PUBLISHED)
+@pytest.mark.parametrize("path", DEFAULTS)
 def test_defaults_are_the_published_numbers(path):
     module, name = path.rsplit(".", 1)
     method = getattr(importlib.import_module(f"cl_lightning.strategies.{module}"), name)
     defaults = {key: value.default for key, value in inspect.signature(method).parameters.items()}
-    assert {key: defaults[key] for key in PUBLISHED[path]} == PUBLISHED[path]
+    assert {key: defaults[key] for key in DEFAULTS[path]} == DEFAULTS[path]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,20 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "acil_cifar100": {
+        "source": "ZHUANGHP/Analytic-continual-learning: the command for CIFAR-100, without TrivialAugment and warm-up",
+        "backbone": "ResNet32",
+        "ridge": 0.1,
+        "projection": 8192,
+        "session_epochs": 300,
+        "optimizer": "SGD(lr=0.5, momentum=0.9, weight_decay=0.0005)",
+        "scheduler": "CosineOverPhase",
+        "data.scenario": "ClassIncremental(class_order=1993, first=50, increment=2)",
+        "data.batch_size": 256,
+    },
+}
+
 hidden = partial(MLP, hidden=(64,))
 SMALL = partial(ACIL, backbone=hidden, ridge=1.0, projection=200)
 

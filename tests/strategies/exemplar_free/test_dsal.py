@@ -23,6 +23,23 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "dsal_cifar100": {
+        "source": "ZHUANGHP/Analytic-continual-learning: the command for CIFAR-100, without TrivialAugment and warm-up",
+        "backbone": "ResNet32",
+        "ridge": 0.1,
+        "projection": 8192,
+        "compensation_ridge": 0.1,
+        "compensation": 0.6,
+        "residue_batch": 256,
+        "session_epochs": 300,
+        "optimizer": "SGD(lr=0.5, momentum=0.9, weight_decay=0.0005)",
+        "scheduler": "CosineOverPhase",
+        "data.scenario": "ClassIncremental(class_order=1993, first=50, increment=2)",
+        "data.batch_size": 256,
+    },
+}
+
 CLASSES, WIDTH, UNITS = 6, 5, 30
 hidden = partial(MLP, hidden=(64,))
 

@@ -23,6 +23,28 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "fecam_cifar100": {
+        "source": "dipamgoswami/FeCAM: the configuration for CIFAR-100 from scratch",
+        "backbone": "ResNet18",
+        "power": 0.5,
+        "shrinkage": [1.0, 1.0],
+        "shrinks": 2,
+        "covariance": "class",
+        "session_epochs": 200,
+        "optimizer": "SGD(lr=0.1, momentum=0.9, weight_decay=0.0005)",
+        "scheduler": "CosineOverPhase",
+        "data.scenario": "ClassIncremental(class_order=1993, first=50, increment=10)",
+        "data.batch_size": 128,
+        "data.transforms": [
+            "RandomCrop(padding=4)",
+            "RandomHorizontalFlip()",
+            "ColorJitter(brightness=0.247)",
+            "AutoAugment()",
+        ],
+    },
+}
+
 CLASSES, WIDTH = 4, 6
 random_features = partial(MLP, hidden=(64,))
 FROZEN = partial(FeCAM, backbone=random_features, adapt=False)

@@ -15,6 +15,22 @@ plain_sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 SUBJECTS = {"GPM": Subject(small(GPM, samples=30, optimizer=plain_sgd))}
 
+PUBLISHED = {
+    "gpm_cifar100": {
+        "source": "sahagobinda/GPM: defaults of main_cifar100.py; threshold 0.97 + 0.003 t; 125 samples",
+        "backbone": "ConvNet",
+        "energy": 0.97,
+        "energy_growth": 0.003,
+        "samples": 125,
+        "optimizer": "SGD(lr=0.01)",
+        "scheduler": "ReduceLROnPlateau(factor=0.5, min_lr=1e-05, patience=6)",
+        "data.scenario": "ClassIncremental(class_order=1993, tasks=10)",
+        "data.batch_size": 64,
+        "data.val_fraction": 0.05,
+        "trainer.max_epochs": 200,
+    },
+}
+
 
 class Features(ContinualCallback):
     """Features of the images of the first task whose inputs were stored, after each task."""

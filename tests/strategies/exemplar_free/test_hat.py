@@ -21,6 +21,22 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "hat_cifar100": {
+        "source": "joansj/hat: defaults of src/approaches/hat.py, src/dataloaders/cifar.py (a tenth for validation)",
+        "backbone": "ConvNet",
+        "sparsity_weight": 0.75,
+        "scale": 400.0,
+        "optimizer": "SGD(lr=0.05)",
+        "scheduler": "ReduceLROnPlateau(factor=0.3333333, min_lr=0.0001, patience=5)",
+        "data.scenario": "ClassIncremental(class_order=1993, tasks=10)",
+        "data.batch_size": 64,
+        "data.val_fraction": 0.1,
+        "trainer.max_epochs": 200,
+        "trainer.gradient_clip_val": 10000.0,
+    },
+}
+
 SMALL = partial(HAT, backbone=plain_net, optimizer=plain_sgd)
 
 

@@ -35,6 +35,23 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "il2a_cifar100": {
+        "source": "LAMDA-CL/PyCIL: exps/il2a.json; strength of the paper",
+        "backbone": "ResNet18",
+        "semantic_weight": 10.0,
+        "distill_weight": 10.0,
+        "strength": 2.5,
+        "temperature": 0.1,
+        "optimizer": "Adam(lr=0.001, weight_decay=0.0002)",
+        "scheduler": "StepLR(gamma=0.1, step_size=45)",
+        "data.scenario": "ClassIncremental(class_order=1993, first=50, increment=10)",
+        "data.batch_size": 64,
+        "data.transforms": ["RandomCrop(padding=4)", "RandomHorizontalFlip()", "ColorJitter(brightness=0.247)"],
+        "trainer.max_epochs": 101,
+    },
+}
+
 
 def test_pairs_are_numbered_without_gaps_in_any_order():
     first, second = torch.cartesian_prod(torch.arange(5), torch.arange(5)).T

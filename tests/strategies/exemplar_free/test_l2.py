@@ -12,6 +12,28 @@ from cl_lightning.testing import Subject, small
 
 SUBJECTS = {"L2": Subject(small(L2))}
 
+PUBLISHED = {
+    "pred_kd_l2_vit": {
+        "source": "Smith et al. 2023: ViT-B/16 of ImageNet-1k, queries, keys and values; weights and rates are ours",
+        "form": "sigmoid",
+        "backbone": "Timm(name=vit_base_patch16_224.augreg_in1k, pretrained=True)",
+        "lr_factors": {"backbone.*.attn.qkv.*": 1.0, "backbone.*": 0.0},
+        "optimizer": "Adam(lr=0.0001)",
+        "data.resize": 256,
+        "data.center_crop": 224,
+        "data.interpolation": "bicubic",
+        "data.mean": [0.5],
+        "data.std": [0.5],
+        "data.transforms": ["RandomResizedCrop(scale=[0.05, 1.0], size=224)", "RandomHorizontalFlip()"],
+        "data.scenario": "ClassIncremental(class_order=1993, tasks=10)",
+        "data.batch_size": 128,
+        "trainer.callbacks": [
+            "ImportancePenalty(estimator=l2, hold_initial=True, names=['backbone.*.attn.qkv.*'], weight=0.1)"
+        ],
+        "trainer.max_epochs": 20,
+    },
+}
+
 L2_SMALL = partial(L2, backbone=plain_net, optimizer=sgd)
 
 

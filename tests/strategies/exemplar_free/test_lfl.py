@@ -18,6 +18,18 @@ SUBJECTS = {
     "LFL": Subject(small(LFL, distill_weight=1.0), data=partial(TinyDigits, scenario=DOMAINS)),
 }
 
+PUBLISHED = {
+    "lfl_permuted_mnist": {
+        "source": "Avalanche's reproduction: 4 tasks, hidden 256, lr 0.01, 3 epochs, lambda 1e-4",
+        "backbone": "MLP(hidden=[256])",
+        "distill_weight": 0.0001,
+        "optimizer": "SGD(lr=0.01, momentum=0.9)",
+        "data.scenario": "PermutedDomains(tasks=4)",
+        "data.batch_size": 128,
+        "trainer.max_epochs": 3,
+    },
+}
+
 LESS = partial(LFL, backbone=plain_net, optimizer=sgd)
 ROTATED = {"data": {"scenario": DOMAINS}}
 

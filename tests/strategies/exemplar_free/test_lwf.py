@@ -24,6 +24,19 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "pred_kd_cifar100": {
+        "source": "Smith et al. 2023, implementation details for CIFAR-100 from scratch",
+        "form": "sigmoid",
+        "backbone": "ResNet18",
+        "optimizer": "Adam(lr=0.001, weight_decay=0.0002)",
+        "scheduler": "MultiStepLR(gamma=0.1, milestones=[100, 150, 200])",
+        "data.scenario": "ClassIncremental(class_order=1993, tasks=10)",
+        "data.batch_size": 128,
+        "trainer.max_epochs": 250,
+    },
+}
+
 LWF = partial(LwF, backbone=plain_net, optimizer=sgd)
 
 

@@ -10,6 +10,10 @@ from cl_lightning.testing import Subject, small
 
 SUBJECTS = {"MAS": Subject(small(MAS))}
 
+PUBLISHED = {
+    "mas": {"source": "Aljundi et al. 2018: lambda 1", "penalty_weight": 1.0, "trainer.gradient_clip_val": 1.0},
+}
+
 MAS_SMALL = partial(MAS, backbone=plain_net, optimizer=sgd)
 
 

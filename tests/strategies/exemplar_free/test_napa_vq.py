@@ -35,6 +35,29 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "napa_vq_cifar100": {
+        "source": "TamashaM/NAPA-VQ: the command for CIFAR-100",
+        "backbone": "ResNet18",
+        "prototype_weight": 10.0,
+        "distill_weight": 10.0,
+        "temperature": 0.1,
+        "neighbours": 15,
+        "decay": 0.9,
+        "vector_lr": 5.0,
+        "later_vector_lr": 0.5,
+        "vector_epochs": 20,
+        "first_optimizer": "Adam(lr=0.001, weight_decay=0.0002)",
+        "first_scheduler": "StepLR(gamma=0.1, step_size=45)",
+        "optimizer": "Adam(lr=0.0001, weight_decay=0.0002)",
+        "scheduler": "StepLR(gamma=0.1, step_size=45)",
+        "data.scenario": "ClassIncremental(class_order=1993, first=50, increment=10)",
+        "data.batch_size": 64,
+        "data.transforms": ["RandomCrop(padding=4)", "RandomHorizontalFlip()", "ColorJitter(brightness=0.247)"],
+        "trainer.max_epochs": 100,
+    },
+}
+
 
 def test_classes_of_rotations_are_next_to_their_class():
     assert rotation_classes(torch.tensor([0, 2])).tolist() == [0, 8, 1, 9, 2, 10, 3, 11]

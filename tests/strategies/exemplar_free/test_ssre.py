@@ -20,6 +20,22 @@ SUBJECTS = {
     "SSRE": Subject(small(SSRE, optimizer=ADAM), first_task_is_finetuning=False, reason="logits are divided by tau"),
 }
 
+PUBLISHED = {
+    "ssre_cifar100": {
+        "source": "LAMDA-CL/PyCIL: exps/ssre.json",
+        "backbone": "ResNet18",
+        "prototype_weight": 10.0,
+        "distill_weight": 2.0,
+        "temperature": 0.1,
+        "optimizer": "Adam(lr=0.001, weight_decay=0.0002)",
+        "scheduler": "StepLR(gamma=0.1, step_size=45)",
+        "data.scenario": "ClassIncremental(class_order=1993, first=50, increment=10)",
+        "data.batch_size": 64,
+        "data.transforms": ["RandomCrop(padding=4)", "RandomHorizontalFlip()", "ColorJitter(brightness=0.247)"],
+        "trainer.max_epochs": 101,
+    },
+}
+
 
 def test_the_similarity_is_the_largest_cosine():
     features = torch.tensor([[3.0, 4.0], [-1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)

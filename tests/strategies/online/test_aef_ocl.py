@@ -26,6 +26,21 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "aef_ocl_long_tailed": {
+        "source": "the released code's defaults: ridge, size of the projection, noise; the rest is ours",
+        "ridge": 0.1,
+        "projection": 8192,
+        "noise": 1.0,
+        "backbone": "Timm(name=deit_small_patch16_224.fb_in1k, pretrained=True)",
+        "data.scenario": "LongTailed(arrangement=shuffled, base=ClassIncremental(tasks=10), imbalance=100)",
+        "data.batch_size": 128,
+        "data.resize": 224,
+        "data.mean": [0.485, 0.456, 0.406],
+        "data.std": [0.229, 0.224, 0.225],
+    },
+}
+
 CLASSES, WIDTH, UNITS = 4, 5, 30
 random_features = partial(MLP, hidden=(64,))
 

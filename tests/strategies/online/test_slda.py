@@ -27,6 +27,23 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "slda_resnet18": {
+        "source": "Hayes & Kanan 2020, sec. 4: ResNet-18, shrinkage 1e-4, base initialisation",
+        "backbone": "Timm(name=resnet18.tv_in1k, pretrained=True)",
+        "shrinkage": 0.0001,
+        "base_initialisation": True,
+        "data.resize": 256,
+        "data.center_crop": 224,
+        "data.interpolation": "bicubic",
+        "data.mean": [0.485, 0.456, 0.406],
+        "data.std": [0.229, 0.224, 0.225],
+        "data.transforms": ["RandomResizedCrop(scale=[0.05, 1.0], size=224)", "RandomHorizontalFlip()"],
+        "data.scenario": "ClassIncremental(class_order=1993, tasks=10)",
+        "data.batch_size": 128,
+    },
+}
+
 CLASSES, WIDTH = 4, 6
 random_features = partial(MLP, hidden=(64,))
 

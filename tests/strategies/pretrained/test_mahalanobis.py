@@ -22,6 +22,20 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "mahalanobis": {
+        "source": "Lee et al. 2018, sec. 3.3: ResNet-34, first half of the classes; epochs and rates are ours",
+        "backbone": "Timm(name=resnet34)",
+        "adapt": True,
+        "weighting": "class",
+        "session_epochs": 200,
+        "optimizer": "SGD(lr=0.1, momentum=0.9, weight_decay=0.0005)",
+        "scheduler": "CosineOverPhase",
+        "data.scenario": "ClassIncremental(class_order=1993, first=50, increment=10)",
+        "data.batch_size": 128,
+    },
+}
+
 CLASSES, WIDTH = 4, 5
 random_features = partial(MLP, hidden=(64,))
 SMALL = partial(Mahalanobis, backbone=random_features)
