@@ -24,6 +24,7 @@ from cl_lightning import distributed
 from cl_lightning.callback import AddsLosses, ContinualCallback
 from cl_lightning.data import Transform
 from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.loop.run import begin_task
 from cl_lightning.measures import CostMeter
 from cl_lightning.models import AdaptedBackbone, Backbone, Head
 from cl_lightning.strategies.base.evaluation import check_monitor
@@ -156,8 +157,7 @@ class _DryRun:
         strategy.task = task
         self.place = f"task {task.index}, begin_task"
         strategy.cpu()
-        strategy.mark_columns(task)
-        strategy.begin_task(task)
+        begin_task(strategy, task, data.stream)
         self._call("on_task_start", task)
         for index, phase in enumerate(strategy.phases(task)):
             if phase.needed is None or phase.needed():

@@ -15,7 +15,7 @@ from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.loop.options import LoopOptions
 from cl_lightning.measures import AccuracyMatrix, CostMeter
 from cl_lightning.strategy import ContinualStrategy
-from cl_lightning.stream import Stream
+from cl_lightning.stream import Stream, Task
 
 
 def flops_per_image(strategy: ContinualStrategy, image_shape: ImageShape) -> int | None:
@@ -55,6 +55,14 @@ class Position:
     origin: int = 0
     done: bool = False
     learnt: bool = False
+
+
+def begin_task(strategy: ContinualStrategy, task: Task, stream: Stream) -> None:
+    """Prepare a strategy for a task: its columns, its head, and the names of the classes for a head that needs them."""
+    strategy.mark_columns(task)
+    strategy.begin_task(task)
+    if (head := strategy.network.head).needs_names:
+        head.fill_names(stream.class_names[: head.num_columns])
 
 
 def check_processes(saved: Mapping[str, Any], processes: int) -> None:

@@ -44,7 +44,7 @@ from cl_lightning.loop.options import (
     check_trainer,
     check_watched,
 )
-from cl_lightning.loop.run import Position, _class_path, check_processes, restore
+from cl_lightning.loop.run import Position, _class_path, begin_task, check_processes, restore
 from cl_lightning.loop.stopping import Interrupted, StopRequest
 from cl_lightning.loop.warning_filters import ignore_lightning_warnings
 from cl_lightning.measures import AccuracyMatrix, CostMeter, headline_accuracy
@@ -229,10 +229,7 @@ class TaskLoop:
             self._seed(task.index)
             self.meter.begin_task(self.trainer.strategy.root_device)
             self.meter.enter("statistics")
-            strategy.mark_columns(task)
-            strategy.begin_task(task)
-            if (head := strategy.network.head).needs_names:
-                head.fill_names(self.stream.class_names[: head.num_columns])
+            begin_task(strategy, task, self.stream)
             self._call("on_task_start", task)
             self.meter.enter(None)
         else:
