@@ -34,9 +34,9 @@ from cl_lightning.stream.draws import rank_in_group
 
 _IMAGES = 2
 _TASKS = 2  # a memory, a teacher or a second block of the head is first used in the second task
-_MISFITS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError)
+_MISFITS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
 """Errors of shapes, types and options."""
-_LEFT = (AttributeError, KeyError, ArithmeticError, torch.OutOfMemoryError)
+_LEFT = (AttributeError, KeyError, AssertionError, ArithmeticError, torch.OutOfMemoryError)
 """Errors that are left to the first step, with their traceback: mistakes in a program, or of the dry run itself."""
 _NEVER = 2**62
 
@@ -61,7 +61,7 @@ def dry_run(
     Strategy, callbacks and data module stay as they are to the bit, as do all random generators; processes do not
     communicate. A failure counts only if it occurs again with a batch of the usual size and two images of each class,
     because statistics of two images alone may be undefined. A strategy that cannot be copied gets no dry run, and an
-    AttributeError or a KeyError is left to the first step, which raises it again with its traceback.
+    AttributeError, KeyError or AssertionError is left to the first step, which raises it again with its traceback.
 
     Args:
         strategy: Strategy whose network is built, before its first task.

@@ -57,6 +57,9 @@ class LoopOptions:
             features of the image without augmentation. Epoch e trains on view e mod feature_views. 0 to augment each
             image again in each epoch, with a forward pass for each image.
         feature_cache_gb: Maximum size of the folder, and of the features in memory, in 10^9 bytes, above 0.
+        dry_run: Whether the first two tasks of a new run are tried on copies with two images each, so that parts that
+            do not fit are reported before training. Turn it off for a method whose hooks have effects outside of it,
+            such as files that it writes.
     """
 
     first_task_epochs: int | None = None
@@ -72,6 +75,7 @@ class LoopOptions:
     feature_cache: str | None = None
     feature_views: int = 0
     feature_cache_gb: float = 8.0
+    dry_run: bool = True
 
     def __post_init__(self) -> None:
         epochs: dict[str, Any] = {f"phase_epochs.{name}": value for name, value in self.phase_epochs.items()}

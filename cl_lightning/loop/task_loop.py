@@ -167,7 +167,7 @@ class TaskLoop:
         check_balance(self.strategy, self.datamodule, self.stream)
         check_watched(self.trainer, self.strategy, self.stream)
         check_memory(self.strategy, self.stream)
-        if saved is None:
+        if saved is None and self.options.dry_run:
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             dry_run(self.strategy, self.datamodule, self.trainer, callbacks=callbacks, epochs=self._epochs)
         if self.run_dir is not None:

@@ -391,6 +391,7 @@ def run(
             save_every_seconds=0.0,
             stop_after_task=last_task,
             nan_loss="ignore",  # for a check to find
+            dry_run=False,
         )
         loop = _Loop(
             trainer,

@@ -46,7 +46,9 @@ def learn(
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    loop = TaskLoop(trainer, strategy or LwF(), data or Digits(), options=LoopOptions(stop_after_task=2, **options))
+    loop = TaskLoop(
+        trainer, strategy or LwF(), data or Digits(), options=LoopOptions(stop_after_task=2, dry_run=False, **options)
+    )
     loop.fit()
     return loop
 

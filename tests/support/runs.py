@@ -84,7 +84,7 @@ def loop(
         Trainer(callbacks=list(callbacks), **{**settings, **trainer}),
         strategy,
         source,
-        options=LoopOptions(**(options or {})),
+        options=LoopOptions(**{"dry_run": False, **(options or {})}),  # tests count and record what hooks do
         run_dir=folder,
     )
 
