@@ -12,7 +12,7 @@ from cl_lightning.strategies.base.strategy import (
     LossClasses,
     sum_of_zeros,
 )
-from cl_lightning.strategies.base.task_incremental import TaskIncremental
+from cl_lightning.strategies.base.task_incremental import SharesWeights, TaskIncremental
 from cl_lightning.strategies.base.terms import AddsLosses
 from cl_lightning.strategies.base.traits import Traits
 
@@ -27,6 +27,7 @@ __all__ = [
     "Phase",
     "PhaseOptions",
     "Replay",
+    "SharesWeights",
     "TaskIncremental",
     "Traits",
     "check_loss_classes",

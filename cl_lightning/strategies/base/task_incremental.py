@@ -1,11 +1,12 @@
-"""Base of task-incremental methods, whose network has parts that belong to one task."""
+"""Bases of task-incremental methods, whose network has parts that belong to one task."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cl_lightning.models import batch_norms
 from cl_lightning.strategies.base.strategy import ContinualStrategy, LossClasses
 
 
@@ -38,6 +39,29 @@ class TaskIncremental(ContinualStrategy):
         if tasks is None:
             raise ValueError(f"{type(self).__name__}: predictions need the task of each image; give tasks")
         return by_task(images, tasks, self.predict_task)
+
+
+class SharesWeights(TaskIncremental):
+    """A task-incremental method that divides the matrices and kernels of the backbone among the tasks.
+
+    All other parameters of the backbone (biases, batch normalisation) are trained in the first task only and frozen
+    afterwards, running statistics included. A subclass decides which weights a task trains and predicts with.
+    """
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Matrices and kernels of the backbone, by their names in it."""
+        return {name: p for name, p in self.network.backbone.named_parameters() if p.dim() > 1}
+
+    def frozen(self) -> list[nn.Module]:
+        later = [] if self.task.is_first else list(batch_norms(self.network.backbone))
+        return [*super().frozen(), *later]
+
+    def trainable(self) -> list[nn.Parameter]:
+        chosen = list(super().trainable())
+        if self.task.is_first:
+            return chosen
+        once = {id(parameter) for parameter in self.network.backbone.parameters() if parameter.dim() == 1}
+        return [parameter for parameter in chosen if id(parameter) not in once]
 
 
 def by_task(images: Tensor, tasks: Tensor, predict: Callable[[Tensor, int], Tensor]) -> Tensor:

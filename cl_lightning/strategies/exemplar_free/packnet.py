@@ -17,19 +17,18 @@ The last task could keep all weights that it trained; here each task frees its s
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from cl_lightning.checks import within
 from cl_lightning.memory import Held, Owners
-from cl_lightning.models import batch_norms
-from cl_lightning.strategies.base import AddsLosses, TaskIncremental
+from cl_lightning.strategies.base import AddsLosses, SharesWeights
 from cl_lightning.strategy import Batch, Output, Phase, PhaseOptions, Task, Traits
 
 RETRAIN = "retrain"
 
 
-class PackNet(TaskIncremental):
+class PackNet(SharesWeights):
     """Iterative pruning: each task trains the free weights, keeps the largest ones and frees the others.
 
     Args:
@@ -62,26 +61,12 @@ class PackNet(TaskIncremental):
         self.owners = Owners()
         self._held: Held | None = None
 
-    def weights(self) -> dict[str, nn.Parameter]:
-        """Matrices and kernels of the backbone, by their names in it."""
-        return {name: p for name, p in self.network.backbone.named_parameters() if p.dim() > 1}
-
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
         self.owners.claim(self.weights(), task.index)
 
     def phases(self, task: Task) -> list[Phase]:
         return [Phase()] if self.retrain_options.epochs == 0 else [Phase(), Phase(RETRAIN, self.retrain_options)]
-
-    def frozen(self) -> list[nn.Module]:
-        return [] if self.task.is_first else list(batch_norms(self.network.backbone))
-
-    def trainable(self) -> list[nn.Parameter]:
-        chosen = list(super().trainable())
-        if self.task.is_first:
-            return chosen
-        once = {id(parameter) for parameter in self.network.backbone.parameters() if parameter.dim() == 1}
-        return [parameter for parameter in chosen if id(parameter) not in once]
 
     def begin_phase(self, phase: Phase, origin: int, sources: Sequence[AddsLosses] = ()) -> None:
         super().begin_phase(phase, origin, sources)
