@@ -40,7 +40,7 @@ ROOMS = (
         "the task loop, checkpoints and results",
         "task_loop, hooks, run (position, restore), options, lightning_support, dry_run, checkpoint, stopping, "
         "nan_guard, fast_step, warning_filters, run_lock, logging, results, logger_guard, checkpoint_parts, "
-        "option_changes",
+        "process_state, option_changes",
     ),
     Room("callbacks", "mechanisms that cut across methods, one file each", "(top-level folder)"),
     Room("datamodules", "sources of data, one file each, over one base", "(top-level folder)"),

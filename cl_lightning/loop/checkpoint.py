@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from cl_lightning import checksums, renamed
+from cl_lightning.loop import process_state
 from cl_lightning.loop.checkpoint_parts import check_parts, named
 
 SCHEMA = 1
@@ -31,10 +32,15 @@ class CheckpointFiles(TorchCheckpointIO):
 
     Args:
         keep: Number of checkpoints of one name to keep, see :func:`cl_lightning.checksums.keep_earlier`.
+
+    Attributes:
+        process: Rank of this process, and number of processes: a checkpoint of as many processes is read with the
+            statistics of batch normalisation of this one, any other with their mean.
     """
 
     def __init__(self, keep: int = 1) -> None:
         self.keep = keep
+        self.process = (0, 1)
         self.failure: OSError | None = None
         self._read: tuple[Path, dict[str, Any]] | None = None
 
@@ -50,17 +56,22 @@ class CheckpointFiles(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Read a checkpoint; a checkpoint that ``read`` holds is returned once without another read."""
         held, self._read = self._read, None
-        return held[1] if held is not None and held[0] == Path(path) else load(path)
+        return held[1] if held is not None and held[0] == Path(path) else self._own(Path(path))
 
     def read(self, path: Path) -> dict[str, Any]:
-        """Read a checkpoint as :func:`load` does, and hold it for ``load_checkpoint`` or until ``forget``."""
+        """Read a checkpoint, and hold it for ``load_checkpoint`` or until ``forget``."""
         if self._read is None or self._read[0] != path:
-            self._read = path, load(path)
+            self._read = path, self._own(path)
         return self._read[1]
 
     def forget(self) -> None:
         """Release the checkpoint that ``read`` holds."""
         self._read = None
+
+    def _own(self, path: Path) -> dict[str, Any]:
+        checkpoint = load(path)
+        with named(path):
+            return process_state.own(checkpoint, *self.process)
 
     def _write(self, checkpoint: dict[str, Any], target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,7 @@ _FORMS: Mapping[str, Any] = {
         "option_changes": [{"task": _Natural, **dict.fromkeys(("option", "before", "now", "holds"), str)}],
         "seed": int,
         "processes": _Natural,
+        "process_statistics": _Each(str, dict),
         "versions": _Each(str, str),
         "exact": bool,
         "rows": _Natural,

@@ -10,7 +10,7 @@ from cl_lightning import distributed
 from cl_lightning.batch import Batch
 from cl_lightning.data import FeatureLoader, PlannedLoader
 from cl_lightning.loop import checkpoint as checkpoints
-from cl_lightning.loop import results
+from cl_lightning.loop import process_state, results
 from cl_lightning.loop.options import LoopOptions
 from cl_lightning.loop.run import Position, flops_per_image
 from cl_lightning.loop.stopping import StopRequest
@@ -173,6 +173,7 @@ class LoopHooks(Callback):
         if not position.running:  # the next fit creates a new optimizer
             checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
         checkpoint["cl_lightning"] = self.loop.state()
+        process_state.share(checkpoint, trainer.strategy.root_device)
 
     def _check(self, due: bool) -> None:
         if self.loop.stop_request.made():

@@ -149,6 +149,7 @@ class TaskLoop:
                 checkpoint was written.
         """
         path = self._path_of(ckpt_path) if ckpt_path is not None else None
+        self._files.process = (self.trainer.global_rank, self.trainer.world_size)
         saved = self._files.read(path) if path is not None else None
         if saved is not None and not saved["cl_lightning"].get("exact", True):
             raise ValueError(
@@ -515,7 +516,6 @@ class TaskLoop:
                 self.nan_guard.check(self.strategy)
             self.nan_guard.check_weights(self.strategy)
         before = self.meter.enter("saving")
-        distributed.average_batch_statistics(self.strategy)  # one process writes for all
         self._is_saving = True
         try:
             self.trainer.save_checkpoint(self._last)

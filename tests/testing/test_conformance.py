@@ -367,6 +367,11 @@ def test_global_draws_between_steps_are_the_same_in_every_run(name: str) -> None
         drawn.check(check)
 
 
+def test_two_processes_with_batch_normalisation_are_resumed_to_the_bit() -> None:
+    subject = Subject(small(Finetune, backbone=NormNet), data=partial(TinyDigits, drop_last=True))
+    check_strategy(subject, checks=["processes"], pair=PAIR, matches_single_process=False)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
