@@ -13,6 +13,7 @@ options the first one that is wrong is reported. NaN is never allowed, and None 
 then says ``null``, as a configuration file writes it. ``reason`` quotes an error of a library in a message.
 """
 
+import dis
 import fnmatch
 import operator
 import re
@@ -120,6 +121,20 @@ def matching(owner: object, among: Iterable[str], /, **options: Iterable[str]) -
 
 def _named(owner: object) -> str:
     return owner if isinstance(owner, str) else (owner if isinstance(owner, type) else type(owner)).__name__
+
+
+def origin(error: BaseException) -> tuple[str, bool]:
+    """Package in which an error arose, and whether a ``raise`` statement raised it there.
+
+    ``("torch", False)`` is an error of a compiled function that was called in a file of torch.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return "", False
+    module = str(trace.tb_frame.f_globals.get("__name__", ""))
+    return module.partition(".")[0], trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def reason(error: Exception) -> str:

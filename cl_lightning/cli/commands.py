@@ -1,6 +1,5 @@
 """The commands ``fit``, ``test``, ``validate`` and ``predict``, on LightningCLI."""
 
-import dis
 import errno
 import logging
 import os
@@ -24,6 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from cl_lightning import distributed, report
 from cl_lightning.callbacks.stream_progress import StreamProgress
+from cl_lightning.checks import origin
 from cl_lightning.cli import discovery, prediction, trust
 from cl_lightning.cli.arguments import COMMANDS, OF_A_CALL, PROGRAM, complete, fail, value_of
 from cl_lightning.cli.parsing import Parser, explain, single_line
@@ -418,14 +418,7 @@ def is_own_message(error: Exception) -> bool:
 
     An error that a function of Python or torch raises inside of this package is a defect, and needs its traceback.
     """
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None or not isinstance(error, ValueError):
-        return False
-    code, module = trace.tb_frame.f_code, trace.tb_frame.f_globals.get("__name__", "")
-    raised = code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return raised and str(module).partition(".")[0] == "cl_lightning"
+    return isinstance(error, ValueError) and origin(error) == ("cl_lightning", True)
 
 
 def one_line(error: Exception) -> str:

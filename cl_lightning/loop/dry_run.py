@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cl_lightning import distributed
 from cl_lightning.callback import AddsLosses, ContinualCallback
+from cl_lightning.checks import origin
 from cl_lightning.data import Transform
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.loop.run import begin_task
@@ -38,6 +39,7 @@ _MISFITS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError
 """Errors of shapes, types and options."""
 _LEFT = (AttributeError, KeyError, AssertionError, ArithmeticError, torch.OutOfMemoryError)
 """Errors that are left to the first step, with their traceback: mistakes in a program, or of the dry run itself."""
+_LIBRARIES = ("torch", "torchvision", "timm", "lightning", "numpy")
 _NEVER = 2**62
 
 
@@ -46,6 +48,10 @@ Epochs = Callable[[Task, Phase], int]
 
 class MisfitError(ValueError):
     """A part of a run does not fit the images, the classes or another part."""
+
+
+class _LeftError(Exception):
+    """An error that is left to the first step."""
 
 
 def dry_run(
@@ -61,7 +67,8 @@ def dry_run(
     Strategy, callbacks and data module stay as they are to the bit, as do all random generators; processes do not
     communicate. A failure counts only if it occurs again with a batch of the usual size and two images of each class,
     because statistics of two images alone may be undefined. A strategy that cannot be copied gets no dry run, and an
-    AttributeError, KeyError or AssertionError is left to the first step, which raises it again with its traceback.
+    AttributeError, KeyError or AssertionError, or an error that a class of a user raises, is left to the first step,
+    which raises it again with its traceback.
 
     Args:
         strategy: Strategy whose network is built, before its first task.
@@ -88,9 +95,9 @@ def dry_run(
             attempt(max(datamodule.batch_size, 2 * classes))
         except MisfitError:
             raise error from error.__cause__
-        except _LEFT:
+        except (_LeftError, *_LEFT):
             return
-    except _LEFT:
+    except (_LeftError, *_LEFT):
         return
 
 
@@ -144,11 +151,13 @@ class _DryRun:
             except (MisfitError, *_LEFT):
                 raise
             except _MISFITS as error:
+                if not _is_misfit(error):
+                    raise _LeftError from error
                 name, text = type(self.strategy).__name__, _in_words(error)
                 if not self.configures:
                     text = f"{name} does not fit images of shape {shape} ({self.place}): {text}"
-                elif not _names_an_object(text):
-                    text = f"{name}: {self.place}: {text}"
+                else:
+                    text = f"{name}: {self.place}: {text.removeprefix(f'{name}: ')}"
                 raise MisfitError(text) from error
 
     def _task(self, task: Task) -> None:
@@ -401,6 +410,19 @@ def _one(task: Task, phase: Phase) -> int:
     return 1
 
 
+def _is_misfit(error: BaseException) -> bool:
+    """Whether parts do not fit: messages of this package, and errors of libraries and of tensor operations.
+
+    An error that a class of a user raises, or a function of Python in this package, is a mistake in a program.
+    """
+    package, is_raised = origin(error)
+    if package in _LIBRARIES:
+        return True
+    if is_raised or isinstance(error, ValueError):
+        return isinstance(error, ValueError) and (package, is_raised) == ("cl_lightning", True)
+    return isinstance(error, RuntimeError) or package == "cl_lightning"
+
+
 def _in_words(error: BaseException) -> str:
     """An error in one line: the object in which it occurred, its type unless its message is made for readers."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -427,13 +449,7 @@ def _is_ours(frame: FrameType) -> bool:
 
 
 def _is_library(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__", "").partition(".")[0] in (
-        "torch",
-        "torchvision",
-        "timm",
-        "lightning",
-        "numpy",
-    )
+    return frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES
 
 
 def _nothing(*_: Any, **__: Any) -> None: ...

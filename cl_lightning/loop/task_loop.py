@@ -363,7 +363,7 @@ class TaskLoop:
 
     # ------------------------------------------------------------------ before training
 
-    def _prepare(self, saved: Mapping[str, Any] | None, path: Path | None, *, resume: bool = False) -> None:
+    def _prepare(self, saved: Mapping[str, Any] | None, path: Path | None = None, *, resume: bool = False) -> None:
         self._prepare_data()
         self.strategy.seed = self.seed
         self.datamodule.whole_batches = self.strategy.traits.transductive
