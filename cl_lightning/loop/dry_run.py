@@ -103,8 +103,9 @@ def dry_run(
 
 def _copies(strategy: ContinualStrategy, callbacks: Sequence[Any]) -> tuple[ContinualStrategy, list[Any]] | None:
     """Copies of the strategy and of the callbacks that add losses; None if they cannot be copied."""
-    cache, called = strategy.passes.cache, strategy.passes.on_batch
-    strategy.passes.cache, strategy.passes.on_batch = None, []
+    passes = strategy.passes
+    of_run = {name: getattr(passes, name) for name in ("cache", "on_batch", "watch")}
+    passes.cache, passes.on_batch, passes.watch = None, [], None
     adding = [callback for callback in callbacks if isinstance(callback, AddsLosses)]
     meters: list[Any] = [callback.meter for callback in adding if isinstance(callback, ContinualCallback)]
     try:
@@ -112,7 +113,7 @@ def _copies(strategy: ContinualStrategy, callbacks: Sequence[Any]) -> tuple[Cont
     except (RuntimeError, TypeError, NotImplementedError, AttributeError):
         return None
     finally:
-        strategy.passes.cache, strategy.passes.on_batch = cache, called
+        vars(passes).update(of_run)
 
 
 class _DryRun:

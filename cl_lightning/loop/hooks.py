@@ -1,5 +1,6 @@
 """Hooks of the task loop inside Lightning's fit and test."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NoReturn, Protocol
 
@@ -57,6 +58,7 @@ class LoopHooks(Callback):
         self._since_save = 0
         self._step = 0
         self._share = 1.0
+        self._stop_before: Callable[[int], bool] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.restored = True
@@ -146,12 +148,12 @@ class LoopHooks(Callback):
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self.closing is not None and not distributed.is_distributed() and self.loop.stop_request.made():
+        if self._stop_before is not None and self._stop_before(batch_idx):
             self.loop.stop()
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.closing is not None and self.loop.stop_request.made(now=True):
-            self.loop.stop()
+        batches = int(sum(trainer.num_test_batches))
+        self._stop_before = self.loop.stop_request.watch(batches) if self.closing is not None else None
         self.loop.strategy.evaluation.begin(confusion=True)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -101,14 +101,42 @@ class StopRequest:
         self._steps += 1
         if self._steps < self._every and not now:
             return False
+        return self._agree()[0]
+
+    def watch(self, batches: int) -> Callable[[int], bool]:
+        """Look at the request in a pass over data outside of training steps; all processes call this as it begins.
+
+        Processes may have different numbers of batches. They look before the batches that each of them has, about
+        every half second.
+
+        Args:
+            batches: Number of batches of this process.
+
+        Returns:
+            Function that is called before each batch with its number, from 0: whether any process received a signal.
+        """
+        if not distributed.is_distributed():
+            return lambda number: self._trainer.world_size == 1 and self.signum is not None
+        stopped, common = self._agree(batches)
+
+        def made(number: int) -> bool:
+            # The second batch is the first whose time is known, which may be another than that of a training step.
+            return stopped or (0 < number < common and self.made(now=number == 1))
+
+        return made
+
+    def _agree(self, batches: int = 0) -> tuple[bool, int]:
+        """Whether any process received a signal, and the smallest number of batches of all processes."""
         passed, self._asked = time.monotonic() - self._asked, time.monotonic()
         steps_to_agree = max(1.0, min(100.0, _SECONDS_TO_AGREE * self._steps / max(passed, 1e-6)))
-        number = -1 if self.signum is None else self.signum
-        exchanged = torch.tensor([float(number), -steps_to_agree], device=self._trainer.strategy.root_device)
+        mine = [float(-1 if self.signum is None else self.signum), -steps_to_agree, -float(batches)]
+        exchanged = torch.tensor(mine, dtype=torch.float64, device=self._trainer.strategy.root_device)
         torch.distributed.all_reduce(exchanged, torch.distributed.ReduceOp.MAX)  # the shortest interval of all
-        signum, every = exchanged.tolist()
-        self._steps, self._every, self.signum = 0, int(-every), None if signum < 0 else int(signum)
-        return self.signum is not None
+        signum, every, common = exchanged.tolist()
+        self._steps, self._every = 0, int(-every)
+        if signum >= 0:
+            self.signum = int(signum)
+        return signum >= 0, int(-common)
 
 
 def _hand_over_stops(trainer: Trainer, request: StopRequest) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -298,14 +298,18 @@ class TaskLoop:
         assert self.strategy.evaluation.result is not None
         self.matrix.fill(task.index, self.strategy.evaluation.result)
 
-    def _stop_in_pass(self, number: int, total: int) -> None:
+    def _watch_pass(self, batches: int) -> Callable[[int], None]:
         """End the run before a batch of a pass, after a request to stop, if there is a checkpoint to resume from.
 
-        The state inside a pass is not saved: the run is resumed from the newest checkpoint. Several processes do not
-        have the same number of batches; they look at the request after the pass.
+        The state inside a pass is not saved: the run is resumed from the newest checkpoint.
         """
-        if self.newest is not None and not distributed.is_distributed() and self.stop_request.made():
-            self._interrupt()
+        made = self.stop_request.watch(batches) if self.newest is not None else None
+
+        def stop_before(number: int) -> None:
+            if made is not None and made(number):
+                self._interrupt()
+
+        return stop_before
 
     def _compile(self) -> None:
         """Compile the backbones that are not compiled yet, in place; names of parameters do not change."""
@@ -368,7 +372,7 @@ class TaskLoop:
         self.strategy.seed = self.seed
         self.datamodule.whole_batches = self.strategy.traits.transductive
         self.strategy.passes.cache = self._feature_cache
-        self.strategy.passes.on_batch.append(self._stop_in_pass)
+        self.strategy.passes.watch = self._watch_pass
         self.stream = self._match(saved, path) if saved is not None else self.datamodule.make_stream(self.seed)
         self.fingerprints = [self.datamodule.fingerprint(task.index) for task in self.stream.tasks]
         if not self.strategy.is_built:

@@ -87,13 +87,16 @@ class Passes:
     Attributes:
         cache: Cache of features for a backbone that does not change any more, or None; set by the task loop.
         on_batch: Functions that are called before each batch with the number of finished batches and of all batches; a
-            progress bar and the task loop, which stops a run, add theirs.
+            progress bar adds its own.
+        watch: Set by the task loop, which stops a run inside a pass: called with the number of batches of this process
+            when a pass begins, on all processes; its result is called before each batch with the batch's number.
     """
 
     def __init__(self, strategy: Host) -> None:
         self._strategy = strategy
         self.cache: FeatureCache | None = None
         self.on_batch: list[Callable[[int, int], None]] = []
+        self.watch: Callable[[int], Callable[[int], None]] | None = None
 
     def batches(
         self,
@@ -107,7 +110,8 @@ class Passes:
     ) -> Iterator[Batch]:
         """One pass over the un-augmented training data of the task, in the order of the data set, on the device.
 
-        Each process gets its share of each batch.
+        Each process gets its share of each batch. Processes exchange requests to stop inside a pass: all of them begin
+        it, and end it at the same batch if they end it early.
 
         Args:
             memory: Pass over the samples of this memory instead.
@@ -122,7 +126,10 @@ class Passes:
             memory=memory, indices=indices, samples=samples, where=where, batch_size=batch_size, store=store
         )
         device = strategy.trainer.strategy.root_device
+        watched = self.watch(len(loader)) if self.watch is not None else None
         for number, batch in enumerate(loader):
+            if watched is not None:
+                watched(number)
             for called in self.on_batch:
                 called(number, len(loader))
             moved = datamodule.transfer_batch_to_device(batch, device, 0)  # finished below
