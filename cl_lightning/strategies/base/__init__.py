@@ -12,7 +12,7 @@ from cl_lightning.strategies.base.strategy import (
     LossClasses,
     sum_of_zeros,
 )
-from cl_lightning.strategies.base.task_incremental import SharesWeights, TaskIncremental
+from cl_lightning.strategies.base.task_incremental import SharesWeights, TaskIncremental, routed
 from cl_lightning.strategies.base.terms import AddsLosses
 from cl_lightning.strategies.base.traits import Traits
 
@@ -34,6 +34,7 @@ __all__ = [
     "default_optimizer",
     "flat_gradient",
     "refuse_weight_decay",
+    "routed",
     "separate_group",
     "set_gradient",
     "sigmoid_optimizer",

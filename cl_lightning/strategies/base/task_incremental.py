@@ -1,7 +1,8 @@
 """Bases of task-incremental methods, whose network has parts that belong to one task."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -78,3 +79,23 @@ def by_task(images: Tensor, tasks: Tensor, predict: Callable[[Tensor, int], Tens
         parts.append(predict(images[chosen], task))
         rows.append(chosen)
     return torch.cat(parts)[torch.cat(rows).argsort()]
+
+
+class HasTask(Protocol):
+    """A network whose parts differ between tasks.
+
+    Attributes:
+        task: Index of the task whose parts are used.
+    """
+
+    task: int
+
+
+@contextmanager
+def routed(network: HasTask, task: int) -> Iterator[None]:
+    """Within this context, a network uses the parts of a task; afterwards the parts of the task that it used before."""
+    present, network.task = network.task, task
+    try:
+        yield
+    finally:
+        network.task = present

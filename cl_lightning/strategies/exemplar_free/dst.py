@@ -37,7 +37,7 @@ from cl_lightning.batch import Batch, ImageShape, mix
 from cl_lightning.checks import at_least, one_of, within
 from cl_lightning.memory import Held, NamedBuffers
 from cl_lightning.models import Backbone
-from cl_lightning.strategies.base import AddsLosses, SharesWeights
+from cl_lightning.strategies.base import AddsLosses, SharesWeights, routed
 from cl_lightning.strategy import Output, Phase, Task, Traits
 
 Spread = Literal["uniform", "erk"]
@@ -262,11 +262,8 @@ class DST(SharesWeights):
         self._held, self._gradients = None, {}
 
     def predict_task(self, images: Tensor, task: int) -> Tensor:
-        present, self.backbone.task = self.backbone.task, task
-        try:
+        with routed(self.backbone, task):
             return self.network.classify(images)
-        finally:
-            self.backbone.task = present
 
     def _hold(self) -> Held:
         earlier = self.backbone.masks.earlier(self.task.index)

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.fakes import normal
@@ -5,7 +7,7 @@ from support.runs import NormNet, run, sgd
 
 from cl_lightning.callback import ContinualCallback
 from cl_lightning.strategies.base import SharesWeights, TaskIncremental, Traits
-from cl_lightning.strategies.base.task_incremental import by_task
+from cl_lightning.strategies.base.task_incremental import by_task, routed
 
 
 def test_scores_keep_the_order_of_the_images():
@@ -50,3 +52,13 @@ def test_what_is_no_weight_is_trained_in_the_first_task_only():
     assert all((untrained[name] != first[name]).any() for name in untrained)
     assert {name for name in first if not torch.equal(first[name], last[name])} == {"layers.1.weight"}
     assert not torch.equal(first["layers.1.weight"], second["layers.1.weight"])
+
+
+def test_a_network_uses_another_task_for_a_while():
+    network = SimpleNamespace(task=3)
+    with routed(network, 1):
+        assert network.task == 1
+    assert network.task == 3
+    with pytest.raises(RuntimeError), routed(network, 0):
+        raise RuntimeError
+    assert network.task == 3
