@@ -157,7 +157,7 @@ class _DryRun:
                 name, text = type(self.strategy).__name__, _in_words(error)
                 if not self.configures:
                     text = f"{name} does not fit images of shape {shape} ({self.place}): {text}"
-                else:
+                elif text.startswith(f"{name}: ") or not _names_an_object(text):
                     text = f"{name}: {self.place}: {text.removeprefix(f'{name}: ')}"
                 raise MisfitError(text) from error
 

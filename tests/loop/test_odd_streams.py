@@ -140,6 +140,7 @@ THREE = np.repeat(np.arange(3), 6)
         "one label in a class",
     ],
 )
+@pytest.mark.filterwarnings("ignore:give --model.memory_size")
 def test_small_and_repeating_tasks_are_learnt(labels: np.ndarray, scenario: Scenario) -> None:
     for data in ({}, {"batch_size": 1000, "drop_last": True}, {"batch_size": 2, "eval_batch_size": 1}):
         learnt(Labels(labels, np.unique(labels), scenario=scenario, **data))

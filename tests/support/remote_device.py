@@ -33,7 +33,7 @@ _COPIES = (aten._to_copy.default, aten.copy_.default)
 _INDEXED = ("aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 _WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim")
 _STEP = ("on_train_batch_start", "training_step", "on_before_optimizer_step", "optimizer_step", "on_train_batch_end")
-MAY_WAIT = {"_summed", "made", "_gather_parts"}
+MAY_WAIT = {"_summed", "_agree", "_gather_parts"}
 """What every step may wait for: numbers to show, twice a second whether to stop, how many rows other processes have."""
 _OURS = ("/cl_lightning/", "/callbacks/", "/datamodules/", "/test_")
 

@@ -47,7 +47,7 @@ def test_a_stream_is_learnt_in_half_precision_though_steps_are_skipped(name: str
     assert outcome.matrix["R_ti"].diag().isfinite().all()
     wrong = [key for key, value in outcome.state.items() if value.is_floating_point() and value.isnan().any()]
     assert set(wrong) <= {"memory.logits"}  # of columns that a stored row does not have
-    if outcome.steps:
+    if any(step.loss for step in outcome.steps):  # where nothing is minimised, no gradient overflows
         assert scaler.get_scale() < HIGH
 
 

@@ -21,6 +21,24 @@ SUBJECTS = {
     ),
 }
 
+PUBLISHED = {
+    "dst_cifar100": {
+        "source": "muratonuryildirim/CL-with-DST: README and defaults, with a ResNet-18 in place of MobileNetV2",
+        "backbone": "ResNet18",
+        "density": 0.2,
+        "spread": "erk",
+        "drop_rate": 0.5,
+        "last_drop_rate": 0.005,
+        "growth": "random",
+        "update_every": 400,
+        "optimizer": "Adam(lr=0.001)",
+        "scheduler": "MultiStepLR(gamma=0.1, milestones=[50, 75])",
+        "data.scenario": "ClassIncremental(class_order=1993, tasks=10)",
+        "data.batch_size": 64,
+        "trainer.max_epochs": 100,
+    },
+}
+
 
 def test_densities_of_the_er_kernel():
     """Layers of 10 x 10 and 100 x 100 weights: raw densities 20/100 and 200/10,000, so 20 eps and 200 eps weights."""

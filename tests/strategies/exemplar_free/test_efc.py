@@ -226,7 +226,7 @@ class Following:
 
     def __init__(self, **options):
         super().__init__(**options)
-        self.log = []
+        self.notes = []
 
     def end_phase(self, phase):
         if self.teacher and phase.name == "train":
@@ -241,7 +241,7 @@ class Following:
 
     def compare(self, where):
         torch.testing.assert_close(self.gaussians.means[: len(self.expected)], self.expected, rtol=1e-4, atol=1e-5)
-        self.log.append((self.task.index, where))
+        self.notes.append((self.task.index, where))
 
     def begin_phase(self, phase, origin, sources=()):
         super().begin_phase(phase, origin, sources)
@@ -268,13 +268,13 @@ class FollowingEFCpp(Following, EFCpp):
 
 def test_old_means_follow_the_drift_in_the_metric_of_the_task_before_and_the_matrix_is_recomputed():
     strategy = run(FollowingEFC(backbone=plain_net, optimizer=SGD, drift_sigma=0.3)).strategy
-    assert strategy.log == [(1, "end"), (2, "end")]
+    assert strategy.notes == [(1, "end"), (2, "end")]
 
 
 def test_heads_are_balanced_with_means_that_have_followed_once():
     options = {"rebalance_options": PhaseOptions(epochs=2, batch_size=64, optimizer=SGD)}
     strategy = run(FollowingEFCpp(backbone=plain_net, optimizer=SGD, **options)).strategy
-    assert strategy.log == [(task, where) for task in (1, 2) for where in ("rebalance", "end")]
+    assert strategy.notes == [(task, where) for task in (1, 2) for where in ("rebalance", "end")]
 
 
 @pytest.mark.parametrize("cls", [EFC, partial(EFCpp, rebalance_options=PhaseOptions(epochs=2))])

@@ -54,7 +54,7 @@ SMALL = partial(L2P, backbone=TinyViT, pool_size=6, length=3, top_k=2, optimizer
 
 def learnt(make, tasks=1, **options):
     made = loop(make(), data={"scenario": ClassIncremental(tasks=5)}, max_epochs=1, **options)
-    made.options = made.options.__class__(stop_after_task=tasks - 1)
+    made.options = made.options.__class__(stop_after_task=tasks - 1, dry_run=False)
     made.fit()
     return made
 

@@ -309,6 +309,7 @@ def test_predictions_match_corrected_logits():
 
 
 @pytest.mark.parametrize("options", [{}, {"solver": "exact", "bias_options": PhaseOptions(epochs=100)}])
+@pytest.mark.filterwarnings("ignore:give --model.memory_size")
 def test_a_share_that_is_not_there_is_reported_and_the_bias_stays(options):
     with pytest.warns(UserWarning, match="give a larger memory_size; at task . a class has fewer than two"):
         made = run(SMALL(memory_size=7, **options), max_epochs=1)

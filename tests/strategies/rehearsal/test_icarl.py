@@ -172,6 +172,7 @@ def test_a_class_that_comes_in_several_tasks_has_a_list_for_each(scenario):
     assert len(made.strategy.means) == made.strategy.network.head.num_columns
 
 
+@pytest.mark.filterwarnings("ignore:give --model.memory_size")
 def test_a_memory_too_small_for_all_classes_keeps_one_of_the_earliest():
     made = run(SMALL(memory_size=6), max_epochs=1)
     assert made.strategy.memory.counts(10).tolist() == [1] * 6 + [0] * 4

@@ -155,6 +155,7 @@ def test_rows_are_kept_from_below_zero_if_asked_to(clip):
     assert (made.strategy.network.head.weight() > 0).any()
 
 
+@pytest.mark.filterwarnings("ignore:give --model.memory_size")
 def test_without_memory_distillation_clipping_and_alignment_it_is_finetuning_to_the_bit():
     bare = SMALL(memory_size=0, distill_weight=0.0, align=False, clip_weights=False)
     assert_same_run(run(bare), run(Finetune(backbone=plain_net, optimizer=sgd)))
