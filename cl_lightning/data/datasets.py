@@ -274,7 +274,7 @@ def class_names_of(dataset: Any, name: str, label_key: str | None = None) -> lis
 def image_of(item: Any) -> Tensor:
     """An image given as a tensor or an array, as uint8 ``(C, H, W)``.
 
-    Arrays ``(H, W, C)``, as OpenCV and NumPy have them, and tensors ``(C, H, W)`` are told apart by the side of 1, 3 or
+    Arrays ``(H, W, C)``, as OpenCV and NumPy have them, and tensors ``(C, H, W)`` differ in the side of 1, 3 or
     4; if both readings are possible, an array is read as a square image, and a tensor as ``(C, H, W)``.
 
     Raises:

@@ -9,13 +9,13 @@ In the first task the centres follow the features, once per step, over the rows 
     c_j <- c_j - alpha sum_{i: y_i = j} (c_j - f(x_i)) / (1 + n_j),   n_j rows of class j
 
 At its end they are set to the class means of the un-augmented images (``exact``), and from then on both the centres and
-the head are frozen: the features of a new domain are drawn to the centres, where the classifier separates them already.
+the head are frozen: the features of a new domain move to the centres, where the classifier separates them already.
 lambda -> center_weight, alpha -> center_rate.
 The squared distance is a sum over the d features (``mean_over_features`` divides it by d), so lambda depends on d. No
 code is available and the hyper-parameters are not known; that centres and head are both frozen is from the paper, the
 exact means at the end of the first task are our choice. Nothing protects old domains except the shared centres and the
 head, and the statistics of batch normalisation are of the new domain. On small streams of rotated and of permuted
-digits the last accuracy is that of fine-tuning (.65 and .79); distillation of features reaches .82 and .90.
+digits the last accuracy equals the one of fine-tuning (.65 and .79); distillation of features reaches .82 and .90.
 """
 
 from collections.abc import Iterable

@@ -11,8 +11,8 @@ and delta the change of the weights in the step,
 where theta' are the weights delta_t steps before. F says how far the prediction moves with a weight, s how much of the
 decrease of the loss it brought per distance moved; both are made of the gradients of training, so the task's data are
 read once. lambda -> penalty_weight, alpha -> fisher_rate, delta_t -> interval, eps -> xi.
-F is the square of the gradient of the mean over the batch, as in the authors' method; EWC's Fisher information squares
-the gradient of each sample. Choices that the paper leaves open are in :class:`~cl_lightning.memory.RiemannianWalk`.
+F is the square of the gradient of the mean over the batch; EWC's Fisher information squares the gradient of each
+sample. Choices that the paper leaves open are in :class:`~cl_lightning.memory.RiemannianWalk`.
 Departs from the paper: one head for all classes, and no samples of earlier tasks; combine ``ER`` with the callback
 ``ImportancePenalty(estimator="rwalk")`` for the variant with a memory.
 """
