@@ -38,7 +38,8 @@ ROOMS = (
     Room(
         "loop",
         "the task loop, checkpoints and results",
-        "task_loop, hooks, run (position, restore), options, lightning_support, dry_run, checkpoint, stopping, "
+        "task_loop, hooks, run_files, task_lines, run (position, restore), options, lightning_support, dry_run, "
+        "checkpoint, stopping, "
         "nan_guard, fast_step, warning_filters, run_lock, logging, results, logger_guard, checkpoint_parts, "
         "process_state, option_changes",
     ),
@@ -62,7 +63,7 @@ ROOMS = (
     Room(
         "report",
         "tables, plots and pages of finished runs",
-        "command, runs, fields, comparison, statistics, tables, plots, page, single, several, cards, parts",
+        "command, runs, unfinished, fields, comparison, statistics, tables, plots, page, single, several, cards, parts",
     ),
     Room("measures", "accuracy matrix, measures and cost of a run", "accuracy, matrix, functional, curves, cost"),
     Room(

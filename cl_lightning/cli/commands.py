@@ -32,6 +32,7 @@ from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.escape_control import printable
 from cl_lightning.loop import Interrupted, LoopOptions, NotFiniteError, TaskLoop, is_lost_peer, requeue, results
 from cl_lightning.loop import checkpoint as checkpoints
+from cl_lightning.loop.lightning_support import BAREBONES
 from cl_lightning.strategy import ContinualStrategy
 
 _RUN_DIR = "CL_LIGHTNING_RUN_DIR"
@@ -158,6 +159,8 @@ class ContinualCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         trainer = config.trainer
+        if trainer.barebones:  # the Trainer would refuse the options that it is given here
+            raise ValueError(f"trainer.barebones{BAREBONES}")
         check_devices(str(trainer.accelerator), trainer.devices)
         self.text = self.configuration()
         self.run_dir = self._choose_run_dir(config)
@@ -178,7 +181,7 @@ class ContinualCLI(LightningCLI):
         given = self._get(self.config_init, "trainer")
         callbacks = given.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        hidden = given.get("enable_progress_bar") is False or given.get("barebones")
+        hidden = given.get("enable_progress_bar") is False
         if not hidden and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(StreamProgress())
         if any(isinstance(callback, Checkpoint) for callback in callbacks):

@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
@@ -39,11 +40,27 @@ class Parser(LightningArgumentParser):
                     raise ValueError(f"{group}: {value!r} is not allowed; give keys and values, or remove it")
         return config
 
+    def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
+        text: str = super().dump(_without_enums(cfg.clone()), *args, **kwargs)
+        return text
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # jsonargparse tries several types for a value, and catches the errors
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         raise ValueError(explain(message, known=option_names(parser)))
+
+
+def _without_enums(value: Any) -> Any:
+    """A configuration in which members of enumerations of texts are texts: a default of Lightning's Timer is one."""
+    if isinstance(value, Namespace):
+        for key, item in vars(value).items():
+            setattr(value, key, _without_enums(item))
+    elif isinstance(value, dict):
+        return {key: _without_enums(item) for key, item in value.items()}
+    elif isinstance(value, list):
+        return [_without_enums(item) for item in value]
+    return value.value if isinstance(value, Enum) and isinstance(value, str) else value
 
 
 def option_names(parser: argparse.ArgumentParser) -> list[str]:

@@ -14,6 +14,7 @@ from cl_lightning.loop import checkpoint as checkpoints
 from cl_lightning.loop import process_state, results
 from cl_lightning.loop.options import LoopOptions
 from cl_lightning.loop.run import Position, flops_per_image
+from cl_lightning.loop.run_files import RunFiles
 from cl_lightning.loop.stopping import StopRequest
 from cl_lightning.measures import CostMeter
 from cl_lightning.strategy import ContinualStrategy, Phase
@@ -29,11 +30,8 @@ class HookedLoop(Protocol):
     position: Position
     started: bool
     stop_request: StopRequest
+    files: RunFiles
     _phases: list[Phase]
-
-    def save(self, *, needed: bool = True) -> Any: ...
-
-    def save_is_due(self) -> bool: ...
 
     def stop(self) -> NoReturn: ...
 
@@ -73,7 +71,7 @@ class LoopHooks(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch > self.loop.position.origin:
             self._mid_epoch = False
-            self._check(self.loop.save_is_due())
+            self._check(self.loop.files.save_is_due())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.loop.started = True
@@ -181,4 +179,4 @@ class LoopHooks(Callback):
         if self.loop.stop_request.made():
             self.loop.stop()
         if due:
-            self.loop.save(needed=False)
+            self.loop.files.save(needed=False)

@@ -146,13 +146,14 @@ def _limit(name: str, remedy: str) -> Callable[[Any], str | None]:
     return check
 
 
+BAREBONES = (
+    " leaves out what the run writes; use trainer.logger false, trainer.enable_progress_bar false and "
+    "trainer.enable_checkpointing false"
+)
+
+
 def _barebones(trainer: Any) -> str | None:
-    if trainer.barebones:
-        return (
-            " leaves out what the run writes; use trainer.logger false, trainer.enable_progress_bar false and "
-            "trainer.enable_checkpointing false"
-        )
-    return None
+    return BAREBONES if trainer.barebones else None
 
 
 def _plugins(trainer: Any) -> str | None:

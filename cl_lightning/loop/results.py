@@ -90,9 +90,7 @@ def collect(loop: Run) -> dict[str, Any]:
     """Results of the finished tasks, as ``docs/results_schema.md`` describes them; called on one process."""
     stream, matrix, strategy, data = loop.stream, loop.matrix, loop.strategy, loop.datamodule
     finished, entries = matrix.learned, matrix.to_dict()
-    # Measures of earlier tasks do not change any more; computing them again would take longer with each task.
-    del loop.measured[max(finished - 1, 0) :]
-    loop.measured += [measures(matrix, stream, t) for t in range(len(loop.measured), finished)]
+    measure(loop)
     per_task = list(loop.measured)
     small = len(matrix.confusion) <= _LARGEST_CONFUSION
     content = {
@@ -136,6 +134,13 @@ def collect(loop: Run) -> dict[str, Any]:
             name = type(callback).__name__
             content[_free_key(_OLD_NAMES.get(name, name), content)] = found
     return content
+
+
+def measure(loop: Run) -> None:
+    """Fill ``measured``. Measures of earlier tasks do not change any more: each is computed once."""
+    finished = loop.matrix.learned
+    del loop.measured[max(finished - 1, 0) :]
+    loop.measured += [measures(loop.matrix, loop.stream, t) for t in range(len(loop.measured), finished)]
 
 
 def recorded(loop: Run) -> str:

@@ -1,9 +1,8 @@
 """The task loop: one Trainer learns a stream, task after task; a run can be stopped and resumed at any step."""
 
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +20,6 @@ from cl_lightning.batch import mix
 from cl_lightning.callback import AddsLosses, ContinualCallback, Progress
 from cl_lightning.data import FeatureCache
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.files import clear_drafts, replaced
 from cl_lightning.lightning_private import carry_timer, log_at_global_step
 from cl_lightning.loop import checkpoint as checkpoints
 from cl_lightning.loop import results, run_lock
@@ -45,6 +43,7 @@ from cl_lightning.loop.options import (
     check_watched,
 )
 from cl_lightning.loop.run import Position, _class_path, begin_task, check_processes, restore
+from cl_lightning.loop.run_files import RunFiles
 from cl_lightning.loop.stopping import Interrupted, StopRequest
 from cl_lightning.loop.warning_filters import ignore_lightning_warnings
 from cl_lightning.measures import AccuracyMatrix, CostMeter, headline_accuracy
@@ -85,14 +84,14 @@ class TaskLoop:
     ) -> None:
         self.trainer, self.strategy, self.datamodule = trainer, strategy, datamodule
         self.options = options or LoopOptions()
-        self._files = checkpoints.CheckpointFiles(self.options.keep_last)
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.seed, self.config = seed, results.without_secrets(config)
         self.epochs = check_trainer(trainer, self.options)
         self.recorded = "" if config else results.recorded(self)
         self.option_changes: list[dict[str, Any]] = []  # of this and earlier resumptions
         self._min_epochs = trainer.min_epochs
-        trainer.strategy.checkpoint_io = self._files
+        self.files = RunFiles(self)
+        trainer.strategy.checkpoint_io = self.files.io
         self.position = Position()
         self._origin = 0  # epoch of the Trainer at which the last fit began
         self.matrix = AccuracyMatrix()
@@ -101,16 +100,13 @@ class TaskLoop:
         self.fingerprints: list[str] = []
         self._optimizers: list[dict[str, Any]] = []  # of the checkpoint from which the run was resumed
         self.stream: Stream
+        self._manifest = ""  # of the stream, for checkpoints
         self.started = False  # whether a step was taken, or a task closed
         self._phases: list[Phase] = []
         self._feature_cache: FeatureCache | None = None
         if self.options.feature_cache is not None:
             folder = None if self.options.feature_cache == "memory" else self.options.feature_cache
             self._feature_cache = FeatureCache(folder, int(self.options.feature_cache_gb * 1e9))
-        self._last_save = time.monotonic()
-        self._is_saving = False
-        self._results_written = True  # since the last task
-        self.newest: Path | None = None  # checkpoint from which the run can be resumed now
         self._driver = LoopHooks(self)
         self.stop_request = StopRequest(trainer)
         self.run_logging = RunLogging(self)
@@ -149,8 +145,8 @@ class TaskLoop:
                 checkpoint was written.
         """
         path = self._path_of(ckpt_path) if ckpt_path is not None else None
-        self._files.process = (self.trainer.global_rank, self.trainer.world_size)
-        saved = self._files.read(path) if path is not None else None
+        self.files.io.process = (self.trainer.global_rank, self.trainer.world_size)
+        saved = self.files.io.read(path) if path is not None else None
         if saved is not None and not saved["cl_lightning"].get("exact", True):
             raise ValueError(
                 f"checkpoint {path}: a callback wrote it inside a step or an epoch (ModelCheckpoint does), so a run "
@@ -172,7 +168,7 @@ class TaskLoop:
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             dry_run(self.strategy, self.datamodule, self.trainer, callbacks=callbacks, epochs=self._epochs)
         if self.run_dir is not None:
-            check_names(self.trainer, self._last.parent)
+            check_names(self.trainer, self.files.last.parent)
         held = self.run_dir if self.trainer.is_global_zero else None
         with (
             run_lock.hold(held) if held is not None else nullcontext(),
@@ -183,18 +179,16 @@ class TaskLoop:
             closing(self.datamodule),
         ):
             self._check_is_free(saved)  # a run may have ended there since
-            self.newest = path
-            self._write_start(path, saved)
-            for task in self.stream.tasks[self.position.task + self.position.done :]:
-                self._run_task(task, path if saved is not None and task.index == self.position.task else None)
-                saved = None
-                self._files.forget()
-                if task.index in (self.options.stop_after_task, count - 1):
-                    break
-                if self.stop_request.made(now=True):
-                    self._interrupt()
-            if not self._results_written:
-                self._write_results(needed=True)
+            self.run_logging.open(saved["cl_lightning"] if saved is not None else None)
+            with self.files.writing(path):
+                for task in self.stream.tasks[self.position.task + self.position.done :]:
+                    self._run_task(task, path if saved is not None and task.index == self.position.task else None)
+                    saved = None
+                    self.files.io.forget()
+                    if task.index in (self.options.stop_after_task, count - 1):
+                        break
+                    if self.stop_request.made(now=True):
+                        self._interrupt()
         return self.matrix
 
     def test(self, ckpt_path: str | Path) -> AccuracyMatrix:
@@ -246,12 +240,13 @@ class TaskLoop:
             # Not earlier: all hooks of callbacks at the end of the fit are over here, and their values are logged.
             if self.stop_request.made(now=True):
                 self.stop()
-            if self.save_is_due():
-                self.save(needed=False)
+            if self.files.save_is_due():
+                self.files.save(needed=False)
         self._driver.closing = task
         self._evaluate(task)
         self.position = Position(task.index, len(self._phases), origin=self.trainer.current_epoch, done=True)
-        self._write_task(task)
+        self.run_logging.task_done(task)  # first, so that no checkpoint is ahead of the logs
+        self.files.write_task(task)
         if self._feature_cache is not None:
             self._feature_cache.close()
 
@@ -273,7 +268,7 @@ class TaskLoop:
         self.strategy.begin_phase(phase, origin, sources)
         self._show_progress(task, index)
         with named(resume):
-            at = _resumed_at(self._files.read(resume)) if resume is not None else None
+            at = _resumed_at(self.files.io.read(resume)) if resume is not None else None
         self.datamodule.begin_phase(
             index,
             self.strategy.replay_memory(),
@@ -303,7 +298,7 @@ class TaskLoop:
 
         The state inside a pass is not saved: the run is resumed from the newest checkpoint.
         """
-        made = self.stop_request.watch(batches) if self.newest is not None else None
+        made = self.stop_request.watch(batches) if self.files.newest is not None else None
 
         def stop_before(number: int) -> None:
             if made is not None and made(number):
@@ -374,6 +369,7 @@ class TaskLoop:
         self.strategy.passes.cache = self._feature_cache
         self.strategy.passes.watch = self._watch_pass
         self.stream = self._match(saved, path) if saved is not None else self.datamodule.make_stream(self.seed)
+        self._manifest = json.dumps(self.stream.to_dict())
         self.fingerprints = [self.datamodule.fingerprint(task.index) for task in self.stream.tasks]
         if not self.strategy.is_built:
             self._seed()
@@ -448,22 +444,17 @@ class TaskLoop:
         strategy.task = self.stream.tasks[self.position.task]
 
     def _check_is_free(self, saved: Mapping[str, Any] | None) -> None:
-        if saved is None and self.run_dir is not None and checksums.candidates(self._last):
+        if saved is None and self.run_dir is not None and checksums.candidates(self.files.last):
             raise ValueError(
                 f"{self.run_dir} holds a run already; add --ckpt_path last to resume it, or give another --run_dir"
             )
-
-    @property
-    def _last(self) -> Path:
-        assert self.run_dir is not None
-        return self.run_dir / "checkpoints" / "last.ckpt"
 
     def _path_of(self, ckpt_path: str | Path) -> Path:
         if str(ckpt_path) != "last":
             return Path(ckpt_path)
         if self.run_dir is None:
             raise ValueError("ckpt_path 'last' needs a run folder; give run_dir, or the path of a checkpoint")
-        path, problems = checksums.newest(self._last)
+        path, problems = checksums.newest(self.files.last)
         if path is None:
             found = problems[0] if problems else f"ckpt_path 'last': there is no checkpoint under {self.run_dir}"
             raise ValueError(found)
@@ -484,7 +475,7 @@ class TaskLoop:
             "schema": checkpoints.SCHEMA,
             "place": vars(self.position).copy(),
             "strategy": _class_path(self.strategy),
-            "manifest": json.dumps(self.stream.to_dict()),
+            "manifest": self._manifest,
             "fingerprints": self.fingerprints,
             "class_names": list(self.stream.class_names),
             "raw_shape": list(self.datamodule.samples(train=True).image_shape),
@@ -497,104 +488,8 @@ class TaskLoop:
             "processes": distributed.world_size(),
             "versions": results.versions(),
             "optimizers": self.optimizers,
-            "exact": self._is_saving,  # ModelCheckpoint and others save in the middle of the hooks of a step
+            "exact": self.files.is_saving,  # ModelCheckpoint and others save in the middle of the hooks of a step
         }
-
-    def save(self, *, needed: bool = True) -> Path | None:
-        """Write a checkpoint; called on all processes.
-
-        Args:
-            needed: Whether to raise if the checkpoint cannot be written. Otherwise a warning reports the error, earlier
-                checkpoints are kept, and the run continues until the next checkpoint is due.
-
-        Returns:
-            Path of the checkpoint; None without a run folder, or if it could not be written.
-
-        Raises:
-            WriteError: On all processes, if the checkpoint is needed and cannot be written.
-        """
-        if self.run_dir is None:
-            return None
-        if self.nan_guard is not None:
-            if self.position.running:
-                self.nan_guard.check(self.strategy)
-            self.nan_guard.check_weights(self.strategy)
-        before = self.meter.enter("saving")
-        self._is_saving = True
-        try:
-            self.trainer.save_checkpoint(self._last)
-        finally:
-            self._is_saving = False
-        self.meter.enter(before)
-        self._last_save = time.monotonic()
-        failure = self.trainer.strategy.broadcast(self._files.failure and _in_words(self._files.failure))
-        if failure is None:
-            self.newest = self._last
-            return self._last
-        message = f"checkpoint {self._last}: cannot be written ({failure}); "
-        if needed:
-            left = next(iter(checksums.candidates(self._last)), "none")
-            raise checkpoints.WriteError(f"{message}the newest earlier checkpoint: {left}")
-        rank_zero_warn(message + "the run continues and tries again when the next checkpoint is due")
-        return None
-
-    def save_is_due(self) -> bool:
-        """Whether ``save_every_seconds`` have passed since the last checkpoint; the same answer on all processes."""
-        due = time.monotonic() - self._last_save >= self.options.save_every_seconds
-        return bool(self.trainer.strategy.broadcast(due)) if distributed.is_distributed() else due
-
-    def _write_start(self, resumed: Path | None, saved: Mapping[str, Any] | None) -> None:
-        self.run_logging.open(saved["cl_lightning"] if saved is not None else None)
-        if self.run_dir is not None and self.trainer.is_global_zero:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            checksums.clear_torn(self._last.parent)
-            if resumed is not None:
-                checksums.resume_from(self._last, resumed)
-            clear_drafts(self.run_dir)
-            try:
-                if self.config:
-                    with replaced(self.run_dir / "config.yaml") as file:
-                        file.write(self.config)
-                self.stream.save(self.run_dir / "manifest.json")
-                results.write(self.run_dir / "results.json", self.results())
-            except OSError as error:
-                raise ValueError(
-                    f"{self.run_dir}: cannot be written ({_in_words(error)}); free the disk, or give another --run_dir"
-                ) from error
-
-    def _write_task(self, task: Task) -> None:
-        self.run_logging.task_done(task)  # first, so that no checkpoint is ahead of the logs
-        last = self.save()
-        if last is not None and self.trainer.is_global_zero:
-            with self._reporting(last.with_name(f"task_{task.index:03d}.ckpt")) as path:
-                if self.options.keep_tasks != 0:
-                    checksums.link(last, path)
-                kept = sorted(last.parent.glob("task_[0-9]*.ckpt"), key=checksums.task_number)
-                for old in kept[: -self.options.keep_tasks] if self.options.keep_tasks else []:
-                    old.unlink()
-            self._write_results()
-
-    def _write_results(self, *, needed: bool = False) -> None:
-        """Write ``results.json``; called on one process. If it is needed, an error is raised, otherwise reported."""
-        assert self.run_dir is not None
-        with self._reporting(self.run_dir / "results.json", needed=needed) as path:
-            self._results_written = False
-            results.write(path, self.results())
-            self._results_written = True
-
-    @contextmanager
-    def _reporting(self, path: Path, *, needed: bool = False) -> Iterator[Path]:
-        """Report that a file cannot be written; a run whose checkpoint is whole does not end for it."""
-        try:
-            yield path
-        except OSError as error:
-            message = f"{path}: cannot be written ({_in_words(error)}); "
-            if needed:
-                raise checkpoints.WriteError(
-                    f"{message}the run is complete and saved; free the disk, then resume with --ckpt_path last, which "
-                    "writes it"
-                ) from error
-            rank_zero_warn(f"{message}the run continues and tries again at the end of the next task")
 
     @property
     def optimizers(self) -> list[dict[str, Any]]:
@@ -607,21 +502,17 @@ class TaskLoop:
 
     def stop(self) -> NoReturn:
         """Write a checkpoint and raise ``Interrupted``; called on all processes after they agreed to stop."""
-        self.save()
+        self.files.save()
         self._interrupt()
 
     def _interrupt(self) -> NoReturn:
         assert self.stop_request.signum is not None
-        raise Interrupted(self.newest or Path("nowhere"), self.stop_request.signum)
+        raise Interrupted(self.files.newest or Path("nowhere"), self.stop_request.signum)
 
 
 def _effort(phase: Phase) -> float:
     """Cost of one row of a phase, relative to a forward and backward pass of an image; for the remaining time."""
     return 0.02 if phase.features is not None else 1.0
-
-
-def _in_words(error: OSError) -> str:
-    return error.strerror or str(error)
 
 
 def _resumed_at(saved: Mapping[str, Any]) -> tuple[int, int]:

@@ -182,27 +182,27 @@ class CostMeter:
 
     def summary(self) -> dict[str, Any]:
         """The entry ``cost`` of ``results.json``, see ``docs/results_schema.md``."""
+        entries = [self.of_task(index) for index in range(len(self.tasks))] or [dict.fromkeys(_entry(TaskCost()))]
+        lists = {name: [entry[name] for entry in entries[: len(self.tasks)]] for name in entries[0]}
+        return lists | self.so_far()
+
+    def of_task(self, index: int) -> dict[str, Any]:
+        """The part of :meth:`summary` that has one entry for each task: the entries of one task, by name."""
+        return _entry(self.tasks[index])
+
+    def so_far(self) -> dict[str, Any]:
+        """The part of :meth:`summary` that is replaced after each task."""
         tasks = self.tasks
         last = tasks[-1] if tasks else TaskCost()
         kinds = sorted({kind for part in last.bytes_kept for kind in part})
         return {
-            "seconds": [{kind: round(getattr(task, kind), 4) for kind in KINDS} for task in tasks],
-            "images": [round(task.images) for task in tasks],
-            "samples": [round(task.samples) for task in tasks],
-            "images_per_second": [_rate(task.images, task.training) for task in tasks],
-            "samples_per_second": [_rate(task.samples, task.training) for task in tasks],
-            "peak_process_bytes": [task.peak_process_bytes for task in tasks],
-            "peak_device_bytes": [task.peak_device_bytes for task in tasks],
             "peak_memory_bytes": max((task.peak_device_bytes or task.peak_process_bytes for task in tasks), default=0),
             "bytes_kept": {kind: max(part.get(kind, 0) for part in last.bytes_kept) for kind in kinds},
             "bytes_kept_per_rank": last.bytes_kept,
-            "bytes_kept_per_task": [_total(task) for task in tasks],
             "parameters": last.parameters,
-            "parameters_per_task": [task.parameters for task in tasks],
             "trainable_parameters": last.trainable,
             "flops_per_image": last.flops_per_image,
             "memory_mb": round(last.memory_mb, 6),
-            "memory_mb_per_task": [round(task.memory_mb, 6) for task in tasks],
         }
 
     def metrics(self) -> dict[str, float]:
@@ -290,6 +290,21 @@ class Stopwatch:
         seconds: float = self._seconds + sum(start.elapsed_time(stop) for start, stop in self._events) / 1000
         self._events, self._seconds = [], 0.0
         return seconds
+
+
+def _entry(task: TaskCost) -> dict[str, Any]:
+    return {
+        "seconds": {kind: round(getattr(task, kind), 4) for kind in KINDS},
+        "images": round(task.images),
+        "samples": round(task.samples),
+        "images_per_second": _rate(task.images, task.training),
+        "samples_per_second": _rate(task.samples, task.training),
+        "peak_process_bytes": task.peak_process_bytes,
+        "peak_device_bytes": task.peak_device_bytes,
+        "bytes_kept_per_task": _total(task),
+        "parameters_per_task": task.parameters,
+        "memory_mb_per_task": round(task.memory_mb, 6),
+    }
 
 
 def _rate(count: float, seconds: float) -> float | None:

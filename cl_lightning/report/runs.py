@@ -36,6 +36,7 @@ from cl_lightning.report.fields import (
     number,
     text,
 )
+from cl_lightning.report.unfinished import joined
 
 OLDEST, NEWEST = 1, 2
 """Oldest and newest readable schema; a copy of ``cl_lightning.loop.results``, whose import of torch takes seconds."""
@@ -314,7 +315,7 @@ def read(folder: Path) -> Run:
         raise ValueError(f"{constant} is not a number")
 
     try:
-        data = json.loads(read_text(folder / FILE), parse_constant=refuse)
+        data = joined(json.loads(read_text(folder / FILE), parse_constant=refuse), folder)
         written = (folder / FILE).stat().st_mtime
     except OSError as error:
         raise UnusableRunError(f"{FILE} cannot be read: {error.strerror}") from None

@@ -22,7 +22,7 @@ from torch import Tensor
 from cl_lightning.batch import Batch, ImageShape
 from cl_lightning.data import RandomCrop, SampleSource, TensorSource
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.loop import LoopOptions, TaskLoop
+from cl_lightning.loop import LoopOptions, RunFiles, TaskLoop
 from cl_lightning.strategy import ContinualStrategy
 from cl_lightning.stream import ClassIncremental, Stream
 
@@ -216,23 +216,32 @@ class _Loop(TaskLoop):
         super().__init__(*args, **kwargs)
         self.kill_at, self.copy_at, self.copy_to, self.probe = kill_at, copy_at, copy_to, probe
         self.snapshots: dict[SavePoint, dict[str, Tensor]] = {}
+        self.files = _Files(self)
+        self.trainer.strategy.checkpoint_io = self.files.io
+
+
+class _Files(RunFiles):
+    """Files of a loop that can be killed."""
+
+    run: _Loop
 
     def save(self, *, needed: bool = True) -> Path | None:
-        position, driver = self.position, self._driver
+        run = self.run
+        position, driver = run.position, run._driver
         kind = (
             "task" if position.done else "phase" if not position.running else "step" if driver._mid_epoch else "epoch"
         )
         phase = position.phase - (kind == "phase")
-        point = SavePoint(position.task, phase, kind, self.trainer.global_step)
-        self.snapshots[point] = detached(self.strategy.state_dict())
-        written = point in (self.kill_at, self.copy_at) or kind == "task"
+        point = SavePoint(position.task, phase, kind, run.trainer.global_step)
+        run.snapshots[point] = detached(run.strategy.state_dict())
+        written = point in (run.kill_at, run.copy_at) or kind == "task"
         path = super().save() if written else None
-        if point == self.kill_at:
+        if point == run.kill_at:
             raise KilledError
-        if point == self.copy_at and self.trainer.is_global_zero:
-            assert self.run_dir is not None
-            assert self.copy_to is not None
-            shutil.copytree(self.run_dir, self.copy_to)
+        if point == run.copy_at and run.trainer.is_global_zero:
+            assert run.run_dir is not None
+            assert run.copy_to is not None
+            shutil.copytree(run.run_dir, run.copy_to)
         return path
 
 

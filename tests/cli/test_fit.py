@@ -143,6 +143,16 @@ def test_the_saved_configuration_gives_the_same_run(run):
     assert_same_run(Path("a"), Path("b"))
 
 
+def test_a_callback_whose_default_is_a_member_of_an_enumeration_is_saved_as_text(run):
+    timer = "fit --trainer.callbacks+=lightning.pytorch.callbacks.Timer --trainer.callbacks.duration 00:01:00:00"
+    printed = run(f"{timer} --print_config")
+    assert printed.code in (0, None)
+    assert yaml.safe_load(printed.out)["trainer"]["callbacks"][0]["init_args"]["interval"] == "step"
+    assert run(f"{timer} --run_dir a", *SHORT).code == 0
+    assert run("fit --config a/config.yaml --run_dir b").code == 0
+    assert Path("a/config.yaml").read_text() == Path("b/config.yaml").read_text()
+
+
 def assert_same_run(one: Path, other: Path) -> None:
     found, expected = (json.loads((folder / "results.json").read_text()) for folder in (one, other))
     assert found["matrix"] == expected["matrix"]

@@ -63,6 +63,7 @@ from cl_lightning.loop import results
         ("--config nosuch.yaml", "config: File does not exist"),
         ("--trainer.max_epochs 0", "trainer.max_epochs is 0; it is the number of epochs per task, at least 1"),
         ("--trainer.max_epochs -1", "trainer.max_epochs is -1;"),
+        ("--trainer.barebones true", "trainer.barebones leaves out what the run writes; use trainer.logger false"),
         ("--trainer.fast_dev_run true", "trainer.fast_dev_run does not work with a stream"),
         ("--trainer.devices none", "trainer: `devices`"),
         ("--loop.stop_after_task 5", "loop: stop_after_task is 5; the stream has 5 tasks, so at most 4"),

@@ -11,7 +11,7 @@ from support.runs import assert_same_run, loop, plain_net, run, sgd
 
 from cl_lightning.data import TensorSource
 from cl_lightning.datamodules.base import ContinualDataModule
-from cl_lightning.loop import LoopOptions, TaskLoop
+from cl_lightning.loop import LoopOptions, TaskLoop, run_files
 from cl_lightning.models import CifarResNet
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.ewc import EWC
@@ -276,15 +276,14 @@ def test_data_that_changed_since_the_checkpoint_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize(("keep", "expected"), [(1, [1002]), (2, [1001, 1002]), (None, [998, 999, 1000, 1001, 1002])])
-def test_the_newest_tasks_are_kept_also_in_streams_of_more_than_a_thousand(tmp_path, keep, expected):
+def test_the_newest_tasks_are_kept_also_in_streams_of_more_than_a_thousand(tmp_path, monkeypatch, keep, expected):
     folder = tmp_path / "checkpoints"
     made = loop(Finetune(backbone=plain_net, optimizer=sgd), folder=tmp_path, options={"keep_tasks": keep})
-    made.save = lambda **_: folder / "last.ckpt"
-    made.results = dict
-    made.run_logging.task_done = lambda task: None
+    made.files.save = lambda **_: folder / "last.ckpt"
+    monkeypatch.setattr(run_files.results, "collect", lambda run: {})
     folder.mkdir()
     (folder / "last.ckpt").write_bytes(b"state")
     for index in (998, 999, 1000, 1001, 1002):
-        made._write_task(SimpleNamespace(index=index))
+        made.files.write_task(SimpleNamespace(index=index))
     names = {path.name for path in folder.glob("task_*.ckpt")}
     assert names == {f"task_{index}.ckpt" for index in expected}

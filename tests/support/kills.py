@@ -62,7 +62,7 @@ def fit(arguments: Sequence[str], folder: str, kill: int | None, trace: str | No
 
 def _watch(happen: Callable[[str], None]) -> None:
     from cl_lightning import checksums
-    from cl_lightning.loop import checkpoint, hooks, results
+    from cl_lightning.loop import checkpoint, hooks, results, run_files
     from cl_lightning.loop import task_loop as loop
     from cl_lightning.strategies.base.passes import Passes
     from cl_lightning.strategy import ContinualStrategy
@@ -90,7 +90,7 @@ def _watch(happen: Callable[[str], None]) -> None:
     before(checkpoint._Faithful, "write", "write")
     before(checksums, "seal", "seal")
     before(checksums, "keep_earlier", "rename")
-    before(loop.TaskLoop, "_write_task", "finished")
+    before(run_files.RunFiles, "write_task", "finished")
     before(ContinualStrategy, "test_step", "evaluate")
     before(results, "write", "results")
 
