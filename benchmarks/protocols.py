@@ -39,6 +39,19 @@ GAP = (
     of_curves("min_accuracy", "min-ACC"),
     measures.SECONDS,
 )
+WITH_TASKS = (
+    measures.KNOWN,
+    *(
+        measures.Measure(name, title, "percent", better, lambda run, name=name: run.last.get(f"task_aware/{name}"))  # type: ignore[misc]
+        for name, title, better in (
+            ("average_incremental_accuracy", "average incremental", True),
+            ("learning_accuracy", "just learnt", True),
+            ("forgetting", "forgetting", False),
+        )
+    ),
+    measures.SECONDS,
+    measures.BYTES,
+)
 TEST_TIME = (measures.ONLINE, measures.SECONDS, measures.BYTES)
 
 
@@ -166,6 +179,25 @@ for _name, _row in METHODS.items():
     if _name == "ER + EMA":
         SHORT_TASKS["ER + EMA of 10 steps"] = Method("er_ema", f"{MEMORY} --trainer.callbacks.momentum 0.9")
 
+LOCAL = "--model.loss_classes current"
+TASK_INCREMENTAL = {
+    "Finetune": Method("finetune", LOCAL),
+    "Joint": Method("joint", LOCAL),
+    "L2": Method("l2", LOCAL),
+    "EWC": Method("ewc", f"{LOCAL} --model.fisher_samples 2000"),
+    "SI": Method("si", LOCAL),
+    "MAS": Method("mas", LOCAL),
+    "RWalk": Method("rwalk", LOCAL),
+    "LwF": Method("lwf"),
+    "LFL": Method("lfl"),
+    "GPM": Method("gpm"),
+    "PackNet": Method("packnet"),
+    "HAT": Method("hat"),
+    "DST": Method("dst"),
+    "RankUpdate": Method("rank_update"),
+    "PNN": Method("pnn"),
+}
+
 FECAM = "--model.power 0.5 --model.shrinkage [1.0,1.0] --model.shrinks 2 --model.unit_norm false"
 CLOSED = {
     "SimpleCIL": Method("simplecil_vit32"),
@@ -240,6 +272,15 @@ PROTOCOLS = {
         "--trainer.callbacks.every_n_steps 25 --trainer.callbacks.samples 100",
         methods={name: METHODS[name] for name in ("Finetune", "ER", "ER + EMA")},
         columns=GAP,
+    ),
+    "fashion_mlp_tasks": Protocol(
+        "Split-Fashion-MNIST, 5 tasks of 2 classes, MLP, offline, with the task known",
+        "As the first table, for methods of task-incremental learning: the task of each test image is known, and its "
+        "class is one of the two of this task. Methods for all classes have the cross-entropy over the classes of the "
+        "task. The accuracies are not to be compared with those of other tables.",
+        f"{OFFLINE} {MLP} --trainer.max_epochs 3",
+        methods=TASK_INCREMENTAL,
+        columns=WITH_TASKS,
     ),
     "fashion_slim": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, slim ResNet-18, offline",

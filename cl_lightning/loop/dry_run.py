@@ -156,7 +156,11 @@ class _DryRun:
                     raise _LeftError from error
                 name, text = type(self.strategy).__name__, _in_words(error)
                 if not self.configures:
-                    text = f"{name} does not fit images of shape {shape} ({self.place}): {text}"
+                    is_said = isinstance(error, ValueError) and origin(error)[0] == "cl_lightning"  # in its own words
+                    if is_said:
+                        text = text.removeprefix(f"{name}: ").removeprefix(f"{name} ")
+                    with_what = "with" if is_said else "does not fit"
+                    text = f"{name} {with_what} images of shape {shape} ({self.place}): {text}"
                 elif text.startswith(f"{name}: ") or not _names_an_object(text):
                     text = f"{name}: {self.place}: {text.removeprefix(f'{name}: ')}"
                 raise MisfitError(text) from error

@@ -26,6 +26,7 @@ from cl_lightning.loop import dry_run as module
 from cl_lightning.loop.dry_run import dry_run
 from cl_lightning.models import Backbone, LinearHead, Output
 from cl_lightning.strategies.baselines.finetune import Finetune
+from cl_lightning.strategies.exemplar_free.l2 import L2
 from cl_lightning.strategies.rehearsal.er import ER
 from cl_lightning.strategies.test_time.source import Source
 from cl_lightning.strategy import Phase, PhaseOptions
@@ -162,8 +163,8 @@ def images(tmp_path, *shape: int) -> NpzData:
 @pytest.mark.parametrize(
     ("method", "shape", "message"),
     [
-        ("PASS", (16, 25), r"PASS does not fit images of shape \(1, 16, 25\) .* not square; resize them"),
-        ("PCR", (16, 16, 4), r"PCR does not fit images of shape \(4, 16, 16\) .* 1 or 3 are allowed"),
+        ("PASS", (16, 25), r"PASS with images of shape \(1, 16, 25\) .* not square; resize them"),
+        ("PCR", (16, 16, 4), r"PCR with images of shape \(4, 16, 16\) .* 1 or 3 are allowed"),
     ],
 )
 def test_views_of_a_method_that_do_not_fit_the_images_are_refused(tmp_path, method, shape, message):
@@ -174,12 +175,20 @@ def test_views_of_a_method_that_do_not_fit_the_images_are_refused(tmp_path, meth
     assert not loop.started
 
 
+def test_a_wrong_option_is_not_said_to_be_a_misfit_of_the_images(tmp_path):
+    loop = TaskLoop(trainer(), L2(names=["nosuch"], backbone=plain_net), images(tmp_path, 8, 8))
+    with pytest.raises(
+        ValueError, match=r"^L2 with images of shape \(1, 8, 8\) \(task 0, begin_task\): .*names has 'nosuch'"
+    ):
+        loop.fit()
+
+
 def test_the_command_line_says_it_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     images(tmp_path, 16, 25)
     assert main(["fit", "--model", "PASS", "--data", "NpzData", "--data.path", "images.npz"]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("error: PASS does not fit images of shape (1, 16, 25)")
+    assert message.startswith("error: PASS with images of shape (1, 16, 25)")
     assert not (tmp_path / "runs").exists()
 
 
