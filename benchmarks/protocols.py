@@ -182,7 +182,7 @@ for _name, _row in METHODS.items():
 LOCAL = "--model.loss_classes current"
 TASK_INCREMENTAL = {
     "Finetune": Method("finetune", LOCAL),
-    "Joint": Method("joint", LOCAL),
+    "Joint": Method("joint"),
     "L2": Method("l2", LOCAL),
     "EWC": Method("ewc", f"{LOCAL} --model.fisher_samples 2000"),
     "SI": Method("si", LOCAL),

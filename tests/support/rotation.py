@@ -9,6 +9,7 @@ test that is selected by ``-k`` or by its node id runs in any case.
 With ``of=files``, a function from the first parameter to files of the checkout, the parameters that depend on what has
 changed come first (``support/selection.py``). A test with the mark ``dependent`` runs for all methods that depend on
 what has changed, and for one in ten of the others: on each day another tenth, so that all have their turn in ten days.
+The same holds for tests that call ``check_strategy`` on variants of a method, without a mark.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from datetime import UTC, date, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,7 +56,7 @@ def left_out(items: Iterable[Any], rotation: str = ROTATION, affected: frozenset
             group = (str(item.path), item.originalname, each(_first(item)))
             groups[group].append(item)
             count[group] = mark.args[0]
-        elif item.get_closest_marker("dependent") is not None and not _runs(item, rotation, affected):
+        elif _is_dependent(item) and not _runs(item, rotation, affected):
             found.append(item)
     for group, members in groups.items():
         members.sort(key=lambda item: _order(item, rotation, affected))
@@ -75,7 +77,14 @@ def _runs(item: Any, rotation: str, affected: frozenset[str]) -> bool:
         day = date.fromisoformat(rotation).toordinal()
     except ValueError:
         day = int(place("", rotation), 16)
-    return (int(place(item.callspec.params["name"], ""), 16) + day) % ONE_IN == 0
+    name = selection.parameters(item).get("name", Path(item.path).stem)
+    return (int(place(str(name), ""), 16) + day) % ONE_IN == 0
+
+
+def _is_dependent(item: Any) -> bool:
+    code = getattr(getattr(item, "function", None), "__code__", None)
+    is_suite = code is not None and "check_strategy" in code.co_names
+    return is_suite or item.get_closest_marker("dependent") is not None
 
 
 def _order(item: Any, rotation: str, affected: frozenset[str]) -> tuple[bool, str]:

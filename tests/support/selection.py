@@ -3,8 +3,9 @@
 A test with the mark ``dependent`` runs for the methods that depend on a changed file, and for a rotating tenth of the
 other methods (``support/rotation.py``). Changed are the files that differ from the commit with which the work began:
 the commit that ``CL_LIGHTNING_BASE`` names, otherwise the newest common commit with the upstream branch or ``origin``.
-Where there is no git, no such commit, or no difference from it (a checkout of what has been pushed), it is not known
-what has changed, and the tests run for all methods, as they do in ``make stress``.
+Where there is no git, or no difference from that commit (a checkout of what has been pushed), nothing has changed.
+Where there is no such commit, it is not known what has changed, and the tests run for all methods, as in
+``make stress``.
 
 A file depends on the files that it imports, and on the files that these import. An import of a name from a room counts
 as an import from the file inside which the room takes the name, so that ``from cl_lightning.memory import Teacher``
@@ -33,7 +34,7 @@ _LINKED = ("callbacks", "datamodules")
 
 
 def changed(root: Path = ROOT) -> frozenset[str] | None:
-    """Files that differ from the base, relative to the checkout; None where this is not known."""
+    """Files that differ from the base, relative to the checkout; None where there is no base."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
@@ -41,7 +42,7 @@ def changed(root: Path = ROOT) -> frozenset[str] | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel").strip()) != root.resolve():
-            return None
+            return frozenset()
         base = _base(git)
         if base is None:
             return None
@@ -49,8 +50,8 @@ def changed(root: Path = ROOT) -> frozenset[str] | None:
             "ls-files", "-z", "--others", "--exclude-standard"
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
-    return frozenset(filter(None, names.split("\0"))) or None
+        return frozenset()
+    return frozenset(filter(None, names.split("\0")))
 
 
 def _base(git: Any) -> str | None:
@@ -217,6 +218,12 @@ def files_of_method(name: str) -> Iterator[str]:
 
 
 def files_of(item: Any) -> Iterator[str]:
-    """Files that a test with the parameter ``name`` is about: its own, and those of the method of this name."""
+    """Files that a test is about: its own, and those of the method that its parameter ``name`` names."""
     yield str(Path(item.path).relative_to(ROOT))
-    yield from files_of_method(item.callspec.params["name"])
+    if (name := parameters(item).get("name")) in SUBJECTS:
+        yield from files_of_method(name)
+
+
+def parameters(item: Any) -> dict[str, Any]:
+    """Parameters of a test by name."""
+    return dict(item.callspec.params) if hasattr(item, "callspec") else {}

@@ -70,14 +70,14 @@ def git(folder, *arguments):
 
 def test_changed_is_what_differs_from_the_base_committed_or_not(checkout, monkeypatch):
     monkeypatch.delenv(selection.BASE, raising=False)
-    assert selection.changed(checkout) is None  # no repository
+    assert selection.changed(checkout) == frozenset()  # no repository
     git(checkout, "init", "-q", "-b", "main")
     git(checkout, "add", ".")
     git(checkout, "commit", "-q", "-m", "first")
     assert selection.changed(checkout) is None  # no base
     base = git(checkout, "rev-parse", "HEAD")
     git(checkout, "update-ref", "refs/remotes/origin/main", base)
-    assert selection.changed(checkout) is None  # no difference: all has been pushed
+    assert selection.changed(checkout) == frozenset()  # no difference: all has been pushed
     (checkout / "cl_lightning" / "one.py").write_text("x = 1")
     (checkout / "cl_lightning" / "new é.py").write_text("")
     assert selection.changed(checkout) == {"cl_lightning/one.py", "cl_lightning/new é.py"}
@@ -87,11 +87,11 @@ def test_changed_is_what_differs_from_the_base_committed_or_not(checkout, monkey
     moved = {"cl_lightning/two.py", "cl_lightning/moved.py"}
     assert selection.changed(checkout) == {"cl_lightning/one.py", "cl_lightning/new é.py"} | moved
     monkeypatch.setenv(selection.BASE, "HEAD")
-    assert selection.changed(checkout) is None
+    assert selection.changed(checkout) == frozenset()
     monkeypatch.setenv(selection.BASE, "nowhere")
     with pytest.raises(ValueError, match="CL_LIGHTNING_BASE: there is no commit 'nowhere'"):
         selection.changed(checkout)
-    assert selection.changed(checkout / "tests") is None  # not the top of the repository
+    assert selection.changed(checkout / "tests") == frozenset()  # not the top of the repository
 
 
 def test_the_graph_of_this_checkout_knows_what_methods_take_from_rooms():

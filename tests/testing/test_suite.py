@@ -7,6 +7,7 @@ from support import ROOT, costs, rotation
 from support.subjects import METHOD_OF, SUBJECTS
 
 from cl_lightning.cli import discovery
+from cl_lightning.testing import check_strategy
 
 NAMES = [f"method {number}" for number in range(20)]
 
@@ -81,6 +82,27 @@ def test_a_method_depends_on_its_strategy_its_test_and_the_test_for_all():
     for file in ("cl_lightning/strategies/rehearsal/wa.py", "tests/strategies/rehearsal/test_wa.py"):
         assert dependent("2026-11-30", [file]) == dependent("2026-11-30", []) | {"WA"}
     assert dependent("2026-11-30", ["tests/testing/test_every_strategy.py"]) == set(SUBJECTS)
+
+
+def test_variants_that_pass_the_suite_in_the_test_of_their_method_have_their_turn_with_it():
+    def conforms():
+        check_strategy(None)
+
+    def learns():
+        pass
+
+    path = ROOT / "tests" / "strategies" / "rehearsal" / "test_wa.py"
+    suite, other = (
+        SimpleNamespace(path=path, function=function, get_closest_marker=lambda _: None)
+        for function in (conforms, learns)
+    )
+    days = [f"2026-11-{day}" for day in range(10, 20)]
+    assert sum(suite not in rotation.left_out([suite, other], day, frozenset()) for day in days) == 1
+    for day in days:
+        assert other not in rotation.left_out([suite, other], day, frozenset())
+        for affected in ("*", "tests/strategies/rehearsal/test_wa.py"):  # which depends on the file of the method
+            assert not rotation.left_out([suite, other], day, frozenset({affected}))
+    assert not rotation.left_out([suite], "all", frozenset())
 
 
 def test_a_failure_says_how_to_repeat_it():
