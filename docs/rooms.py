@@ -51,8 +51,8 @@ ROOMS = (
     Room(
         "strategies.base",
         "the base class of methods and its parts",
-        "strategy, replay, task_incremental, phases, schedules, optimizers, terms, passes, evaluation, traits, "
-        "host, gradients",
+        "strategy, replay, expanding, task_incremental, phases, schedules, optimizers, terms, passes, evaluation, "
+        "traits, host, gradients",
     ),
     Room(
         "data",

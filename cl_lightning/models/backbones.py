@@ -68,6 +68,30 @@ class Backbone(nn.Module):
         """Features ``(B, num_features)`` of normalised images ``(B, C, H, W)``."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
+    def divide(self) -> tuple[nn.Module, nn.Module]:
+        """The backbone in two parts that share its layers: all stages except the last one, and the last stage.
+
+        The second part maps the output of the first one to features ``(B, num_features)``.
+
+        Raises:
+            ValueError: If the backbone does not say where its last stage begins.
+        """
+        raise ValueError(
+            f"{type(self).__name__} is not divided into stages; use MLP, ConvNet or ResNet, or write a method divide"
+        )
+
+
+def divided_chain(layers: nn.Sequential, owner: str) -> tuple[nn.Module, nn.Module]:
+    """A chain of layers in two parts, of which the second begins with the last layer that has weights.
+
+    Raises:
+        ValueError: If fewer than two layers have weights.
+    """
+    places = [place for place, layer in enumerate(layers) if next(layer.parameters(), None) is not None]
+    if len(places) < 2:
+        raise ValueError(f"{owner}: layers with weights: {len(places)}; to divide it, use at least 2")
+    return layers[: places[-1]], layers[places[-1] :]
+
 
 def built(factory: Callable[[ImageShape], Backbone], image_shape: ImageShape) -> Backbone:
     """The backbone of a factory, for images of a given shape.
@@ -227,6 +251,19 @@ class ResNet(Backbone):
     def forward(self, images: Tensor) -> Tensor:
         return self.feature_map(images).mean((2, 3))
 
+    def divide(self) -> tuple[nn.Module, nn.Module]:
+        if len(self.stages) < 2:
+            raise ValueError(f"{type(self).__name__}: it has one stage; to divide it, use at least 2")
+        *earlier, last = (getattr(self, stage) for stage in self.stages)
+        return nn.Sequential(self.conv1, self.bn1, nn.ReLU(), self.maxpool, *earlier), nn.Sequential(last, _Mean())
+
+
+class _Mean(nn.Module):
+    """Global average pooling, ``(B, d, h, w)`` to ``(B, d)``."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps.mean((2, 3))
+
 
 class CifarResNet(ResNet):
     """ResNet for small images with stages of 16, 32 and 64 channels (He et al., CVPR 2016, arXiv:1512.03385, sec. 4.2).
@@ -341,6 +378,9 @@ class MLP(Backbone):
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.layers(images)
         return features
+
+    def divide(self) -> tuple[nn.Module, nn.Module]:
+        return divided_chain(self.layers, type(self).__name__)
 
 
 class Timm(Backbone):

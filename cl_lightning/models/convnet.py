@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cl_lightning.batch import ImageShape
 from cl_lightning.checks import at_least
-from cl_lightning.models.backbones import Backbone
+from cl_lightning.models.backbones import Backbone, divided_chain
 
 
 class ConvNet(Backbone):
@@ -73,3 +73,6 @@ class ConvNet(Backbone):
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.layers(images)
         return features
+
+    def divide(self) -> tuple[nn.Module, nn.Module]:
+        return divided_chain(self.layers, type(self).__name__)

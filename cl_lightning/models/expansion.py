@@ -1,4 +1,4 @@
-"""A backbone that adds a feature extractor per task (FOSTER, Dynamically Expandable Representation)."""
+"""A backbone that adds a feature extractor per task (DER, FOSTER, BEEF, TagFex), or only its last stage (MEMO)."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -21,24 +21,43 @@ class ExpandableBackbone(Backbone):
     Args:
         image_shape: Channels, height, width.
         extractor: Builds an extractor for an image shape; None for ``MLP``.
+        share_stem: Whether an extractor is only the last stage of the backbone that ``extractor`` builds, on a common
+            stem of all its other stages (``Backbone.divide``): f_k(x) = s_k(g(x)).
 
     Attributes:
+        stem: The common stem g; the identity without ``share_stem``.
         extractors: The extractors, the newest last.
         width: Number of features of one extractor, d.
+
+    Raises:
+        ValueError: If ``share_stem`` is True and the backbone cannot be divided.
     """
 
-    def __init__(self, image_shape: ImageShape, *, extractor: Callable[[ImageShape], Backbone] | None = None) -> None:
+    def __init__(
+        self,
+        image_shape: ImageShape,
+        *,
+        extractor: Callable[[ImageShape], Backbone] | None = None,
+        share_stem: bool = False,
+    ) -> None:
         super().__init__(image_shape)
-        first = (extractor or MLP)(self.image_shape)
+        whole = (extractor or MLP)(self.image_shape)
+        self.stem, first = whole.divide() if share_stem else (nn.Identity(), whole)
         self.extractors = nn.ModuleList([first])
-        self.width = self.num_features = first.num_features
+        self.width = self.num_features = whole.num_features
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([extractor(images) for extractor in self.extractors], dim=1)
+        common = self.stem(images)
+        return torch.cat([extractor(common) for extractor in self.extractors], dim=1)
 
-    def expand(self) -> None:
-        """Add an extractor, initialised as a copy of the newest extractor."""
-        self.extractors.append(copy.deepcopy(self.extractors[-1]))
+    @property
+    def earlier(self) -> list[nn.Module]:
+        """All extractors except the newest one."""
+        return list(self.extractors)[:-1]
+
+    def expand(self, source: int = -1) -> None:
+        """Add an extractor, initialised as a copy of extractor ``source``; by default of the newest one."""
+        self.extractors.append(copy.deepcopy(self.extractors[source]))
         self.num_features = len(self.extractors) * self.width
 
     def keep(self, count: int) -> None:

@@ -6,7 +6,18 @@ import torch
 from support.fakes import normal
 from support.runs import NormNet
 
-from cl_lightning.models import MLP, CosineHead, ExpandableBackbone, LinearHead, Network, ResNet32, align_head
+from cl_lightning.models import (
+    MLP,
+    ConvNet,
+    CosineHead,
+    ExpandableBackbone,
+    LinearHead,
+    Network,
+    ResNet,
+    ResNet18,
+    ResNet32,
+    align_head,
+)
 
 SHAPE = (1, 4, 4)
 
@@ -61,6 +72,72 @@ def test_ten_resnets_have_the_parameters_of_the_literature():
     count = sum(parameter.numel() for parameter in backbone.parameters())
     assert count == 10 * 463_504
     assert 4 * count / 2**20 == pytest.approx(17.7, abs=0.05)  # MB
+
+
+DIVIDED = {
+    "ResNet32": (ResNet32, (3, 32, 32), 112_016, 351_488),
+    "ResNet18": (partial(ResNet18, width=4, stem="imagenet"), (3, 32, 32), None, None),
+    "MLP": (partial(MLP, hidden=(8, 6), dropout=0.1), (1, 8, 8), 64 * 8 + 8, 8 * 6 + 6),
+    "ConvNet": (partial(ConvNet, channels=(3, 4), kernels=(3, 2), hidden=(5,)), (1, 8, 8), 30 + 52, 4 * 5 + 5),
+    "ConvNet, pixels": (partial(ConvNet, channels=(3, 4), kernels=(3, 2), hidden=()), (1, 8, 8), 30, 52),
+}
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_the_two_parts_of_a_backbone_are_the_backbone(name):
+    build, shape, of_stem, of_last = DIVIDED[name]
+    backbone, images = build(shape).eval(), normal(2, *shape).float()
+    stem, last = backbone.divide()
+    assert torch.equal(last(stem(images)), backbone(images))
+    counts = [sum(p.numel() for p in module.parameters()) for module in (stem, last)]
+    assert sum(counts) == sum(p.numel() for p in backbone.parameters())
+    assert {id(p) for module in (stem, last) for p in module.parameters()} == {id(p) for p in backbone.parameters()}
+    if of_stem is not None:
+        assert counts == [of_stem, of_last]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (NormNet, "NormNet is not divided"),
+        (partial(MLP, hidden=(8,)), "MLP: layers with weights: 1; to divide"),
+        (partial(ResNet, blocks=(1,), width=4, shortcut="pad"), "ResNet: it has one stage"),
+    ],
+)
+def test_a_backbone_without_a_last_stage_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        ExpandableBackbone((1, 8, 8), extractor=build, share_stem=True)
+
+
+def test_extractors_on_a_common_stem_share_all_but_their_last_stage():
+    build = partial(ResNet18, width=4)
+    backbone = ExpandableBackbone((1, 8, 8), extractor=build, share_stem=True).eval()
+    images, of_one = normal(2, 1, 8, 8).float(), sum(p.numel() for p in backbone.parameters())
+    first = backbone(images)
+    backbone.expand()
+    with torch.no_grad():
+        for parameter in backbone.extractors[1].parameters():
+            parameter.mul_(1.1)
+    features = backbone(images)
+    assert features.shape == (2, 64)
+    assert torch.equal(features[:, :32], first)
+    assert not torch.equal(features[:, 32:], first)
+    of_last = sum(p.numel() for p in build((1, 8, 8)).divide()[1].parameters())
+    assert sum(p.numel() for p in backbone.parameters()) == of_one + of_last
+    other = ExpandableBackbone((1, 8, 8), extractor=build, share_stem=True).eval()
+    other.load_state_dict(backbone.state_dict())
+    assert torch.equal(other(images), features)
+
+
+def test_a_new_extractor_may_start_from_the_first():
+    backbone = grown(2)
+    with torch.no_grad():
+        backbone.extractors[1].layers[1].weight.mul_(2.0)
+    backbone.expand(source=0)
+    weights = [extractor.layers[1].weight for extractor in backbone.extractors]
+    assert torch.equal(weights[2], weights[0])
+    assert not torch.equal(weights[2], weights[1])
+    assert backbone.earlier == list(backbone.extractors[:2])
 
 
 @pytest.mark.parametrize(("saved", "there"), [(3, 1), (1, 3), (2, 2)])

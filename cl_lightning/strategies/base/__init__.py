@@ -1,5 +1,6 @@
 """The base class of all continual-learning methods, and its components."""
 
+from cl_lightning.strategies.base.expanding import ExpandingReplay
 from cl_lightning.strategies.base.gradients import flat_gradient, set_gradient, without_conflict
 from cl_lightning.strategies.base.optimizers import refuse_weight_decay, separate_group
 from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer, sigmoid_optimizer
@@ -21,6 +22,7 @@ __all__ = [
     "BackboneFactory",
     "ContinualStrategy",
     "ExemplarReplay",
+    "ExpandingReplay",
     "FreezeNorm",
     "HeadFactory",
     "LossClasses",

@@ -42,8 +42,9 @@ from cl_lightning.batch import ImageShape
 from cl_lightning.checks import above, at_least, within
 from cl_lightning.losses import softmax_distillation
 from cl_lightning.memory import Teacher
-from cl_lightning.models import ExpandableBackbone, Head, LinearHead, align_head
-from cl_lightning.strategy import Batch, ExemplarReplay, Output, Phase, PhaseOptions, Task, Traits
+from cl_lightning.models import Head, align_head
+from cl_lightning.strategies.base import ExpandingReplay
+from cl_lightning.strategy import Batch, Output, Phase, PhaseOptions, Task, Traits
 
 
 def class_weights(counts: Tensor, beta: float) -> Tensor:
@@ -80,7 +81,7 @@ def rebalanced_distillation(student: Tensor, teacher: Tensor, weights: Tensor, t
     return softmax_distillation(student, teacher + temperature * weights.log(), temperature)
 
 
-class FOSTER(ExemplarReplay):
+class FOSTER(ExpandingReplay):
     """A second backbone is trained on the residuals of the first; then both are distilled into one.
 
     Args:
@@ -117,14 +118,11 @@ class FOSTER(ExemplarReplay):
         above(self, 0, temperature=temperature)
         within(self, "[0, 1)", boost_beta=boost_beta, compress_beta=compress_beta)
         at_least(self, 1, **{"compress_options.epochs": compress_options.epochs}, optional=True)
-        if self.freeze_backbone:
-            raise ValueError("FOSTER: freeze_backbone is True, but each task trains a backbone; use False")
         self.distill_weight, self.temperature = distill_weight, temperature
         self.boost_beta, self.compress_beta = boost_beta, compress_beta
         self.compress_options = compress_options
         self.sees_old_features = sees_old_features
         self.align_boosted, self.align_compressed = align_boosted, align_compressed
-        self.build_backbone = functools.partial(ExpandableBackbone, extractor=self.build_backbone)
         self.teacher = Teacher()  # the boosted network, in the second phase
         self.old_head: Head  # W_o, in the first phase
         self.new_head: Head  # W_n, in the first phase
@@ -132,27 +130,14 @@ class FOSTER(ExemplarReplay):
 
     def build(self, image_shape: ImageShape) -> None:
         super().build(image_shape)
-        head = self.network.head
-        if not isinstance(head, LinearHead) or head.needs_statistics:
-            raise ValueError(f"FOSTER: head is {type(head).__name__}; use a LinearHead, which can take more features")
-        self.old_head, self.new_head = self._empty_head(), self._empty_head()
-
-    @property
-    def _backbone(self) -> ExpandableBackbone:
-        return cast(ExpandableBackbone, self.network.backbone)
-
-    def _empty_head(self) -> Head:
-        return self.build_head(self._backbone.width)
+        self.old_head, self.new_head = self.extractor_head(), self.extractor_head()
 
     def begin_task(self, task: Task) -> None:
         if task.is_first:
             super().begin_task(task)
             return
         self.old_head = self.network.head
-        head = cast(LinearHead, copy.deepcopy(self.old_head))
-        self._backbone.expand()
-        head.resize(self._backbone.num_features)
-        self.network.head = head
+        self.network.head = copy.deepcopy(self.old_head)
         super().begin_task(task)
         self.new_head.grow(task.num_seen)
         self._hide_old_features()
@@ -160,13 +145,8 @@ class FOSTER(ExemplarReplay):
     def phases(self, task: Task) -> list[Phase]:
         if task.is_first:
             return [Phase()]
-        boost = Phase(
-            "boost",
-            freezes=lambda: [*self.frozen(), self._backbone.extractors[0]],
-            samples=functools.partial(self._weigh, beta=self.boost_beta),
-        )
         return [
-            boost,
+            Phase("boost", samples=functools.partial(self._weigh, beta=self.boost_beta)),
             Phase("compress", self.compress_options, samples=functools.partial(self._weigh, beta=self.compress_beta)),
         ]
 
@@ -191,7 +171,7 @@ class FOSTER(ExemplarReplay):
         return {"ce": self.classification_loss(output, batch)}
 
     def _boosting_losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
-        old, new = self._backbone.split(output.features)
+        old, new = self.backbone.split(output.features)
         target = self.old_head(old)  # z_o, (batch, classes before this task), without gradient: f_o and W_o are frozen
         old_logits = output.logits[:, : target.shape[1]]
         return {
@@ -210,10 +190,10 @@ class FOSTER(ExemplarReplay):
         if self.align_boosted and self.task.num_new:
             align_head(self.network.head)
         self.teacher.learn_from(self.network)
-        self._backbone.keep(1)
+        self.backbone.keep(1)
         self.network.head = self.old_head
         self.network.head.grow(self.task.num_new)
-        self.old_head, self.new_head = self._empty_head(), self._empty_head()
+        self.old_head, self.new_head = self.extractor_head(), self.extractor_head()
 
     def end_task(self, task: Task) -> None:
         if self.align_compressed and task.num_new:
@@ -224,4 +204,4 @@ class FOSTER(ExemplarReplay):
     @torch.no_grad()
     def _hide_old_features(self) -> None:
         if not self.sees_old_features and self.task.num_new:
-            cast(Tensor, self.network.head.blocks[-1].weight)[:, : -self._backbone.width] = 0.0
+            cast(Tensor, self.network.head.blocks[-1].weight)[:, : -self.backbone.width] = 0.0

@@ -184,8 +184,8 @@ class Boosting(FOSTER):
     def losses(self, batch, output):
         terms = super().losses(batch, output)
         if self.phase.name == "boost" and not hasattr(self, "seen"):
-            self.seen, head, size = terms, self.network.head, self._backbone.width
-            f_o, f_n = (extractor(batch.images) for extractor in self._backbone.extractors)
+            self.seen, head, size = terms, self.network.head, self.backbone.width
+            f_o, f_n = (extractor(batch.images) for extractor in self.backbone.extractors)
             rows, biases = head.weight(), torch.cat([block.bias for block in head.blocks])
             z = f_o @ rows[:, :size].T + f_n @ rows[:, size:].T + biases
             z_o = self.old_head(f_o)
