@@ -172,6 +172,7 @@ METHODS = {
     "ER by the loader": Method("er_loader", MEMORY, online=False),
     "WA": Method("wa", MEMORY, online=False),
     "FOSTER": Method("foster", MEMORY, online=False),
+    "DERExpand": Method("der_expand", MEMORY, online=False),
 }
 SHORT_TASKS: dict[str, Method] = {}  # with an average of the weights that suits tasks of a few steps
 for _name, _row in METHODS.items():

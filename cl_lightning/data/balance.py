@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cl_lightning.batch import Draw
 from cl_lightning.hashing import IntArray
+from cl_lightning.memory import rank_in_group
 from cl_lightning.stream import Stream
 
 ClassWeights = Literal["balanced"] | dict[str, float] | list[float]
@@ -108,3 +110,21 @@ def balanced_order(columns: Tensor, generator: torch.Generator) -> Tensor:
         chosen += [members[torch.cat(rounds)[:count]]] if rounds else []
     order = torch.cat(chosen)
     return order[torch.randperm(len(order), generator=generator)]
+
+
+def balanced_subset(labels: Tensor, key: int) -> Tensor:
+    """Choose equally many random samples of each class that occurs: as many as the smallest of them has.
+
+    Args:
+        labels: Columns of the samples, int64 ``(n,)``; samples without a label (-1) are never chosen.
+        key: Key of the random numbers.
+
+    Returns:
+        Mask of the chosen samples, bool ``(n,)``.
+    """
+    labelled = labels >= 0
+    if not labelled.any():
+        return labelled
+    counts = labels[labelled].bincount()
+    level, _ = rank_in_group(Draw.of(len(labels), key).randint((1 << 63) - 1), labels)
+    return labelled & (level < counts[counts > 0].min())

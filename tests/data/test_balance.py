@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from cl_lightning.data import Plan
-from cl_lightning.data.balance import balanced_order, check_class_weights, class_weight_table
+from cl_lightning.data.balance import balanced_order, balanced_subset, check_class_weights, class_weight_table
 from cl_lightning.losses import cross_entropy, masked_logits
 from cl_lightning.stream import ClassIncremental, DatasetInfo, LabelFraction
 
@@ -113,3 +113,19 @@ def test_a_balanced_plan_is_the_same_from_any_step_and_on_any_number_of_processe
     assert late.indices.equal(single[3].indices)
     everything = torch.cat([rows.tasks for rows in single])
     assert abs(int((everything == 0).sum()) - int((everything == 1).sum())) == 1
+
+
+def test_a_balanced_subset_has_as_many_samples_of_each_class_as_the_smallest():
+    labels = torch.tensor([0] * 5 + [2] * 3 + [-1] * 4 + [3] * 9)
+    counts, totals = [], torch.zeros(len(labels))
+    for key in range(200):
+        mask = balanced_subset(labels, key)
+        counts.append(labels[mask].bincount(minlength=4).tolist())
+        totals += mask
+    assert counts == [[3, 0, 3, 3]] * 200
+    assert torch.equal(balanced_subset(labels, 7), balanced_subset(labels, 7))
+    assert not totals[8:12].any()
+    # each sample of class 3 with probability 1/3: a standard deviation of 6.7 around 66.7
+    assert totals[12:].min() > 40
+    assert totals[12:].max() < 93
+    assert not balanced_subset(torch.tensor([-1, -1]), 0).any()
