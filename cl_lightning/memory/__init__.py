@@ -1,6 +1,6 @@
 """State that outlives a task: exemplars, prototypes, class statistics, teachers and importances of weights."""
 
-from cl_lightning.memory.accounting import KeepsBytes, bytes_by_kind
+from cl_lightning.memory.accounting import KeepsBytes, bytes_by_kind, exemplars_within
 from cl_lightning.memory.class_statistics import (
     ClassStatistics,
     Metric,
@@ -68,6 +68,7 @@ __all__ = [
     "class_means",
     "class_statistics",
     "dense_columns",
+    "exemplars_within",
     "fisher_diagonal",
     "group_ids",
     "herding_indices",

@@ -1,8 +1,11 @@
 """Bytes that a method keeps from task to task."""
 
+import math
 from typing import Protocol, cast
 
 from torch import nn
+
+from cl_lightning.batch import ImageShape
 
 
 class KeepsBytes(Protocol):
@@ -36,3 +39,19 @@ def bytes_by_kind(module: nn.Module) -> dict[str, int]:
         if (kind := getattr(part, "kept_as", None)) is not None:
             kept[kind] = kept.get(kind, 0) + cast(KeepsBytes, part).num_bytes()
     return kept
+
+
+def exemplars_within(megabytes: float, parameters: int, image_shape: ImageShape) -> int:
+    """Number of exemplars in a budget of memory for a network and exemplars (MEMO: Zhou et al., ICLR 2023).
+
+        K = floor((2^20 megabytes - 4 parameters) / (C H W))
+
+    Args:
+        megabytes: Size of network and exemplars together, in 2^20 bytes.
+        parameters: Number of scalars in the network, 4 bytes each.
+        image_shape: Channels, height and width of an exemplar, one byte per value.
+
+    Returns:
+        K; negative if the network alone exceeds the budget.
+    """
+    return math.floor((2**20 * megabytes - 4 * parameters) / math.prod(image_shape))

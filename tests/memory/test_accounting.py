@@ -11,6 +11,7 @@ from cl_lightning.memory import (
     Prototypes,
     Teacher,
     bytes_by_kind,
+    exemplars_within,
 )
 from cl_lightning.models import LDAHead, LinearHead, Network
 
@@ -61,3 +62,13 @@ def test_modules_inside_a_counted_one_are_counted_too():
     teacher.learn_from(network(2, head=PrototypeHead))
     prototypes = teacher.network.head.prototypes
     assert bytes_by_kind(teacher) == {"teachers": teacher.num_bytes(), "prototypes": prototypes.num_bytes()}
+
+
+def test_exemplars_take_what_parameters_leave():
+    assert exemplars_within(1.0, 0, (1, 32, 32)) == 1024
+    assert exemplars_within(1.0, 1, (1, 32, 32)) == 1023
+    assert exemplars_within(1.0, 256, (1, 32, 32)) == 1023
+    assert exemplars_within(1.0, 2**18, (3, 8, 8)) == 0
+    assert exemplars_within(1.0, 2**18 + 1, (3, 8, 8)) == -1
+    # one ResNet-32 in images of CIFAR
+    assert exemplars_within(463_504 * 4 / 2**20, 0, (3, 32, 32)) == 603

@@ -2,9 +2,9 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from support.baselines import finetuning
-from support.fakes import batch_of, normal, task_of
+from support.expanding import Watch, begin, grown, part
+from support.fakes import batch_of, normal
 from support.runs import NormNet, assert_same, plain_net, run, sgd
 from torch.nn import functional as F
 
@@ -43,23 +43,8 @@ def test_old_classes_share_the_first_auxiliary_class():
     assert auxiliary_labels(labels, 4).tolist() == [0, 0, 1, 2, 5, -1]
 
 
-def grown(cls=DERExpand, tasks=3, net=NormNet, **options):
-    """A strategy at the start of a task after ``tasks - 1`` tasks of two classes, in float64."""
-    torch.manual_seed(0)
-    strategy = cls(backbone=net, **options)
-    strategy.build((1, 8, 8))
-    for index in range(tasks):
-        strategy.task = task_of(index)
-        strategy.mark_columns(strategy.task)
-        strategy.begin_task(strategy.task)
-        strategy.phase = Phase()
-        if index < tasks - 1:
-            strategy.aux_head = strategy.extractor_head()
-    return strategy.double()
-
-
 def test_the_loss_is_that_of_the_paper():
-    strategy, images = grown(aux_weight=0.3), normal(6, 1, 8, 8)
+    strategy, images = grown(DERExpand, aux_weight=0.3), normal(6, 1, 8, 8)
     labels = torch.tensor([0, 1, 3, 4, 5, 5])
     features = [extractor(images) for extractor in strategy.eval().backbone.extractors]
     batch, output = batch_of(labels, images=images), strategy.network(images)
@@ -77,10 +62,9 @@ def test_the_loss_is_that_of_the_paper():
 
 
 def test_old_logits_are_the_old_ones_and_what_the_new_columns_add():
-    strategy, images = grown(tasks=2).eval(), normal(5, 1, 8, 8)
+    strategy, images = grown(DERExpand, tasks=2).eval(), normal(5, 1, 8, 8)
     before = strategy.network(images)
-    strategy.task = task_of(2)
-    strategy.begin_task(strategy.task)
+    begin(strategy, 2)
     strategy.double().eval()
     after, head = strategy.network(images), strategy.network.head
     new = strategy.backbone.extractors[2](images)
@@ -91,27 +75,6 @@ def test_old_logits_are_the_old_ones_and_what_the_new_columns_add():
         for block in head.blocks:
             block.weight[:, 32:] = 0
     torch.testing.assert_close(strategy.network(images).logits[:, :4], before.logits)
-
-
-class Watch(Callback):
-    """Notes, by task and phase, the state at the first step and at the end, and the samples of the steps."""
-
-    def __init__(self):
-        self.first, self.last, self.labels, self.modes = {}, {}, {}, {}
-
-    def on_train_batch_start(self, trainer, strategy, batch, batch_idx):
-        place = (strategy.task.index, strategy.phase.name)
-        self.first.setdefault(place, {name: value.clone() for name, value in strategy.state_dict().items()})
-        self.labels.setdefault(place, []).append(batch.labels)
-        self.modes[place] = [extractor.training for extractor in strategy.backbone.extractors]
-
-    def on_train_epoch_end(self, trainer, strategy):
-        place = (strategy.task.index, strategy.phase.name)
-        self.last[place] = {name: value.clone() for name, value in strategy.state_dict().items()}
-
-
-def part(state, prefix):
-    return {name: value for name, value in state.items() if name.startswith(prefix)}
 
 
 def test_earlier_extractors_are_frozen_and_all_else_is_trained():
@@ -169,7 +132,7 @@ def test_the_retrained_head_is_new_and_sees_equally_many_samples_of_each_class()
 
 
 def test_retraining_divides_the_logits_by_the_temperature():
-    strategy = grown(classifier="retrain", retrain_temperature=4.0)
+    strategy = grown(DERExpand, classifier="retrain", retrain_temperature=4.0)
     strategy.phase = Phase("retrain")
     logits, labels = normal(5, 6), torch.tensor([0, 1, 2, 4, 5])
     terms = strategy.losses(batch_of(labels), Output(normal(5, 48), logits))
