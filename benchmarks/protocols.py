@@ -173,6 +173,7 @@ METHODS = {
     "WA": Method("wa", MEMORY, online=False),
     "FOSTER": Method("foster", MEMORY, online=False),
     "DERExpand": Method("der_expand", MEMORY, online=False),
+    "TagFex": Method("tagfex", MEMORY, online=False),
     "MEMO": Method("memo", f"--model.budget_mb null {MEMORY}", online=False),
 }
 SHORT_TASKS: dict[str, Method] = {}  # with an average of the weights that suits tasks of a few steps

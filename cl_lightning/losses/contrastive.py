@@ -8,7 +8,12 @@ from cl_lightning.losses.classification import full_precision
 
 
 def supervised_contrastive(
-    embeddings: Tensor, labels: Tensor, temperature: float = 0.1, *, base_temperature: float = 0.07
+    embeddings: Tensor,
+    labels: Tensor,
+    temperature: float = 0.1,
+    *,
+    base_temperature: float = 0.07,
+    targets: Tensor | None = None,
 ) -> Tensor:
     """Supervised contrastive loss (Khosla et al., NeurIPS 2020, arXiv:2004.11362, eq. 2), in nats.
 
@@ -16,19 +21,23 @@ def supervised_contrastive(
 
     with z the L2-normalised embeddings and P_i the other rows with the label of row i. The mean is over the n rows with
     a non-empty P_i; it is 0 without any such row. T_0 = 0.07 is from the authors' code, not from the equation.
+    If each label occurs in two rows, the two views of an image, and T_0 = T, this is InfoNCE (SimCLR: Chen et al., ICML
+    2020, arXiv:2002.05709). With ``targets``, z_p and z_a are rows of the targets, such as embeddings of a teacher.
 
     Args:
         embeddings: ``(B, d)``. With two views of each image, pass both, so that each row has a positive.
         labels: Columns, int64 ``(B,)``.
         temperature: T, positive.
         base_temperature: T_0, positive.
+        targets: Embeddings of the same rows, ``(B, d)``, without gradient; None for ``embeddings``.
 
     Returns:
         A scalar.
     """
     z = F.normalize(full_precision(embeddings), dim=1)
+    others = z if targets is None else F.normalize(full_precision(targets.detach()), dim=1)
     with torch.autocast(z.device.type, enabled=False):
-        similarity = z @ z.T / temperature
+        similarity = z @ others.T / temperature
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     positive = (labels[:, None] == labels) & ~itself
     log_p = similarity.masked_fill(itself, -torch.inf).log_softmax(dim=1).masked_fill(~positive, 0.0)

@@ -25,10 +25,10 @@ from cl_lightning.models.closed_form import (
     validated_ridge,
 )
 from cl_lightning.models.convnet import ConvNet
-from cl_lightning.models.expansion import ExpandableBackbone
+from cl_lightning.models.expansion import ExpandableBackbone, feature_map, map_stage, positions
 from cl_lightning.models.heads import CosineHead, DistanceHead, Head, LinearHead, align_head, align_rows, distances
 from cl_lightning.models.masks import GatedBackbone
-from cl_lightning.models.network import Network, Output, batch_norms, frozen_copy, joined
+from cl_lightning.models.network import Network, Output, Temporary, batch_norms, frozen_copy, joined
 from cl_lightning.models.normalization import AdaptiveBatchNorm, adapt_norms, norm_parameters, set_statistics
 from cl_lightning.models.peft.adapter import Adapter
 from cl_lightning.models.peft.backbone import AdaptedBackbone, PeftPair
@@ -93,6 +93,7 @@ __all__ = [
     "RidgeHead",
     "Site",
     "SlimResNet18",
+    "Temporary",
     "TextHead",
     "Timm",
     "WholeModel",
@@ -104,15 +105,18 @@ __all__ = [
     "built",
     "component_weights",
     "distances",
+    "feature_map",
     "frozen_copy",
     "gaussian_classifier",
     "joined",
     "layers_of",
     "linear_svm",
+    "map_stage",
     "most_frequent",
     "norm_parameters",
     "orthogonality",
     "orthonormal_rows",
+    "positions",
     "recursive_ridge",
     "set_statistics",
     "solve_positive",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_lightning.batch import ImageShape
-from cl_lightning.models.backbones import MLP, Backbone
+from cl_lightning.models.backbones import MLP, Backbone, ResNet
 
 
 class ExpandableBackbone(Backbone):
@@ -76,3 +76,23 @@ class ExpandableBackbone(Backbone):
             self.expand()
         self.keep(max(count, 1))
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+
+
+def map_stage(backbone: nn.Module) -> nn.Module:
+    """The module whose output is the last feature map of a backbone: the last stage of a ``ResNet``.
+
+    For other backbones this is the backbone itself, whose features ``(B, d)`` are a map of one position.
+    """
+    return getattr(backbone, backbone.stages[-1]) if isinstance(backbone, ResNet) else backbone
+
+
+def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
+    """Last feature map of a backbone: ``(B, d, h, w)`` of a ``ResNet``, features ``(B, d)`` of others."""
+    output: Tensor = backbone.feature_map(images) if isinstance(backbone, ResNet) else backbone(images)
+    return output
+
+
+def positions(maps: Tensor) -> Tensor:
+    """Vector of each position of a feature map: ``(B, d, h, w)`` to ``(B, h w, d)``, features ``(B, d)`` to
+    ``(B, 1, d)``."""
+    return maps.unsqueeze(1) if maps.dim() == 2 else maps.flatten(2).transpose(1, 2)

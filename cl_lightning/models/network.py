@@ -1,8 +1,8 @@
 """A backbone with a head that grows."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -63,3 +63,47 @@ Module = TypeVar("Module", bound=nn.Module)
 def frozen_copy(module: Module) -> Module:
     """Deep copy of a module in eval mode whose parameters require no gradient."""
     return copy.deepcopy(module).eval().requires_grad_(False)
+
+
+class Temporary(nn.Module):
+    """A module that exists only during some tasks; when a state dict is loaded, it exists if the state has it.
+
+    Args:
+        make: Builds the module. A method or a function of a module, so that a copy of its owner calls its own.
+
+    Attributes:
+        module: The module, or None.
+    """
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.make = make
+        self.module: nn.Module | None = None
+
+    def __bool__(self) -> bool:
+        return self.module is not None
+
+    def create(self) -> None:
+        """Build the module, in place of the present one."""
+        self.module = self.make()
+
+    def remove(self) -> None:
+        self.module = None
+
+    def forward(self, *inputs: Any) -> Any:
+        """Output of the module.
+
+        Raises:
+            RuntimeError: If the module does not exist.
+        """
+        if self.module is None:
+            raise RuntimeError("Temporary: call create before the module is used")
+        return self.module(*inputs)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if not any(key.startswith(f"{prefix}module.") for key in state_dict):
+            self.module = None
+        elif self.module is None:
+            with torch.random.fork_rng(devices=[]):  # the initial values are overwritten by the state dict
+                self.create()
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from cl_lightning.losses import (
     masked_logits,
     sigmoid_distillation,
     softmax_distillation,
+    supervised_contrastive,
 )
 
 
@@ -226,3 +227,21 @@ def test_the_norm_of_feature_differences_is_of_all_rows_as_one_vector_with_gradi
     same = student.detach().clone().requires_grad_()
     feature_norm_distillation(same, student, batch).backward()
     assert torch.equal(same.grad, torch.zeros_like(same))
+
+
+def test_the_contrast_of_two_views_is_info_nce_and_may_be_with_a_teacher():
+    z, v = normal(4, 3, requires_grad=True), normal(4, 3, seed=1, requires_grad=True)
+    images = torch.tensor([0, 1, 0, 1])
+    for targets in (None, v):
+        other, expected = z if targets is None else v, 0.0
+        for i, j in ((0, 2), (1, 3), (2, 0), (3, 1)):
+            shares = [(z[i] @ other[a] / (z[i].norm() * other[a].norm()) / 0.2).exp() for a in range(4)]
+            expected = expected - (shares[j] / sum(shares[a] for a in range(4) if a != i)).log() / 4
+        loss = supervised_contrastive(z, images, 0.2, base_temperature=0.2, targets=targets)
+        torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        supervised_contrastive(z, images, targets=z.detach()), supervised_contrastive(z.detach(), images)
+    )
+    gradients = torch.autograd.grad(loss, (z, v), allow_unused=True)
+    assert gradients[0].abs().min() > 0
+    assert gradients[1] is None

@@ -1,0 +1,56 @@
+import copy
+
+import pytest
+import torch
+from support.fakes import normal
+from torch import nn
+
+from cl_lightning.models import Temporary
+
+
+class Owner(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.part = Temporary(self.make)
+
+    def make(self) -> nn.Module:
+        return nn.Linear(self.size, 2).double()
+
+
+def test_a_temporary_module_is_in_the_state_while_it_exists():
+    owner = Owner(3)
+    assert not owner.part
+    assert not owner.state_dict()
+    with pytest.raises(RuntimeError, match="Temporary: call create"):
+        owner.part(normal(1, 3))
+    owner.part.create()
+    assert list(owner.state_dict()) == ["part.module.weight", "part.module.bias"]
+    assert torch.equal(owner.part(normal(4, 3)), owner.part.module(normal(4, 3)))
+    owner.part.remove()
+    assert not owner.part
+    assert not owner.state_dict()
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_temporary_module_exists_as_in_the_state_that_is_loaded(saved, there):
+    source, target = Owner(3), Owner(3)
+    for owner, exists in ((source, saved), (target, there)):
+        if exists:
+            owner.part.create()
+    stood = torch.get_rng_state()
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(torch.get_rng_state(), stood)
+    assert bool(target.part) == saved
+    if saved:
+        assert torch.equal(target.part(normal(4, 3)), source.part(normal(4, 3)))
+
+
+def test_a_copy_makes_modules_for_its_own_owner():
+    owner = Owner(3)
+    twin = copy.deepcopy(owner)
+    twin.size = 5
+    twin.part.create()
+    assert twin.part.module.in_features == 5
+    assert not owner.part
