@@ -192,7 +192,8 @@ class Batch:
 
         Args:
             name: Name of the part, as given to ``join``.
-            output: Output of the network for the joint batch: a named tuple of tensors with one row per sample.
+            output: Output of the network for the joint batch: a named tuple of tensors with one row per sample, or of
+                tuples of such tensors.
 
         Raises:
             ValueError: If the batch has no part of this name.
@@ -201,7 +202,7 @@ class Batch:
             raise ValueError(f"Batch: no part {name!r}; there are {', '.join(self.parts) or 'none'}")
         rows, batch = self.parts[name]
         named: Any = output
-        pieces: Output_ = named._replace(**{key: value[rows] for key, value in named._asdict().items()})
+        pieces: Output_ = named._replace(**{key: _rows(value, rows) for key, value in named._asdict().items()})
         return Part(batch, pieces, batch.weight / self.weight if self.weight else 0.0)
 
     def _map(self, function: Any) -> Self:
@@ -212,6 +213,10 @@ class Batch:
         changes["extra"] = {name: function(value) for name, value in self.extra.items()}
         changes["parts"], changes["passes"] = {}, ()  # their rows are no longer valid
         return replace(self, **changes)
+
+
+def _rows(value: Any, rows: slice) -> Any:
+    return tuple(tensor[rows] for tensor in value) if isinstance(value, tuple) else value[rows]
 
 
 class Part(NamedTuple, Generic[Output_]):

@@ -52,6 +52,7 @@ ROOMS = (
         "strategies.base",
         "the base class of methods and its parts",
         "strategy, replay, expanding, task_incremental, phases, schedules, optimizers, terms, passes, evaluation, "
+        "exemplars, "
         "traits, host, gradients",
     ),
     Room(
@@ -75,8 +76,8 @@ ROOMS = (
     Room(
         "models",
         "modules with parameters: backbones, heads, adapters",
-        "backbones, weights, convnet, heads, text_head, closed_form, network, normalization, prompts, expansion, "
-        "masks, svm, "
+        "backbones, weights, convnet, heads, kmeans, text_head, closed_form, network, normalization, prompts, "
+        "expansion, masks, svm, "
         "`peft/` (a file per mechanism)",
     ),
     Room("losses", "functions of logits, features, labels", "classification, distillation, contrastive"),

@@ -7,6 +7,7 @@ from cl_lightning.losses.classification import (
     full_precision,
     masked_logits,
     mean_over_rows,
+    mean_over_selected,
 )
 from cl_lightning.losses.contrastive import supervised_contrastive
 from cl_lightning.losses.distillation import (
@@ -17,6 +18,7 @@ from cl_lightning.losses.distillation import (
     feature_norm_distillation,
     logit_matching,
     lwf_mc_targets,
+    pod_spatial,
     sigmoid_distillation,
     softmax_distillation,
 )
@@ -35,6 +37,8 @@ __all__ = [
     "lwf_mc_targets",
     "masked_logits",
     "mean_over_rows",
+    "mean_over_selected",
+    "pod_spatial",
     "sigmoid_distillation",
     "softmax_distillation",
     "supervised_contrastive",

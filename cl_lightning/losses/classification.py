@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cl_lightning.batch import Batch
+from cl_lightning.distributed import all_sum, world_size
+
 
 def full_precision(tensor: Tensor) -> Tensor:
     """The tensor in float32; a float64 tensor stays float64."""
@@ -21,6 +24,26 @@ def full_precision(tensor: Tensor) -> Tensor:
 def mean_over_rows(values: Tensor) -> Tensor:
     """Mean of one number per row, ``(B,)``; for B = 0 it is 0 and still has a gradient graph."""
     return values.sum() / max(len(values), 1)
+
+
+def mean_over_selected(values: Tensor, selected: Tensor, batch: Batch) -> Tensor:
+    """Mean over the selected rows of the global batch, of all processes; 0, with a gradient of 0, if there are none.
+
+    Each process must call it in the same steps. If a batch has fewer rows than there are processes, it is the mean over
+    the own rows.
+
+    Args:
+        values: One number per row of this process, ``(B,)``.
+        selected: Which rows count, bool ``(B,)``.
+        batch: The batch of the step: the strategy multiplies the loss by its weight, and the mean is divided by it.
+
+    Returns:
+        A scalar.
+    """
+    total, count = torch.where(selected, values, 0.0).sum(), selected.sum()
+    if batch.draw.total < world_size():  # a process without rows takes no part in an exchange
+        return total / count.clamp(min=1)
+    return world_size() * total / (all_sum(count).clamp(min=1) * batch.weight)
 
 
 def masked_logits(logits: Tensor, loss_classes: Tensor, fill: float | Literal["adaptive"] = -math.inf) -> Tensor:

@@ -238,3 +238,41 @@ def cosine_feature_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     """
     _same_shape("cosine_feature_distillation", student, teacher)
     return mean_over_rows(1 - F.cosine_similarity(full_precision(student), full_precision(teacher.detach()), dim=1))
+
+
+def pod_spatial(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Distance between pooled maps of student and teacher, mean over the batch and the maps.
+
+        P(a) = [sum_w a^2, sum_h a^2] / || . ||    of a map a (C, H, W): C H sums over rows, and C W sums over columns
+        L = 1/(M B) sum_m sum_i || P(a_im) - P(b_im) ||
+
+    POD-spatial of Pooled Outputs Distillation (Douillard et al., ECCV 2020, arXiv:2004.13513, eq. 3, with the squares
+    and the norm of the authors' code). The gradient of a distance of 0 is 0.
+
+    Args:
+        student: M maps a of the student, at least one, ``(B, C, H, W)`` each.
+        teacher: Maps b of the teacher, of the same shapes.
+
+    Returns:
+        A scalar, in [0, 2].
+
+    Raises:
+        ValueError: If numbers or shapes of the maps differ, or there are none.
+    """
+    if not student or len(student) != len(teacher):
+        raise ValueError(
+            f"pod_spatial: there are {len(student)} maps of the student and {len(teacher)} of the teacher; give as "
+            "many of both, at least one"
+        )
+    distances = []
+    for own, other in zip(student, teacher, strict=True):
+        _same_shape("pod_spatial", own, other)
+        gap = _pooled(full_precision(own)) - _pooled(full_precision(other.detach()))
+        distances.append(mean_over_rows(gap.norm(dim=1)))
+    return torch.stack(distances).mean()
+
+
+def _pooled(maps: Tensor) -> Tensor:
+    """Normalised sums of the squares of maps ``(B, C, H, W)`` over rows and over columns, ``(B, C (H + W))``."""
+    square = maps.square()
+    return F.normalize(torch.cat([square.sum(dim=3).flatten(1), square.sum(dim=2).flatten(1)], dim=1), dim=1)

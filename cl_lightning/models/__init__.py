@@ -27,6 +27,7 @@ from cl_lightning.models.closed_form import (
 from cl_lightning.models.convnet import ConvNet
 from cl_lightning.models.expansion import ExpandableBackbone, feature_map, map_stage, positions
 from cl_lightning.models.heads import CosineHead, DistanceHead, Head, LinearHead, align_head, align_rows, distances
+from cl_lightning.models.kmeans import kmeans
 from cl_lightning.models.masks import GatedBackbone
 from cl_lightning.models.network import Network, Output, Temporary, batch_norms, frozen_copy, joined
 from cl_lightning.models.normalization import AdaptiveBatchNorm, adapt_norms, norm_parameters, set_statistics
@@ -109,6 +110,7 @@ __all__ = [
     "frozen_copy",
     "gaussian_classifier",
     "joined",
+    "kmeans",
     "layers_of",
     "linear_svm",
     "map_stage",

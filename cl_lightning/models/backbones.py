@@ -48,12 +48,15 @@ class Backbone(nn.Module):
     Attributes:
         image_shape: Channels, height and width of the images that the network was built for.
         num_features: Size of the feature vector of an image, d.
+        has_maps: Whether ``forward`` takes a list as second argument, to which it appends the feature map at the end of
+            each stage, before its ReLU, ``(B, C, H, W)``.
 
     Raises:
         ValueError: If the shape is not three positive numbers.
     """
 
     num_features: int
+    has_maps: bool = False
 
     def __init__(self, image_shape: ImageShape) -> None:
         super().__init__()
@@ -166,10 +169,24 @@ class BasicBlock(nn.Module):
                 self.downsample = nn.Sequential(conv, nn.BatchNorm2d(channels))
         self.last_relu = last_relu
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def forward(self, maps: Tensor, kept: list[Tensor] | None = None) -> Tensor:
+        """Maps ``(B, channels, H / stride, W / stride)``; before the last ReLU they are appended to ``kept``."""
         inner = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(maps)))))
         total: Tensor = inner + self.downsample(maps)
+        if kept is not None:
+            kept.append(total)
         return F.relu(total) if self.last_relu else total
+
+
+class Stage(nn.Sequential):
+    """Blocks one after another; the map of the last block before its ReLU is appended to ``kept``."""
+
+    def forward(self, maps: Tensor, kept: list[Tensor] | None = None) -> Tensor:
+        *blocks, last = self
+        for block in blocks:
+            maps = block(maps)
+        end: Tensor = last(maps, kept)
+        return end
 
 
 class ResNet(Backbone):
@@ -194,6 +211,8 @@ class ResNet(Backbone):
     Raises:
         ValueError: If an option is out of range or the file does not match the network.
     """
+
+    has_maps = True
 
     def __init__(
         self,
@@ -220,7 +239,7 @@ class ResNet(Backbone):
         self.stages = tuple(f"layer{stage + 1}" for stage in range(len(blocks)))
         channels = width
         for stage, count in enumerate(blocks):
-            layer = nn.Sequential()
+            layer = Stage()
             for block in range(count):
                 step = 2 if stage > 0 and block == 0 else 1
                 relu = last_relu or (stage + 1, block + 1) != (len(blocks), count)
@@ -241,15 +260,20 @@ class ResNet(Backbone):
                 first_convs=("conv1",),
             )
 
-    def feature_map(self, images: Tensor) -> Tensor:
-        """Feature map before average pooling, ``(B, num_features, h, w)``, of images ``(B, C, H, W)``."""
+    def feature_map(self, images: Tensor, kept: list[Tensor] | None = None) -> Tensor:
+        """Feature map before average pooling, ``(B, num_features, h, w)``, of images ``(B, C, H, W)``.
+
+        Args:
+            images: Normalised images.
+            kept: List to which the map of each stage is appended, before the ReLU of its last block.
+        """
         maps: Tensor = self.maxpool(F.relu(self.bn1(self.conv1(images))))
         for stage in self.stages:
-            maps = getattr(self, stage)(maps)
+            maps = getattr(self, stage)(maps, kept)
         return maps
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.feature_map(images).mean((2, 3))
+    def forward(self, images: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        return self.feature_map(images, maps).mean((2, 3))
 
     def divide(self) -> tuple[nn.Module, nn.Module]:
         if len(self.stages) < 2:

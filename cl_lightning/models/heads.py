@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_lightning.checks import above
+from cl_lightning.batch import mix
+from cl_lightning.checks import above, at_least
 from cl_lightning.losses import full_precision
+from cl_lightning.models.kmeans import kmeans
 
 
 def _num_blocks(state: Mapping[str, Any], prefix: str) -> list[int]:
@@ -257,27 +259,38 @@ class DistanceHead(Head):
 
 
 class _CosineBlock(nn.Module):
-    def __init__(self, num_features: int, num_new: int) -> None:
+    def __init__(self, num_features: int, num_new: int, proxies: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_new, num_features))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        shape = (num_new, num_features) if proxies == 1 else (num_new, proxies, num_features)
+        self.weight = nn.Parameter(torch.empty(shape))
+        with torch.no_grad():
+            nn.init.kaiming_uniform_(self.weight.view(-1, num_features), a=math.sqrt(5))
 
 
 class CosineHead(Head):
     """Cosine classifier (Hou et al., LUCIR, CVPR 2019, eq. 4): logits ``scale * cos(f, w_c)``.
 
+    With several proxies of a class (Douillard et al., PODNet, ECCV 2020, arXiv:2004.13513, eq. 5) the cosine is
+    replaced by their local similarity, the mean of their cosines weighted by a softmax over these cosines:
+
+        s_c = sum_p q_cp cos(f, w_cp),   q_cp = exp cos(f, w_cp) / sum_p' exp cos(f, w_cp')
+
     Args:
         num_features: Size of a feature vector, d.
         scale: Factor of the cosines, positive.
         learn_scale: Whether the scale is a parameter, as in LUCIR, or fixed.
+        proxies: P, number of rows of each class, at least 1; a block has the weight ``(num_new, d)`` for 1 and
+            ``(num_new, P, d)`` for more.
 
     Raises:
-        ValueError: If the scale is not positive.
+        ValueError: If the scale is not positive, or there is no proxy.
     """
 
-    def __init__(self, num_features: int, *, scale: float = 16.0, learn_scale: bool = False) -> None:
+    def __init__(self, num_features: int, *, scale: float = 16.0, learn_scale: bool = False, proxies: int = 1) -> None:
         super().__init__(num_features)
         above(self, 0, scale=scale)
+        at_least(self, 1, proxies=proxies)
+        self.proxies = proxies
         value = torch.tensor(float(scale))
         self.scale: Tensor
         if learn_scale:
@@ -286,11 +299,37 @@ class CosineHead(Head):
             self.register_buffer("scale", value)
 
     def new_block(self, num_new: int) -> nn.Module:
-        return _CosineBlock(self.num_features, num_new)
+        return _CosineBlock(self.num_features, num_new, self.proxies)
 
     def forward(self, features: Tensor) -> Tensor:
         if not self.blocks:
             return features.new_zeros(len(features), 0)
         with torch.autocast(features.device.type, enabled=False):  # cosines near 1 differ by less than bf16 resolves
             directions = F.normalize(full_precision(features), dim=1)
-            return self.scale * F.linear(directions, F.normalize(self.weight(), dim=1))
+            cosines = F.linear(directions, F.normalize(self.weight().view(-1, self.num_features), dim=1))
+            if self.proxies > 1:
+                cosines = cosines.view(len(features), -1, self.proxies)
+                cosines = (cosines.softmax(dim=2) * cosines).sum(dim=2)
+            return self.scale * cosines
+
+    @torch.no_grad()
+    def imprint(self, features: Tensor, labels: Tensor, *, key: int = 0) -> None:
+        """Set the rows of the newest block to directions of the features of their classes (Hou et al., sec. 3.3).
+
+        The row of a class is the mean of its normalised features; several proxies are their centres by :func:`kmeans`.
+        All are scaled to the mean norm of the rows of the earlier blocks, or of the newest block if it is the only one.
+        Rows of a class without features are unchanged. Computed in float64.
+
+        Args:
+            features: ``(n, d)``: those of all processes, so that the rows are the same on each.
+            labels: Columns, int64 ``(n,)``; features of classes of earlier blocks are not used.
+            key: Key of the random numbers of k-means.
+        """
+        *earlier, newest = self._weights()
+        norm = torch.cat(earlier or [newest]).double().norm(dim=-1).mean()
+        first = self.num_columns - len(newest)
+        for place in range(len(newest)):
+            rows = F.normalize(features[labels == first + place].double(), dim=1)
+            if len(rows):
+                centres = kmeans(rows, self.proxies, key=mix(key, first + place))
+                newest[place] = (norm * F.normalize(centres, dim=1)).view(newest[place].shape)

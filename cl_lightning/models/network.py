@@ -17,15 +17,21 @@ class Output(NamedTuple):
     Attributes:
         features: Features of the backbone, ``(B, d)``.
         logits: One logit per class seen so far, in order of arrival, ``(B, columns)``.
+        maps: Feature map at the end of each stage, before its ReLU, ``(B, C, H, W)`` each; empty unless the network
+            ``gives_maps``.
     """
 
     features: Tensor
     logits: Tensor
+    maps: tuple[Tensor, ...] = ()
 
 
 def joined(outputs: Sequence[Output]) -> Output:
     """Output of several forward passes, at least one, row after row."""
-    return outputs[0] if len(outputs) == 1 else Output(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
+    if len(outputs) == 1:
+        return outputs[0]
+    features, logits = (torch.cat(parts) for parts in zip(*((x.features, x.logits) for x in outputs), strict=True))
+    return Output(features, logits, tuple(torch.cat(parts) for parts in zip(*(x.maps for x in outputs), strict=True)))
 
 
 def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
@@ -40,6 +46,10 @@ class Network(nn.Module):
         backbone: Images to features ``(B, d)``.
         head: Features to logits ``(B, columns)``.
         backbone_is_frozen: Whether the backbone keeps its initial weights in all tasks.
+
+    Attributes:
+        gives_maps: Whether the output has the maps of the stages of the backbone (``Backbone.has_maps``), for methods
+            that compare them with those of a teacher. A frozen copy of the network gives them too.
     """
 
     def __init__(self, backbone: nn.Module, head: Head, *, backbone_is_frozen: bool = False) -> None:
@@ -47,10 +57,12 @@ class Network(nn.Module):
         self.backbone = backbone
         self.head = head
         self.backbone_is_frozen = backbone_is_frozen
+        self.gives_maps = False
 
     def forward(self, images: Tensor) -> Output:
-        features = self.backbone(images)
-        return Output(features, self.head(features))
+        maps: list[Tensor] = []
+        features = self.backbone(images, maps) if self.gives_maps else self.backbone(images)
+        return Output(features, self.head(features), tuple(maps))
 
     def classify(self, images: Tensor) -> Tensor:
         """Scores ``(B, columns)`` for predictions, of images ``(B, C, H, W)``."""

@@ -13,6 +13,8 @@ from cl_lightning.losses import (
     feature_norm_distillation,
     lwf_mc_targets,
     masked_logits,
+    mean_over_selected,
+    pod_spatial,
     sigmoid_distillation,
     softmax_distillation,
     supervised_contrastive,
@@ -161,6 +163,75 @@ def test_feature_distillation_is_the_mean_squared_norm_and_takes_a_metric():
     torch.testing.assert_close(
         feature_distillation(f, g, 0.1 * torch.eye(3, dtype=torch.float64)), 0.1 * feature_distillation(f, g)
     )
+
+
+def test_pod_spatial_compares_normalised_sums_of_squares_over_rows_and_columns():
+    student, teacher = (torch.tensor([[[[1.0, 2], [0, 1]]]]).double(), torch.tensor([[[[3.0, 0], [0, 0]]]]).double())
+    # Sums of squares over rows, then over columns: 5, 1, 1, 5 of norm sqrt(52), and 9, 0, 9, 0 of norm sqrt(162).
+    one = torch.tensor([5.0, 1, 1, 5]).double() / math.sqrt(52)
+    other = torch.tensor([1.0, 0, 1, 0]).double() / math.sqrt(2)
+    torch.testing.assert_close(pod_spatial([student], [teacher]), (one - other).norm())
+    more = [normal(3, 4, 5, 2, seed=0)], [normal(3, 4, 5, 2, seed=1)]
+    flat = []
+    for maps in (*more[0], *more[1]):
+        rows = [torch.cat([m.square().sum(2).flatten(), m.square().sum(1).flatten()]) for m in maps]
+        flat.append(torch.stack([row / row.norm() for row in rows]))
+    expected = (flat[0] - flat[1]).norm(dim=1).mean()
+    torch.testing.assert_close(pod_spatial(*more), expected)
+    torch.testing.assert_close(
+        pod_spatial([student, *more[0]], [teacher, *more[1]]), (expected + (one - other).norm()) / 2
+    )
+
+
+def test_pod_spatial_is_0_for_equal_maps_and_sees_no_factor_of_a_map():
+    student = normal(3, 4, 5, 2, requires_grad=True)
+    loss = pod_spatial([student], [student])
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(student.grad, torch.zeros_like(student))
+    teacher = normal(3, 4, 5, 2, seed=1)
+    factors = torch.tensor([-2.0, 0.5, 3.0]).double()[:, None, None, None]
+    torch.testing.assert_close(pod_spatial([factors * student], [teacher]), pod_spatial([student], [teacher]))
+    swapped = student.detach().clone()
+    swapped[:, 0] = torch.eye(5, dtype=torch.float64)[:, :2]
+    other = swapped.clone()
+    other[:, 0, :2] = other[:, 0, [1, 0]]  # a diagonal becomes the other one
+    assert pod_spatial([swapped], [other]).item() < 1e-15
+    assert not torch.equal(swapped, other)
+
+
+def test_pod_spatial_has_no_gradient_in_the_teacher_and_takes_maps_of_equal_shapes():
+    student, teacher = normal(2, 3, 4, 4, requires_grad=True), normal(2, 3, 4, 4, seed=1, requires_grad=True)
+    pod_spatial([student], [teacher]).backward()
+    assert teacher.grad is None
+    for own, other in (([], []), ([student], []), ([student], [teacher[:, :1]])):
+        with pytest.raises(ValueError, match="pod_spatial: "):
+            pod_spatial(own, other)
+
+
+def test_the_mean_over_selected_rows_is_0_without_any_and_has_a_gradient():
+    values, batch = normal(4, requires_grad=True), batch_of(torch.arange(4))
+    chosen = torch.tensor([True, False, True, False])
+    torch.testing.assert_close(mean_over_selected(values, chosen, batch), (values[0] + values[2]) / 2)
+    none = mean_over_selected(values, torch.zeros(4, dtype=torch.bool), batch)
+    assert none.item() == 0
+    none.backward()
+    assert torch.equal(values.grad, torch.zeros_like(values))
+
+
+def test_means_over_selected_rows_of_two_processes_add_up_to_the_mean_over_all(monkeypatch):
+    values, chosen = normal(5), torch.tensor([True, False, True, True, False])
+    module = "cl_lightning.losses.classification"
+    monkeypatch.setattr(f"{module}.world_size", lambda: 2)
+    monkeypatch.setattr(f"{module}.all_sum", lambda count: torch.tensor(3))
+    found = 0
+    for rows in (slice(0, 2), slice(2, 5)):
+        batch = batch_of(torch.arange(5)).select(rows)
+        batch = batch.replace(weight=len(batch) * 2 / 5)
+        found = found + batch.weight * mean_over_selected(values[rows], chosen[rows], batch) / 2
+    torch.testing.assert_close(found, values[chosen].mean())
+    single = batch_of(torch.arange(1))  # fewer rows than processes: nothing is exchanged
+    torch.testing.assert_close(mean_over_selected(values[:1], chosen[:1], single), values[0])
 
 
 def test_cosine_feature_distillation_sees_directions_only():

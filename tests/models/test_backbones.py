@@ -19,6 +19,9 @@ from cl_lightning.models import (
     Backbone,
     BasicBlock,
     CifarResNet,
+    LinearHead,
+    Network,
+    Output,
     PadShortcut,
     ResNet18,
     ResNet20,
@@ -26,6 +29,8 @@ from cl_lightning.models import (
     ResNet56,
     SlimResNet18,
     Timm,
+    frozen_copy,
+    joined,
 )
 
 COLOUR = (3, 32, 32)
@@ -110,6 +115,70 @@ def test_without_the_last_relu_features_have_both_signs_and_nothing_else_changes
         assert (without(images(COLOUR)) < 0).any()
         expected = without.feature_map(images(COLOUR)).clamp(min=0).mean((2, 3))
         assert torch.equal(with_relu(images(COLOUR)), expected)
+
+
+@pytest.mark.parametrize("last_relu", [True, False])
+def test_maps_of_stages_are_those_before_the_last_relu_of_each(last_relu: bool) -> None:
+    net = CifarResNet((3, 8, 8), depth=8, width=4, last_relu=last_relu).eval()
+    pixels = torch.randn(5, 3, 8, 8)
+    maps: list[Tensor] = []
+    features = net(pixels, maps)
+    assert torch.equal(features, net(pixels))
+    assert [tuple(part.shape) for part in maps] == [(5, 4, 8, 8), (5, 8, 4, 4), (5, 16, 2, 2)]
+    assert all(part.min() < 0 for part in maps)
+    maps_in = F.relu(net.bn1(net.conv1(pixels)))
+    for stage, found in zip((net.layer1, net.layer2, net.layer3), maps, strict=True):
+        (block,) = stage
+        inner = block.bn2(block.conv2(F.relu(block.bn1(block.conv1(maps_in)))))
+        torch.testing.assert_close(found, inner + block.downsample(maps_in))
+        maps_in = F.relu(found)
+    end = maps[-1].relu() if last_relu else maps[-1]
+    torch.testing.assert_close(features, end.mean((2, 3)))
+
+
+def test_a_stage_of_several_blocks_gives_the_map_of_its_last_block() -> None:
+    net = ResNet18((3, 8, 8), width=4).eval()
+    pixels = torch.randn(2, 3, 8, 8)
+    maps: list[Tensor] = []
+    net(pixels, maps)
+    whole = F.relu(net.bn1(net.conv1(pixels)))
+    for found, stage in zip(maps, (net.layer1, net.layer2, net.layer3, net.layer4), strict=True):
+        whole = stage(whole)
+        torch.testing.assert_close(found.relu(), whole)
+
+
+def test_a_network_gives_maps_if_asked_to_and_so_do_its_copies_and_joined_passes() -> None:
+    net = CifarResNet((3, 8, 8), depth=8, width=4).eval()
+    head = LinearHead(net.num_features)
+    head.grow(2)
+    network = Network(net, head)
+    pixels = torch.randn(5, 3, 8, 8)
+    assert network(pixels).maps == ()
+    network.gives_maps = True
+    output, copied = network(pixels), frozen_copy(network)(pixels)
+    maps: list[Tensor] = []
+    net(pixels, maps)
+    for found in (output, copied, joined([network(pixels[:2]), network(pixels[2:])])):
+        assert len(found.maps) == 3
+        for one, other in zip(found.maps, maps, strict=True):
+            torch.testing.assert_close(one, other)
+        torch.testing.assert_close(found.logits, output.logits)
+    plain = joined([Output(pixels, pixels), Output(pixels, pixels)])
+    assert plain.maps == ()
+    assert len(plain.logits) == 10
+
+
+def test_a_compiled_backbone_gives_the_same_maps() -> None:
+    net = CifarResNet((3, 8, 8), depth=8, width=4).eval()
+    pixels = torch.randn(2, 3, 8, 8)
+    eager: list[Tensor] = []
+    compiled: list[Tensor] = []
+    net(pixels, eager)
+    net.compile(backend="eager")
+    net(pixels, compiled)
+    assert len(compiled) == 3
+    for one, other in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_convolutions_start_with_the_variance_of_he_by_fan_out() -> None:

@@ -63,7 +63,9 @@ def test_without_classes_there_are_no_logits():
         assert head(torch.randn(2, 4)).shape == (2, 0)
 
 
-@pytest.mark.parametrize("head_class", [LinearHead, CosineHead, DistanceHead, PrototypeHead])
+@pytest.mark.parametrize(
+    "head_class", [LinearHead, CosineHead, partial(CosineHead, proxies=3), DistanceHead, PrototypeHead]
+)
 def test_a_head_takes_its_shape_from_the_state_that_it_loads(head_class):
     head = head_class(4)
     head.grow(3)
@@ -137,6 +139,70 @@ def test_the_scale_of_a_cosine_head_is_learnt_if_asked_to():
     assert "scale" in dict(CosineHead(4).named_buffers())
     with pytest.raises(ValueError, match="scale is -1"):
         CosineHead(4, scale=-1)
+
+
+def test_several_proxies_of_a_class_give_the_mean_of_their_cosines_weighted_by_a_softmax():
+    head = CosineHead(4, scale=3.0, proxies=2).double()
+    head.grow(2)
+    head.grow(1)
+    head.double()
+    assert head.weight().shape == (3, 2, 4)
+    assert head.block_sizes() == [2, 1]
+    features = torch.randn(5, 4, dtype=torch.float64)
+    cosines = F.cosine_similarity(features[:, None, None], head.weight()[None], dim=3)
+    weights = cosines.exp() / cosines.exp().sum(2, keepdim=True)
+    torch.testing.assert_close(head(features), 3 * (weights * cosines).sum(2))
+
+
+def test_equal_proxies_are_a_plain_cosine_and_no_proxy_is_an_error():
+    single, several = CosineHead(4, scale=2.0), CosineHead(4, scale=2.0, proxies=5)
+    single.grow(3)
+    several.grow(3)
+    with torch.no_grad():
+        several.blocks[0].weight.copy_(single.weight()[:, None].expand(3, 5, 4))
+    features = torch.randn(6, 4)
+    torch.testing.assert_close(several(features), single(features))
+    with pytest.raises(ValueError, match="CosineHead: proxies is 0"):
+        CosineHead(4, proxies=0)
+
+
+def test_proxies_start_as_rows_of_a_linear_layer_whatever_their_number():
+    head = CosineHead(64, proxies=10)
+    head.grow(50)
+    weight = head.weight().detach()
+    assert 0.124 < float(weight.abs().max()) <= 1 / 8
+    assert float(weight.var()) == pytest.approx(1 / (3 * 64), rel=0.03)
+
+
+@pytest.mark.parametrize("proxies", [1, 2])
+def test_imprinted_rows_have_the_directions_of_their_features_and_the_norm_of_old_rows(proxies):
+    head = CosineHead(3, proxies=proxies)
+    head.grow(2)
+    head.grow(3)
+    head.double()
+    old, random = head.blocks[0].weight.detach().clone(), head.blocks[1].weight.detach().clone()
+    # Class 2 has two directions, of unequal lengths and numbers; class 3 has one; class 4 has no features.
+    features = torch.tensor([[9.0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 3], [1, 1, 1]], dtype=torch.float64)
+    head.imprint(features, torch.tensor([2, 2, 2, 3, 0]))
+    new, norm = head.blocks[1].weight.detach(), old.norm(dim=-1).mean()
+    assert torch.equal(head.blocks[0].weight, old)
+    assert torch.equal(new[2], random[2])
+    torch.testing.assert_close(new[:2].norm(dim=-1), norm.expand(new[:2].shape[:-1]))
+    if proxies == 1:  # the mean of normalised features, not of features
+        torch.testing.assert_close(new[0], norm * torch.tensor([2.0, 1, 0]).double() / math.sqrt(5))
+        torch.testing.assert_close(new[1], norm * torch.tensor([0.0, 0, 1]).double())
+    else:
+        order = new[0].argsort(dim=0, descending=True)[:, 0]
+        torch.testing.assert_close(new[0][order], norm * torch.eye(3, dtype=torch.float64)[:2])
+        torch.testing.assert_close(new[1], norm * torch.tensor([[0.0, 0, 1]] * 2).double())
+
+
+def test_rows_of_a_first_block_are_imprinted_at_its_own_mean_norm():
+    head = CosineHead(3)
+    head.grow(2)
+    norm = head.weight().norm(dim=1).mean().detach()
+    head.imprint(torch.randn(8, 3), torch.arange(8) % 2)
+    torch.testing.assert_close(head.weight().norm(dim=1).detach(), norm.expand(2))
 
 
 def test_the_nearest_mean_is_predicted_and_unknown_classes_never():

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from cl_lightning.batch import Batch, Draw, RowDraw, cat, join, mix, mixed_rows
+from cl_lightning.models import Output
 
 
 def batch(start: int, stop: int, total: int, world: int) -> Batch:
@@ -146,6 +147,15 @@ def test_a_part_of_a_joint_batch_has_its_rows_and_its_output():
         joint.part("dark", output)
     assert joint.select(slice(0, 2)).parts == {}  # rows are others now
     assert cat([joint, stream]).parts == {}
+
+
+def test_a_part_has_its_rows_of_each_tensor_of_a_tuple():
+    joint = join({"stream": rows(0, 3, 3, 1), "replay": rows(10, 15, 5, 1)})
+    maps = (joint.images, joint.images.expand(-1, 2, 3, 3))
+    output = joint.part("replay", Output(joint.images.flatten(), joint.labels, maps)).output
+    assert [tuple(part.shape) for part in output.maps] == [(5, 1, 1, 1), (5, 2, 3, 3)]
+    assert output.maps[0].flatten().tolist() == [10.0, 11.0, 12.0, 13.0, 14.0]
+    assert joint.part("replay", Output(joint.images.flatten(), joint.labels)).output.maps == ()
 
 
 def test_a_part_of_a_batch_without_rows_has_no_share():

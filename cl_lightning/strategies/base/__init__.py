@@ -1,6 +1,15 @@
 """The base class of all continual-learning methods, and its components."""
 
 from cl_lightning.strategies.base.expanding import ExpandingReplay
+from cl_lightning.strategies.base.exemplars import (
+    BALANCED,
+    BalancedSet,
+    Classifier,
+    CosineExemplars,
+    NearestExemplars,
+    balanced_phase,
+    end_balanced,
+)
 from cl_lightning.strategies.base.gradients import flat_gradient, set_gradient, without_conflict
 from cl_lightning.strategies.base.optimizers import refuse_weight_decay, separate_group
 from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer, sigmoid_optimizer
@@ -18,22 +27,29 @@ from cl_lightning.strategies.base.terms import AddsLosses
 from cl_lightning.strategies.base.traits import Traits
 
 __all__ = [
+    "BALANCED",
     "AddsLosses",
     "BackboneFactory",
+    "BalancedSet",
+    "Classifier",
     "ContinualStrategy",
+    "CosineExemplars",
     "ExemplarReplay",
     "ExpandingReplay",
     "FreezeNorm",
     "HeadFactory",
     "LossClasses",
+    "NearestExemplars",
     "Phase",
     "PhaseOptions",
     "Replay",
     "SharesWeights",
     "TaskIncremental",
     "Traits",
+    "balanced_phase",
     "check_loss_classes",
     "default_optimizer",
+    "end_balanced",
     "flat_gradient",
     "refuse_weight_decay",
     "routed",

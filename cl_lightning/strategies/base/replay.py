@@ -113,13 +113,17 @@ class ExemplarReplay(ContinualStrategy):
 
     Args:
         memory_size: K, in samples, over all classes and processes, at least 0.
+        exemplars_per_class: Largest number of exemplars in a list, at least 1; None for no limit but K. Many papers
+            have 20 of each class from the first task on: with 100 classes that is ``memory_size=2000`` and 20 here.
         kwargs: Options of the base class.
     """
 
-    def __init__(self, *, memory_size: int = 2000, **kwargs: Any) -> None:
+    def __init__(self, *, memory_size: int = 2000, exemplars_per_class: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_loss_classes(self)
+        at_least(self, 1, exemplars_per_class=exemplars_per_class, optional=True)
         self.memory = Memory(memory_size, HerdingPolicy(by="both"))
+        self.exemplars_per_class = exemplars_per_class
 
     def replay_memory(self) -> Memory | None:
         return self.memory
@@ -144,6 +148,7 @@ class ExemplarReplay(ContinualStrategy):
         new = group_ids(labels, torch.full_like(labels, self.task.index), "both")
         lists = torch.cat([held, new]).unique()  # type: ignore[no-untyped-call]
         quota = max(self.memory.size // max(len(lists), 1), 1)
+        quota = min(quota, self.exemplars_per_class or quota)
         self.memory.reduce_per_class(quota, by="both")
         chosen = indices[herding_per_class(features, labels, quota)]
         # Each batch is split into contiguous shares, which are gathered in order: lists keep the order of choice.

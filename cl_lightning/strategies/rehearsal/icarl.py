@@ -25,15 +25,14 @@ from typing import Any, Literal
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from cl_lightning.batch import ImageShape
 from cl_lightning.checks import above, at_least, one_of
 from cl_lightning.losses import binary_cross_entropy, lwf_mc_targets, softmax_distillation
-from cl_lightning.memory import Prototypes, Teacher
-from cl_lightning.strategies.base import sigmoid_optimizer
-from cl_lightning.strategy import Batch, ExemplarReplay, Output, Task, Traits
+from cl_lightning.memory import Teacher
+from cl_lightning.strategies.base import NearestExemplars, sigmoid_optimizer
+from cl_lightning.strategy import Batch, Output, Task, Traits
 
 
-class ICaRL(ExemplarReplay):
+class ICaRL(NearestExemplars):
     """Distillation on the task and on herded exemplars, and classification by the nearest mean of exemplars.
 
     Args:
@@ -41,10 +40,9 @@ class ICaRL(ExemplarReplay):
         form: ``sigmoid`` for the loss of the paper, ``softmax`` for the loss of PyCIL.
         distill_weight: lambda of the softmax form, at least 0.
         temperature: T of the softmax form, above 0.
-        classifier: ``nme`` for the nearest mean of exemplars, ``head`` for the head of the network.
         optimizer: As in the base class; None for SGD with momentum 0.9 and learning rate 0.02 in the sigmoid form,
             0.05 in the softmax form.
-        kwargs: Options of the base class.
+        kwargs: Options of the base class, such as ``classifier``.
     """
 
     traits = Traits(family="rehearsal", paper="Rebuffi et al., CVPR 2017, arXiv:1611.07725", keeps_exemplars=True)
@@ -56,32 +54,16 @@ class ICaRL(ExemplarReplay):
         form: Literal["sigmoid", "softmax"] = "sigmoid",
         distill_weight: float = 1.0,
         temperature: float = 2.0,
-        classifier: Literal["nme", "head"] = "nme",
         optimizer: OptimizerCallable | None = None,
         **kwargs: Any,
     ) -> None:
         default = sigmoid_optimizer if form == "sigmoid" else None
         super().__init__(memory_size=memory_size, optimizer=optimizer or default, **kwargs)
         one_of(self, ("sigmoid", "softmax"), form=form)
-        one_of(self, ("nme", "head"), classifier=classifier)
         at_least(self, 0, distill_weight=distill_weight)
         above(self, 0, temperature=temperature)
-        if classifier == "nme" and memory_size < 1:
-            raise ValueError(
-                f"ICaRL: memory_size is {memory_size}, but classifier 'nme' needs at least one exemplar per class"
-            )
         self.form, self.distill_weight, self.temperature = form, distill_weight, temperature
-        self.classifier = classifier
         self.teacher = Teacher()
-        self.means: Prototypes
-
-    def build(self, image_shape: ImageShape) -> None:
-        super().build(image_shape)
-        self.means = Prototypes(self.network.head.num_features)
-
-    def begin_task(self, task: Task) -> None:
-        super().begin_task(task)
-        self.means = Prototypes(self.network.head.num_features)  # the network changes, so the means are no longer valid
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
         if self.form == "sigmoid":
@@ -96,16 +78,4 @@ class ICaRL(ExemplarReplay):
 
     def end_task(self, task: Task) -> None:
         super().end_task(task)
-        if self.classifier == "nme":
-            self.measure_exemplar_means(self.means)
         self.teacher.learn_from(self.network)
-
-    def predict_within_task(self, images: Tensor, tasks: Tensor | None = None) -> Tensor:
-        return self.network.classify(images)
-
-    def predict(self, images: Tensor, tasks: Tensor | None = None) -> Tensor:
-        if len(self.means) == 0:
-            return self.network.classify(images)
-        # The nearest mean among unit vectors has the largest cosine:
-        # argmin_y || phi(x) - mu_y || = argmax_y <phi(x), mu_y> for phi and mu of norm 1.
-        return self.means.scores(self.network.backbone(images), self.network.head.num_columns, "cosine")
