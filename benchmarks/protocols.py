@@ -175,6 +175,7 @@ METHODS = {
     "DERExpand": Method("der_expand", MEMORY, online=False),
     "TagFex": Method("tagfex", MEMORY, online=False),
     "MEMO": Method("memo", f"--model.budget_mb null {MEMORY}", online=False),
+    "LUCIR": Method("lucir", MEMORY, online=False),
 }
 SHORT_TASKS: dict[str, Method] = {}  # with an average of the weights that suits tasks of a few steps
 for _name, _row in METHODS.items():
