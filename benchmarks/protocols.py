@@ -182,6 +182,7 @@ for _name, _row in METHODS.items():
     SHORT_TASKS[_name] = _row
     if _name == "ER + EMA":
         SHORT_TASKS["ER + EMA of 10 steps"] = Method("er_ema", f"{MEMORY} --trainer.callbacks.momentum 0.9")
+SHORT_TASKS["PODNet"] = Method("podnet", MEMORY, online=False)  # needs a backbone with stages
 
 LOCAL = "--model.loss_classes current"
 TASK_INCREMENTAL = {

@@ -132,7 +132,8 @@ def balanced_phase(
         task: The task.
         subset: Its balanced set, a submodule.
         options: Options of the phase; 0 epochs to leave it out.
-        head_only: Whether only the head is trained, all of its rows, with the backbone frozen in eval mode.
+        head_only: Whether only the rows of the head are trained, those of old classes too, with the backbone frozen in
+            eval mode; the scale of a cosine head is not.
     """
     if task.is_first or options.epochs == 0:
         return []
@@ -140,7 +141,7 @@ def balanced_phase(
         Phase(
             BALANCED,
             options,
-            trains=strategy.network.head.parameters if head_only else None,
+            trains=strategy.network.head.blocks.parameters if head_only else None,
             freezes=(lambda: [strategy.network.backbone]) if head_only else None,
             samples=functools.partial(subset.samples, strategy=strategy),
             needed=lambda: len(strategy.memory) > 0,
