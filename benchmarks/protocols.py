@@ -177,6 +177,7 @@ METHODS = {
     "MEMO": Method("memo", f"--model.budget_mb null {MEMORY}", online=False),
     "LUCIR": Method("lucir", MEMORY, online=False),
 }
+WITH_MLP = {**METHODS, "CWR*": Method("cwr_star"), "AR1": Method("ar1", MEMORY, online=False)}  # of layers by name
 SHORT_TASKS: dict[str, Method] = {}  # with an average of the weights that suits tasks of a few steps
 for _name, _row in METHODS.items():
     SHORT_TASKS[_name] = _row
@@ -259,6 +260,7 @@ PROTOCOLS = {
         "loader, as ER by the loader, while ER replays as many samples in each step as the batch has: WA is to be "
         "compared with ER by the loader, which it exceeds by its distillation and the alignment.",
         f"{OFFLINE} {MLP} --trainer.max_epochs 3",
+        methods=WITH_MLP,
     ),
     "fashion_mlp_online": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, MLP, online",

@@ -27,7 +27,7 @@ from cl_lightning.data import Transform
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.loop.run import begin_task
 from cl_lightning.measures import CostMeter
-from cl_lightning.models import AdaptedBackbone, Backbone, Head
+from cl_lightning.models import AdaptedBackbone, Backbone, Head, joined_rows
 from cl_lightning.strategies.base.evaluation import check_monitor
 from cl_lightning.strategy import ContinualStrategy, Phase
 from cl_lightning.stream import Stream, Task
@@ -359,7 +359,7 @@ def _without_trace(device: torch.device) -> Iterator[None]:
 
 def _check_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of backbones and heads: one vector per image, and one logit per class."""
-    rows = len(args[0]) if args and isinstance(args[0], Tensor) else None
+    rows = len(args[0]) + joined_rows(module) if args and isinstance(args[0], Tensor) else None
     name, images = type(module).__name__, tuple(args[0].shape) if rows is not None else "unknown"
     if isinstance(module, Head):
         width, what, remedy = module.num_columns, "logits", "return one logit per class"

@@ -24,8 +24,11 @@ from cl_lightning.models.closed_form import (
     solve_positive,
     validated_ridge,
 )
+from cl_lightning.models.consolidated_head import ConsolidatedHead, consolidate
 from cl_lightning.models.convnet import ConvNet
 from cl_lightning.models.expansion import ExpandableBackbone, feature_map, map_stage, positions
+from cl_lightning.models.cut import Cut, joined_rows
+from cl_lightning.models.expansion import ExpandableBackbone
 from cl_lightning.models.heads import CosineHead, DistanceHead, Head, LinearHead, align_head, align_rows, distances
 from cl_lightning.models.kmeans import kmeans
 from cl_lightning.models.masks import GatedBackbone
@@ -62,8 +65,10 @@ __all__ = [
     "BasicBlock",
     "CifarResNet",
     "ClosedFormHead",
+    "ConsolidatedHead",
     "ConvNet",
     "CosineHead",
+    "Cut",
     "DecomposedPrompts",
     "DistanceHead",
     "ExpandableBackbone",
@@ -105,12 +110,14 @@ __all__ = [
     "blocks_of",
     "built",
     "component_weights",
+    "consolidate",
     "distances",
     "feature_map",
     "frozen_copy",
     "gaussian_classifier",
     "joined",
     "kmeans",
+    "joined_rows",
     "layers_of",
     "linear_svm",
     "map_stage",

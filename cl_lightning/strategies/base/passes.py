@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from cl_lightning.strategies.base.host import Host
 
 
 class StrategyData:
-    """Access of a strategy to the data module: finished and augmented images, class names, the previous batch."""
+    """Access of a strategy to the data module: images, labels, class names, the previous batch."""
 
     def __init__(self, strategy: Host) -> None:
         self._strategy = strategy
@@ -33,6 +34,18 @@ class StrategyData:
         """Class name of each column of the logits, including the columns of later tasks."""
         names: tuple[str, ...] = tuple(self.module.stream.class_names)
         return names
+
+    def labels(self) -> Tensor:
+        """Column of each labelled training sample of the task, int64 ``(n,)``, on the CPU, the same on every process.
+
+        No image is read. The order is the order of ``Phase.samples``, without the samples of a memory.
+        """
+        stream, index = self.module.stream, self.module.task.index
+        chosen = stream.train[index]
+        if stream.unlabelled:
+            chosen = chosen[~np.isin(chosen, stream.unlabelled[index])]
+        raw = np.asarray(self.module.samples(train=True).labels)
+        return torch.from_numpy(stream.columns_of(raw[chosen]))
 
     def augment(self, batch: Batch) -> Batch:
         """Make the images of a batch from its raw images as in training: augmented, scaled and normalised."""
