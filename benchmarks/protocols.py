@@ -177,7 +177,12 @@ METHODS = {
     "MEMO": Method("memo", f"--model.budget_mb null {MEMORY}", online=False),
     "LUCIR": Method("lucir", MEMORY, online=False),
 }
-WITH_MLP = {**METHODS, "CWR*": Method("cwr_star"), "AR1": Method("ar1", MEMORY, online=False)}  # of layers by name
+WITH_MLP = {  # with methods whose config names layers or sizes of this network
+    **METHODS,
+    "CWR*": Method("cwr_star"),
+    "AR1": Method("ar1", MEMORY, online=False),
+    "EBM": Method("ebm", "--model.backbone.hidden []"),
+}
 SHORT_TASKS: dict[str, Method] = {}  # with an average of the weights that suits tasks of a few steps
 for _name, _row in METHODS.items():
     SHORT_TASKS[_name] = _row

@@ -75,9 +75,9 @@ ROOMS = (
     ),
     Room(
         "models",
-        "modules with parameters: backbones, heads, adapters, "
-        "backbones, weights, convnet, heads, kmeans, text_head, closed_form, network, normalization, prompts, "
-        "expansion, masks, svm, `peft/` (a file per mechanism), consolidated_head, cut",
+        "modules with parameters: backbones, heads, adapters, backbones, weights, convnet, heads, kmeans, "
+        "text_head, closed_form, network, normalization, prompts, expansion, masks, svm, "
+        "`peft/` (a file per mechanism), consolidated_head, cut, adapters backbones, energy_head",
     ),
     Room("losses", "functions of logits, features, labels", "classification, distillation, contrastive"),
     Room(

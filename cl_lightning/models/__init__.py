@@ -28,6 +28,7 @@ from cl_lightning.models.consolidated_head import ConsolidatedHead, consolidate
 from cl_lightning.models.convnet import ConvNet
 from cl_lightning.models.expansion import ExpandableBackbone, feature_map, map_stage, positions
 from cl_lightning.models.cut import Cut, joined_rows
+from cl_lightning.models.energy_head import EnergyHead
 from cl_lightning.models.expansion import ExpandableBackbone
 from cl_lightning.models.heads import CosineHead, DistanceHead, Head, LinearHead, align_head, align_rows, distances
 from cl_lightning.models.kmeans import kmeans
@@ -71,6 +72,7 @@ __all__ = [
     "Cut",
     "DecomposedPrompts",
     "DistanceHead",
+    "EnergyHead",
     "ExpandableBackbone",
     "FiLM",
     "GatedBackbone",
