@@ -241,7 +241,8 @@ class ContinualDataModule(StreamDataModule):
             chosen = where(*self._candidates(indices, memory))
             indices = indices if chosen is None else indices[chosen]
         tasks = torch.full_like(indices, self.task.index)
-        plan = self._plan(indices, tasks, batch_size=batch_size or self.eval_batch_size, shuffle=False)
+        key = mix(self.seed or 0, 0x57A, self.task.index)  # a memory that is filled in a pass draws in each task again
+        plan = self._plan(indices, tasks, batch_size=batch_size or self.eval_batch_size, shuffle=False, key=key)
         stored = None if store is None else self._identified("statistics", store)
         return self._loader("statistics").over(plan, memory=memory, stored=stored)
 

@@ -189,6 +189,13 @@ def test_hidden_labels_reach_only_a_strategy_that_uses_them_and_only_as_minus_on
     assert sum(len(batch) for batch in data.statistics_dataloader()) == 6
 
 
+def test_a_pass_for_statistics_draws_other_numbers_in_each_task_and_with_each_seed():
+    tasks = [begun(Toy(), task=task) for task in (0, 1)]
+    keys = [next(iter(data.statistics_dataloader())).draw.key for data in (*tasks, begun(Toy(), seed=1))]
+    assert len(set(keys)) == 3
+    assert keys[0] == next(iter(tasks[0].statistics_dataloader())).draw.key
+
+
 def test_a_one_pass_stream_has_its_own_batches_and_passes():
     data = begun(Toy(scenario=Online(ClassIncremental(tasks=2), batch_size=10, passes=3), batch_size=16))
     batches = list(data.train_dataloader())

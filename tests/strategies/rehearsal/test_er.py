@@ -54,6 +54,11 @@ def test_a_memory_of_everything_mixed_by_the_loader_comes_near_joint_training():
     assert abs(er.matrix.measures()["average_accuracy"] - joint.matrix.measures()["average_accuracy"]) < 0.05
 
 
+def test_a_memory_that_the_loader_mixes_in_keeps_samples_of_each_task_independently():
+    memory = run(ER_SMALL(memory_size=60, replay_by="loader"), max_epochs=1).strategy.memory
+    assert len(memory.keys.unique()) == 60  # equal keys: the samples at the same places of each task
+
+
 def test_several_epochs_offer_each_sample_once():
     made = run(ER_SMALL(memory_size=50), max_epochs=3)
     assert int(made.strategy.memory.num_seen) == sum(len(part) for part in made.stream.train)
