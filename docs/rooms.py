@@ -31,17 +31,16 @@ class Room(NamedTuple):
 ROOMS = (
     Room(
         "cli",
-        "the command line, "
+        "the command line",
         "main, arguments, configs, processes, commands, parsing, trust, prediction, discovery",
     ),
     Room("testing", "the conformance suite, for our methods and users' own", "checks, bench, pair, compare"),
     Room(
         "loop",
-        "the task loop, checkpoints and results, "
+        "the task loop, checkpoints and results",
         "task_loop, hooks, run_files, task_lines, run (position, restore), options, lightning_support, dry_run, "
-        "checkpoint, stopping, "
-        "nan_guard, fast_step, warning_filters, run_lock, logging, results, logger_guard, checkpoint_parts, "
-        "process_state, option_changes",
+        "checkpoint, stopping, nan_guard, fast_step, warning_filters, run_lock, logging, results, logger_guard, "
+        "checkpoint_parts, process_state, option_changes",
     ),
     Room("callbacks", "mechanisms that cut across methods, one file each", "(top-level folder)"),
     Room("datamodules", "sources of data, one file each, over one base", "(top-level folder)"),
@@ -50,39 +49,38 @@ ROOMS = (
     Room("strategy", "all names that a method imports from the base", "(porch)"),
     Room(
         "strategies.base",
-        "the base class of methods and its parts, "
-        "strategy, replay, expanding, task_incremental, phases, schedules, optimizers, terms, passes, evaluation, "
-        "exemplars, "
-        "traits, host, gradients",
+        "the base class of methods and its parts",
+        "strategy, replay, task_incremental, phases, schedules, optimizers, terms, passes, evaluation, traits, "
+        "host, gradients, exemplars, expanding, virtual",
     ),
     Room(
         "data",
-        "from files to augmented tensors, "
+        "from files to augmented tensors",
         "sources, images, loaders, transforms, auto_augment, pixels, corruptions, rotations, feature_pool, "
         "feature_cache, arrays, files, datasets, decoding, labels, scaling, shifts, layout, balance",
     ),
     Room(
-        "report, "
-        "tables, plots and pages of finished runs, "
+        "report",
+        "tables, plots and pages of finished runs",
         "command, runs, unfinished, fields, comparison, statistics, tables, plots, page, single, several, cards, parts",
     ),
     Room("measures", "accuracy matrix, measures and cost of a run", "accuracy, matrix, functional, curves, cost"),
     Room(
-        "memory, "
-        "samples, prototypes, networks and importances kept from earlier tasks, "
+        "memory",
+        "samples, prototypes, networks and importances kept from earlier tasks",
         "replay, herding, prototypes, class_statistics, drift, teacher, importance, paths, sensitivity, "
         "consolidation, owners, input_spaces, growing, accounting, mean_covariance",
     ),
     Room(
         "models",
-        "modules with parameters: backbones, heads, adapters, backbones, weights, convnet, heads, kmeans, "
-        "text_head, closed_form, network, normalization, prompts, expansion, masks, svm, "
-        "`peft/` (a file per mechanism), consolidated_head, cut, adapters backbones, energy_head",
+        "modules with parameters: backbones, heads, adapters",
+        "backbones, weights, convnet, heads, text_head, closed_form, network, normalization, prompts, expansion, "
+        "masks, svm, `peft/` (a file per mechanism), consolidated_head, cut, energy_head, kmeans",
     ),
     Room("losses", "functions of logits, features, labels", "classification, distillation, contrastive"),
     Room(
         "stream",
-        "the samples of each task; pure numpy, "
+        "the samples of each task; pure numpy",
         "tasks, core, scenarios, modifiers, domains, dealing, manifest, draws",
     ),
     Room("batch", "a batch and its random numbers", "(porch)"),

@@ -19,7 +19,7 @@ from torch.func import functional_call, vjp, vmap
 from cl_lightning.batch import Batch
 from cl_lightning.distributed import all_sum
 from cl_lightning.losses import masked_logits
-from cl_lightning.models import LinearHead
+from cl_lightning.models import LinearHead, uncompiled
 
 Tensors = Mapping[str, Tensor]
 _SAMPLED = 0x5A3D  # salt of the labels that fisher_diagonal draws
@@ -28,18 +28,14 @@ _SAMPLED = 0x5A3D  # salt of the labels that fisher_diagonal draws
 @contextmanager
 def _as_written(network: nn.Module) -> Iterator[None]:
     """Context with eval mode and without compiled modules, whose layers call no hooks; the end restores both."""
-    before = {module: (module.training, module._compiled_call_impl) for module in network.modules()}
+    modes = {module: module.training for module in network.modules()}
     network.eval()
-    for module, (_, compiled) in before.items():
-        if compiled is not None:
-            module._compiled_call_impl = None
     try:
-        yield
+        with uncompiled(network):
+            yield
     finally:
-        for module, (training, compiled) in before.items():
+        for module, training in modes.items():
             module.training = training
-            if compiled is not None:
-                module._compiled_call_impl = compiled
 
 
 Labels = Literal["exact", "sampled", "predicted", "empirical"]

@@ -34,6 +34,7 @@ from cl_lightning.models.heads import CosineHead, DistanceHead, Head, LinearHead
 from cl_lightning.models.kmeans import kmeans
 from cl_lightning.models.masks import GatedBackbone
 from cl_lightning.models.network import Network, Output, Temporary, batch_norms, frozen_copy, joined
+from cl_lightning.models.network import Network, Output, batch_norms, frozen_copy, joined, uncompiled
 from cl_lightning.models.normalization import AdaptiveBatchNorm, adapt_norms, norm_parameters, set_statistics
 from cl_lightning.models.peft.adapter import Adapter
 from cl_lightning.models.peft.backbone import AdaptedBackbone, PeftPair
@@ -131,5 +132,6 @@ __all__ = [
     "recursive_ridge",
     "set_statistics",
     "solve_positive",
+    "uncompiled",
     "validated_ridge",
 ]

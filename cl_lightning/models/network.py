@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -119,3 +120,16 @@ class Temporary(nn.Module):
             with torch.random.fork_rng(devices=[]):  # the initial values are overwritten by the state dict
                 self.create()
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+
+
+@contextmanager
+def uncompiled(network: nn.Module) -> Iterator[None]:
+    """Context in which compiled modules of a network run as they are written, with their hooks and any weights."""
+    compiled = [(module, call) for module in network.modules() if (call := module._compiled_call_impl) is not None]
+    for module, _ in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call

@@ -25,6 +25,13 @@ from cl_lightning.strategies.base.strategy import (
 from cl_lightning.strategies.base.task_incremental import SharesWeights, TaskIncremental, routed
 from cl_lightning.strategies.base.terms import AddsLosses
 from cl_lightning.strategies.base.traits import Traits
+from cl_lightning.strategies.base.virtual import (
+    mean_gradient,
+    output_at,
+    relative_step,
+    trained_weights,
+    virtual_step,
+)
 
 __all__ = [
     "BALANCED",
@@ -51,11 +58,16 @@ __all__ = [
     "default_optimizer",
     "end_balanced",
     "flat_gradient",
+    "mean_gradient",
+    "output_at",
     "refuse_weight_decay",
+    "relative_step",
     "routed",
     "separate_group",
     "set_gradient",
     "sigmoid_optimizer",
     "sum_of_zeros",
+    "trained_weights",
+    "virtual_step",
     "without_conflict",
 ]
