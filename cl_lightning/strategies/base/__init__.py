@@ -13,7 +13,7 @@ from cl_lightning.strategies.base.exemplars import (
 from cl_lightning.strategies.base.gradients import flat_gradient, set_gradient, without_conflict
 from cl_lightning.strategies.base.optimizers import refuse_weight_decay, separate_group
 from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer, sigmoid_optimizer
-from cl_lightning.strategies.base.replay import ExemplarReplay, Replay, check_loss_classes
+from cl_lightning.strategies.base.replay import ExemplarReplay, MemoryReplay, Replay, TaskEndReplay, check_loss_classes
 from cl_lightning.strategies.base.strategy import (
     BackboneFactory,
     ContinualStrategy,
@@ -47,10 +47,12 @@ __all__ = [
     "HeadFactory",
     "LossClasses",
     "NearestExemplars",
+    "MemoryReplay",
     "Phase",
     "PhaseOptions",
     "Replay",
     "SharesWeights",
+    "TaskEndReplay",
     "TaskIncremental",
     "Traits",
     "balanced_phase",

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from cl_lightning.batch import Batch, join
 from cl_lightning.checks import at_least, one_of
-from cl_lightning.memory import HerdingPolicy, Memory, Policy, Prototypes, group_ids, herding_per_class
+from cl_lightning.memory import ClassBalanced, HerdingPolicy, Memory, Policy, Prototypes, group_ids, herding_per_class
 from cl_lightning.models import Output
 from cl_lightning.strategies.base.strategy import ContinualStrategy
 from cl_lightning.stream import Task
@@ -29,20 +29,16 @@ def check_loss_classes(strategy: ContinualStrategy) -> None:
         )
 
 
-class Replay(ContinualStrategy):
-    """Cross-entropy on the batch and on samples from a memory; the base of methods that replay a memory of the stream.
+class MemoryReplay(ContinualStrategy):
+    """Cross-entropy on the batch and on samples from a memory; its subclasses define how the memory is filled.
 
-    The memory is empty at the first step. After each step the batch of the stream is offered to the memory, without
-    augmentation. In each step ``prepare_batch`` joins the batch, as part ``stream``, with samples drawn from the memory
-    and augmented, as part ``replay``.
+    In each step ``prepare_batch`` joins the batch, as part ``stream``, with samples drawn from the memory and
+    augmented, as part ``replay``.
 
     Args:
         memory_size: M, in samples, over all processes, at least 0; 0 is no memory.
         policy: Policy that decides which samples a full memory keeps; None for a reservoir.
         replay_size: Number of samples drawn per step, over all processes, at least 1; None for the size of the batch.
-        update_memory: Pass over the data of a phase in which batches are offered to the memory. A reservoir that is
-            updated in the ``first`` or in the ``last`` pass holds each sample of the stream with equal probability. If
-            it is updated in ``every`` pass, each copy of a sample counts as a separate sample.
         kwargs: Options of the base class.
     """
 
@@ -52,15 +48,12 @@ class Replay(ContinualStrategy):
         memory_size: int = 500,
         policy: Policy | None = None,
         replay_size: int | None = None,
-        update_memory: UpdateMemory = "first",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        one_of(self, get_args(UpdateMemory), update_memory=update_memory)
         at_least(self, 1, replay_size=replay_size, optional=True)
         self.memory = Memory(memory_size, policy)
         self.replay_size = replay_size
-        self.update_memory: UpdateMemory = update_memory
 
     def draw(self, batch: Batch, *salt: int) -> Batch | None:
         """Draw samples from the memory, uniformly without replacement, without augmentation.
@@ -88,10 +81,6 @@ class Replay(ContinualStrategy):
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
         return {"ce": self.classification_loss(output, batch)}
 
-    def after_step(self, batch: Batch) -> None:
-        if {"first": batch.first_pass, "last": batch.last_pass, "every": True}[self.update_memory]:
-            self.offer(batch)
-
     def offer(self, batch: Batch, **extra: Tensor) -> None:
         """Offer the raw samples of a batch to the memory; its policy decides which ones it keeps.
 
@@ -100,6 +89,59 @@ class Replay(ContinualStrategy):
             extra: Additional tensors with one row per sample, stored with the samples.
         """
         self.memory.add(batch.raw, batch.labels, batch.tasks, batch.draw, gathered=False, **extra)
+
+
+class Replay(MemoryReplay):
+    """Cross-entropy on the batch and on samples from a memory; the base of methods that replay a memory of the stream.
+
+    The memory is empty at the first step. After each step the batch of the stream is offered to the memory, without
+    augmentation. In each step ``prepare_batch`` joins the batch, as part ``stream``, with samples drawn from the memory
+    and augmented, as part ``replay``.
+
+    Args:
+        update_memory: Pass over the data of a phase in which batches are offered to the memory. A reservoir that is
+            updated in the ``first`` or in the ``last`` pass holds each sample of the stream with equal probability. If
+            it is updated in ``every`` pass, each copy of a sample counts as a separate sample.
+        kwargs: Options of ``MemoryReplay``: ``memory_size``, ``policy``, ``replay_size``.
+    """
+
+    def __init__(self, *, update_memory: UpdateMemory = "first", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        one_of(self, get_args(UpdateMemory), update_memory=update_memory)
+        self.update_memory: UpdateMemory = update_memory
+
+    def after_step(self, batch: Batch) -> None:
+        if {"first": batch.first_pass, "last": batch.last_pass, "every": True}[self.update_memory]:
+            self.offer(batch)
+
+
+class TaskEndReplay(MemoryReplay):
+    """Replay of samples that are stored when their task ends, with their logits; the base of FDR and X-DER.
+
+    The memory has equal numbers of samples of each task so far, chosen at random, and their raw images. The logits are
+    computed on the un-augmented images, in eval mode.
+
+    Args:
+        policy: Policy that decides which samples a full memory keeps; None for equal numbers of each task.
+        kwargs: Options of ``MemoryReplay``: ``memory_size``, ``replay_size``.
+    """
+
+    def __init__(self, *, policy: Policy | None = None, **kwargs: Any) -> None:
+        super().__init__(policy=policy or ClassBalanced(by="task"), **kwargs)
+
+    @torch.no_grad()
+    def end_task(self, task: Task) -> None:
+        super().end_task(task)
+        for batch in self.passes.batches():
+            logits = torch.zeros(0, self.network.head.num_columns, device=self.device)
+            if len(batch):
+                with self.trainer.precision_plugin.forward_context():
+                    logits = self.network(batch.images).logits.float()
+            self.offer(batch, logits=self.targets(logits, batch))
+
+    def targets(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Logits to be stored for the samples of a batch, ``(B, columns)``."""
+        return logits
 
 
 class ExemplarReplay(ContinualStrategy):
