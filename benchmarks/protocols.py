@@ -164,6 +164,7 @@ METHODS = {
     "ER + softmax masking": Method("er_softmax_masking", MEMORY),
     "ER + EMA": Method("er_ema", f"{MEMORY} --trainer.callbacks.momentum 0.99"),
     "DER++": Method("derpp", MEMORY),
+    "LODE": Method("lode", MEMORY),
     "FDR": Method("fdr", MEMORY),
     "A-GEM": Method("agem", MEMORY),
     "GEM": Method("gem", f"{MEMORY} --model.replay_size 100"),

@@ -19,6 +19,7 @@ HIGH = 2.0**40
 WAITS = {
     "GEM": {"gem_projection", "pick"},
     "AGEM": {"pick"},
+    "LODE": {"pick"},
     "CoTTA": {"_target"},
     "EATA": {"edit_gradients"},
 }

@@ -1,5 +1,6 @@
 """Base classes of methods that replay stored samples, from a memory of the stream or from herded exemplar sets."""
 
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -55,20 +56,22 @@ class MemoryReplay(ContinualStrategy):
         self.memory = Memory(memory_size, policy)
         self.replay_size = replay_size
 
-    def draw(self, batch: Batch, *salt: int) -> Batch | None:
+    def draw(self, batch: Batch, *salt: int, tasks: Iterable[int] | None = None) -> Batch | None:
         """Draw samples from the memory, uniformly without replacement, without augmentation.
 
         Args:
             batch: Batch of the stream as it arrived for the step.
             salt: Distinguishes several draws of one step.
+            tasks: Task indices to draw from; None for all.
 
         Returns:
-            Batch of samples; None if the memory is empty.
+            Batch of samples; None if the memory has none.
         """
         if len(self.memory) == 0:
             return None
         count = self.replay_size or batch.draw.total
-        return self.memory.sample(count, batch.draw.fork(*salt) if salt else batch.draw)
+        drawn = self.memory.sample(count, batch.draw.fork(*salt) if salt else batch.draw, tasks=tasks)
+        return drawn if drawn.draw.total else None
 
     def replay(self, batch: Batch, *salt: int) -> Batch | None:
         """Draw samples from the memory as :meth:`draw`, and augment them."""
