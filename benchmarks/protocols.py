@@ -160,6 +160,8 @@ METHODS = {
     "EFC++": Method("efc_pp", online=False),
     "FeTrIL": Method("fetril", online=False),
     "PRD": Method("prd", online=False),
+    "ICL": Method("icl", "--model.tolerance 0.05", online=False),
+    "Sequential max-margin": Method("sequential_max_margin", "--model.regularisation 1", online=False),
     "ER": Method("er", MEMORY),
     "ER + softmax masking": Method("er_softmax_masking", MEMORY),
     "ER + EMA": Method("er_ema", f"{MEMORY} --trainer.callbacks.momentum 0.99"),

@@ -35,7 +35,19 @@ from cl_lightning.models.kmeans import kmeans
 from cl_lightning.models.masks import GatedBackbone
 from cl_lightning.models.network import Network, Output, Temporary, batch_norms, frozen_copy, joined
 from cl_lightning.models.network import Network, Output, batch_norms, frozen_copy, joined, uncompiled
+from cl_lightning.models.max_margin import (
+    Against,
+    MaxMarginHead,
+    forgetting,
+    least_change,
+    margins,
+    recurring,
+    shortfall,
+    weakly_regularised,
+)
+from cl_lightning.models.network import Network, Output, batch_norms, frozen_copy, joined
 from cl_lightning.models.normalization import AdaptiveBatchNorm, adapt_norms, norm_parameters, set_statistics
+from cl_lightning.models.null_space import NullSpaceHead, SolutionSet
 from cl_lightning.models.peft.adapter import Adapter
 from cl_lightning.models.peft.backbone import AdaptedBackbone, PeftPair
 from cl_lightning.models.peft.base import Peft, PeftFactory, Site, WholeModel, blocks_of, layers_of
@@ -53,6 +65,7 @@ from cl_lightning.models.prompts import (
     orthogonality,
     orthonormal_rows,
 )
+from cl_lightning.models.random_layer import RandomLayer
 from cl_lightning.models.svm import linear_svm
 from cl_lightning.models.text_head import TextHead
 
@@ -63,6 +76,7 @@ __all__ = [
     "AdaptedBackbone",
     "Adapter",
     "AdaptiveBatchNorm",
+    "Against",
     "Backbone",
     "BasicBlock",
     "CifarResNet",
@@ -81,7 +95,9 @@ __all__ = [
     "LDAHead",
     "LinearHead",
     "LoRA",
+    "MaxMarginHead",
     "Network",
+    "NullSpaceHead",
     "Output",
     "PadShortcut",
     "ParallelAdapters",
@@ -94,6 +110,7 @@ __all__ = [
     "PromptSite",
     "PromptedBackbone",
     "Prompts",
+    "RandomLayer",
     "ResNet",
     "ResNet18",
     "ResNet20",
@@ -103,6 +120,7 @@ __all__ = [
     "Site",
     "SlimResNet18",
     "Temporary",
+    "SolutionSet",
     "TextHead",
     "Timm",
     "WholeModel",
@@ -116,22 +134,28 @@ __all__ = [
     "consolidate",
     "distances",
     "feature_map",
+    "forgetting",
     "frozen_copy",
     "gaussian_classifier",
     "joined",
     "kmeans",
     "joined_rows",
     "layers_of",
+    "least_change",
     "linear_svm",
     "map_stage",
+    "margins",
     "most_frequent",
     "norm_parameters",
     "orthogonality",
     "orthonormal_rows",
     "positions",
+    "recurring",
     "recursive_ridge",
     "set_statistics",
+    "shortfall",
     "solve_positive",
     "uncompiled",
     "validated_ridge",
+    "weakly_regularised",
 ]
