@@ -75,7 +75,8 @@ ROOMS = (
         "models",
         "modules with parameters: backbones, heads, adapters",
         "backbones, weights, convnet, heads, text_head, closed_form, network, normalization, prompts, expansion, "
-        "masks, svm, `peft/` (a file per mechanism), consolidated_head, cut, energy_head, kmeans",
+        "masks, svm, consolidated_head, cut, energy_head, kmeans, max_margin, "
+        "null_space, random_layer, `peft/` (a file per mechanism)",
     ),
     Room("losses", "functions of logits, features, labels", "classification, distillation, contrastive"),
     Room(

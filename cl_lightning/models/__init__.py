@@ -26,15 +26,12 @@ from cl_lightning.models.closed_form import (
 )
 from cl_lightning.models.consolidated_head import ConsolidatedHead, consolidate
 from cl_lightning.models.convnet import ConvNet
-from cl_lightning.models.expansion import ExpandableBackbone, feature_map, map_stage, positions
 from cl_lightning.models.cut import Cut, joined_rows
 from cl_lightning.models.energy_head import EnergyHead
-from cl_lightning.models.expansion import ExpandableBackbone
+from cl_lightning.models.expansion import ExpandableBackbone, feature_map, map_stage, positions
 from cl_lightning.models.heads import CosineHead, DistanceHead, Head, LinearHead, align_head, align_rows, distances
 from cl_lightning.models.kmeans import kmeans
 from cl_lightning.models.masks import GatedBackbone
-from cl_lightning.models.network import Network, Output, Temporary, batch_norms, frozen_copy, joined
-from cl_lightning.models.network import Network, Output, batch_norms, frozen_copy, joined, uncompiled
 from cl_lightning.models.max_margin import (
     Against,
     MaxMarginHead,
@@ -45,7 +42,7 @@ from cl_lightning.models.max_margin import (
     shortfall,
     weakly_regularised,
 )
-from cl_lightning.models.network import Network, Output, batch_norms, frozen_copy, joined
+from cl_lightning.models.network import Network, Output, Temporary, batch_norms, frozen_copy, joined, uncompiled
 from cl_lightning.models.normalization import AdaptiveBatchNorm, adapt_norms, norm_parameters, set_statistics
 from cl_lightning.models.null_space import NullSpaceHead, SolutionSet
 from cl_lightning.models.peft.adapter import Adapter
@@ -119,8 +116,8 @@ __all__ = [
     "RidgeHead",
     "Site",
     "SlimResNet18",
-    "Temporary",
     "SolutionSet",
+    "Temporary",
     "TextHead",
     "Timm",
     "WholeModel",
@@ -138,8 +135,8 @@ __all__ = [
     "frozen_copy",
     "gaussian_classifier",
     "joined",
-    "kmeans",
     "joined_rows",
+    "kmeans",
     "layers_of",
     "least_change",
     "linear_svm",

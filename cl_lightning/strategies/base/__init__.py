@@ -1,6 +1,5 @@
 """The base class of all continual-learning methods, and its components."""
 
-from cl_lightning.strategies.base.expanding import ExpandingReplay
 from cl_lightning.strategies.base.exemplars import (
     BALANCED,
     BalancedSet,
@@ -10,6 +9,7 @@ from cl_lightning.strategies.base.exemplars import (
     balanced_phase,
     end_balanced,
 )
+from cl_lightning.strategies.base.expanding import ExpandingReplay
 from cl_lightning.strategies.base.gradients import flat_gradient, set_gradient, without_conflict
 from cl_lightning.strategies.base.optimizers import refuse_weight_decay, separate_group
 from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer, sigmoid_optimizer
@@ -46,8 +46,8 @@ __all__ = [
     "FreezeNorm",
     "HeadFactory",
     "LossClasses",
-    "NearestExemplars",
     "MemoryReplay",
+    "NearestExemplars",
     "Phase",
     "PhaseOptions",
     "Replay",
