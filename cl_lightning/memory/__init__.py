@@ -17,7 +17,7 @@ from cl_lightning.memory.herding import herding_indices, herding_per_class
 from cl_lightning.memory.importance import Importance, NamedBuffers
 from cl_lightning.memory.input_spaces import InputSpaces, input_grams, linear_maps
 from cl_lightning.memory.mean_covariance import MeanCovariance
-from cl_lightning.memory.owners import FREE, Held, Owners
+from cl_lightning.memory.owners import FREE, Held, Owners, PastMasks
 from cl_lightning.memory.paths import PathIntegral, RiemannianWalk
 from cl_lightning.memory.prototypes import GaussianPrototypes, PrototypeHead, Prototypes
 from cl_lightning.memory.replay import (
@@ -52,6 +52,7 @@ __all__ = [
     "Metric",
     "NamedBuffers",
     "Owners",
+    "PastMasks",
     "PathIntegral",
     "Policy",
     "PrototypeHead",

@@ -1,9 +1,9 @@
-"""Which task owns each weight of a network, for methods that isolate the parameters of tasks."""
+"""Which task owns each weight or unit of a network, for methods that isolate the parameters of tasks."""
 
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl_lightning.checks import within
 from cl_lightning.memory.importance import NamedBuffers, Tensors
@@ -105,3 +105,33 @@ class Held:
         """Set held weights to their values at the construction."""
         for weight, trained, value in zip(self._weights, self._trained, self._values, strict=True):
             weight.copy_(torch.where(trained, weight, value))
+
+
+class PastMasks(nn.Module):
+    """Largest masks of all tasks so far, by layer; 0 before the first task ends.
+
+    State is in buffers; it is the same on all processes if the masks are.
+
+    Args:
+        sizes: Number of units of each layer.
+    """
+
+    kept_as: ClassVar[str] = "masks"
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        for number, size in enumerate(sizes):
+            self.register_buffer(f"layer_{number}", torch.zeros(size))
+
+    def masks(self) -> list[Tensor]:
+        return list(self.buffers())
+
+    @torch.no_grad()
+    def merge(self, masks: list[Tensor]) -> None:
+        """``past <- max(past, mask)`` for each layer."""
+        for past, mask in zip(self.buffers(), masks, strict=True):
+            past.copy_(torch.maximum(past, mask))
+
+    def num_bytes(self) -> int:
+        """Size of all masks in bytes."""
+        return sum(mask.nbytes for mask in self.buffers())

@@ -43,6 +43,14 @@ from cl_lightning.models.max_margin import (
     weakly_regularised,
 )
 from cl_lightning.models.network import Network, Output, Temporary, batch_norms, frozen_copy, joined, uncompiled
+from cl_lightning.models.masks import (
+    GatedBackbone,
+    clamp_embeddings,
+    compensate_scale,
+    newly_used,
+    risen_scale,
+)
+from cl_lightning.models.network import Network, Output, batch_norms, frozen_copy, joined
 from cl_lightning.models.normalization import AdaptiveBatchNorm, adapt_norms, norm_parameters, set_statistics
 from cl_lightning.models.null_space import NullSpaceHead, SolutionSet
 from cl_lightning.models.peft.adapter import Adapter
@@ -127,6 +135,8 @@ __all__ = [
     "batch_norms",
     "blocks_of",
     "built",
+    "clamp_embeddings",
+    "compensate_scale",
     "component_weights",
     "consolidate",
     "distances",
@@ -143,12 +153,14 @@ __all__ = [
     "map_stage",
     "margins",
     "most_frequent",
+    "newly_used",
     "norm_parameters",
     "orthogonality",
     "orthonormal_rows",
     "positions",
     "recurring",
     "recursive_ridge",
+    "risen_scale",
     "set_statistics",
     "shortfall",
     "solve_positive",

@@ -1,6 +1,10 @@
-"""Masks on the units of a network, one set per task."""
+"""Masks on the units of a network, one set per task.
 
-from collections.abc import Mapping
+A mask is ``a = sigmoid(s e)`` with an embedding e per task and layer. While a task is trained, s rises from almost 0 to
+``largest``, so that the mask becomes binary (Serra et al., HAT, ICML 2018, arXiv:1801.01423).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +15,56 @@ from cl_lightning.models.network import Network
 
 # Layers that commute with multiplying channels by positive numbers, so that a mask before them is a mask after them.
 _KEEPS_SCALE = (nn.ReLU, nn.LeakyReLU, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+
+_FAR, _NEAR = 50.0, 6.0  # limits of s e in the compensation, and of e
+
+
+def risen_scale(done: float, largest: float) -> float:
+    """s after a share of an epoch: ``1 / largest + (largest - 1 / largest) * done`` (HAT, eq. 3).
+
+    Args:
+        done: Share of the epoch, in [0, 1].
+        largest: Largest scale, above 1.
+    """
+    return 1 / largest + (largest - 1 / largest) * done
+
+
+def newly_used(masks: Sequence[Tensor], past: Sequence[Tensor]) -> Tensor:
+    """Share of the free units that masks use: ``sum_i a_i (1 - past_i) / sum_i (1 - past_i)`` (HAT, eq. 4).
+
+    Args:
+        masks: a of each layer, ``(units,)``, in [0, 1].
+        past: Largest masks of all earlier tasks, as ``masks``.
+
+    Returns:
+        A scalar in [0, 1]; 0 if no unit is free.
+    """
+    free = 1 - torch.cat(list(past))
+    return (torch.cat(list(masks)) * free).sum() / free.sum().clamp(min=1e-12)
+
+
+@torch.no_grad()
+def compensate_scale(embeddings: Iterable[nn.Parameter], scale: float, largest: float) -> None:
+    """Replace the slope of ``sigmoid(s e)`` in the gradients of embeddings by ``largest`` times the slope of a sigmoid.
+
+        g <- g largest / s (cosh(clamp(s e, -50, 50)) + 1) / (cosh(e) + 1)                             HAT, eq. (5)
+
+    Args:
+        embeddings: Parameters e; those without a gradient are left out.
+        scale: s of the forward pass.
+        largest: Largest scale.
+    """
+    for embedding in embeddings:
+        if embedding.grad is not None:
+            steep, flat = (scale * embedding).clamp(-_FAR, _FAR).cosh() + 1, embedding.cosh() + 1
+            embedding.grad *= largest / scale * steep / flat
+
+
+@torch.no_grad()
+def clamp_embeddings(embeddings: Iterable[nn.Parameter]) -> None:
+    """``e <- clamp(e, -6, 6)`` after a step (HAT, section 2.4): beyond, the gradient of a mask vanishes."""
+    for embedding in embeddings:
+        embedding.clamp_(-_NEAR, _NEAR)
 
 
 class GatedBackbone(Backbone):

@@ -3,7 +3,7 @@ import torch
 from support.fakes import normal
 from torch import nn
 
-from cl_lightning.memory import FREE, Held, Owners
+from cl_lightning.memory import FREE, Held, Owners, PastMasks
 
 
 def test_a_task_frees_the_smallest_of_its_own_weights_in_each_tensor():
@@ -84,3 +84,12 @@ def test_held_weights_do_not_move_with_any_optimizer():
         held.restore()
     assert torch.equal(weight[~trained], start[~trained])
     assert (weight[trained] != start[trained]).all()
+
+
+def test_past_masks_are_the_largest_of_all_tasks():
+    past = PastMasks([2, 3])
+    assert [mask.tolist() for mask in past.masks()] == [[0, 0], [0, 0, 0]]
+    past.merge([torch.tensor([0.5, 1.0]), torch.tensor([0.0, 0.25, 1.0])])
+    past.merge([torch.tensor([0.75, 0.0]), torch.tensor([0.0, 0.5, 0.0])])
+    assert [mask.tolist() for mask in past.masks()] == [[0.75, 1], [0, 0.5, 1]]
+    assert past.num_bytes() == 5 * 4

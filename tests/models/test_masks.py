@@ -3,7 +3,18 @@ import torch
 from support.fakes import normal
 from torch import nn
 
-from cl_lightning.models import MLP, ConvNet, GatedBackbone, LinearHead, Network, ResNet20
+from cl_lightning.models import (
+    MLP,
+    ConvNet,
+    GatedBackbone,
+    LinearHead,
+    Network,
+    ResNet20,
+    clamp_embeddings,
+    compensate_scale,
+    newly_used,
+    risen_scale,
+)
 
 
 def gated(tasks=2):
@@ -73,3 +84,34 @@ def test_what_is_no_chain_is_refused():
     chain.layers.append(nn.BatchNorm1d(3))
     with pytest.raises(ValueError, match="MLP has BatchNorm1d, which does not commute with masks"):
         GatedBackbone(chain)
+
+
+def test_the_compensated_gradient_is_as_if_the_scale_were_the_largest():
+    """``s_max sigmoid(e) (1 - sigmoid(e))`` while |s e| is at most 50, and less beyond."""
+    values = torch.linspace(-5, 5, 11, dtype=torch.float64)
+    for scale in (0.0025, 1.0, 3.0):
+        e = nn.Parameter(values.clone())
+        torch.sigmoid(scale * e).sum().backward()
+        compensate_scale([e, nn.Parameter(values)], scale, 400.0)  # the second one has no gradient
+        torch.testing.assert_close(e.grad, 400 * torch.sigmoid(values) * (1 - torch.sigmoid(values)))
+    e = nn.Parameter(torch.tensor([4.0, -4.0], dtype=torch.float64))
+    e.grad = torch.ones_like(e)
+    compensate_scale([e], 20.0, 400.0)
+    torch.testing.assert_close(e.grad, (20 * (torch.tensor(50.0).double().cosh() + 1) / (e.cosh() + 1)).detach())
+
+
+def test_the_scale_rises_linearly_from_its_inverse():
+    assert [risen_scale(done, 4.0) for done in (0.0, 0.5, 1.0)] == [0.25, 2.125, 4.0]
+
+
+def test_the_share_of_free_units_that_masks_use():
+    masks = [torch.tensor([0.5, 1.0]), torch.tensor([0.25, 0.75, 0.0])]
+    past = [torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.0, 0.0])]
+    assert newly_used(masks, past) == (0.5 + 0.125 + 0.75) / 3.5
+    assert newly_used(masks, [torch.ones(2), torch.ones(3)]) == 0
+
+
+def test_embeddings_are_clamped_at_six():
+    e = nn.Parameter(torch.tensor([-7.0, -6.0, 3.0, 60.0]))
+    clamp_embeddings([e])
+    assert e.tolist() == [-6, -6, 3, 6]

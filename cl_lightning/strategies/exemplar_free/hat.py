@@ -24,11 +24,17 @@ from torch import Tensor, nn
 
 from cl_lightning.batch import ImageShape
 from cl_lightning.checks import above, at_least
-from cl_lightning.models import Backbone, GatedBackbone
+from cl_lightning.memory import PastMasks
+from cl_lightning.models import (
+    Backbone,
+    GatedBackbone,
+    clamp_embeddings,
+    compensate_scale,
+    newly_used,
+    risen_scale,
+)
 from cl_lightning.strategies.base import TaskIncremental, refuse_weight_decay
 from cl_lightning.strategy import Batch, Output, Task, Traits
-
-_FAR, _NEAR = 50.0, 6.0  # limits of s e in the compensation, and of e
 
 
 class HAT(TaskIncremental):
@@ -82,14 +88,13 @@ class HAT(TaskIncremental):
         batches = int(self.trainer.num_training_batches)
         done = batch_idx / (batches - 1) if batches > 1 else 1.0
         self.backbone.task = self.task.index
-        self.backbone.scale = 1 / self.scale + (self.scale - 1 / self.scale) * done  # eq. (3)
+        self.backbone.scale = risen_scale(done, self.scale)  # eq. (3)
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
         terms = {"ce": self.classification_loss(output, batch)}
         if self.sparsity_weight:
-            masks = torch.cat(self.backbone.masks(self.backbone.task, self.backbone.scale))
-            free = 1 - torch.cat(self.past_masks.masks())
-            terms["sparsity"] = self.sparsity_weight * (masks * free).sum() / free.sum().clamp(min=1e-12)  # eq. (4)
+            masks = self.backbone.masks(self.backbone.task, self.backbone.scale)
+            terms["sparsity"] = self.sparsity_weight * newly_used(masks, self.past_masks.masks())  # eq. (4)
         return terms
 
     @torch.no_grad()
@@ -100,15 +105,10 @@ class HAT(TaskIncremental):
             for parameter, factor in ((layer.weight, of_weight), (layer.bias, of_bias)):
                 if isinstance(parameter, Tensor) and parameter.grad is not None:
                     parameter.grad *= factor  # eq. (2)
-        s = backbone.scale
-        for embedding in backbone.embeddings_of(self.task.index):
-            if embedding.grad is not None:
-                steep, flat = (s * embedding).clamp(-_FAR, _FAR).cosh() + 1, embedding.cosh() + 1
-                embedding.grad *= self.scale / s * steep / flat  # eq. (5)
+        compensate_scale(backbone.embeddings_of(self.task.index), backbone.scale, self.scale)  # eq. (5)
 
     def after_step(self, batch: Batch) -> None:
-        for embedding in self.backbone.embeddings_of(self.task.index):
-            embedding.clamp_(-_NEAR, _NEAR)
+        clamp_embeddings(self.backbone.embeddings_of(self.task.index))
 
     def end_task(self, task: Task) -> None:
         super().end_task(task)
@@ -117,31 +117,3 @@ class HAT(TaskIncremental):
     def predict_task(self, images: Tensor, task: int) -> Tensor:
         self.backbone.task, self.backbone.scale = task, self.scale
         return self.network.classify(images)
-
-
-class PastMasks(nn.Module):
-    """Largest masks of all tasks so far, by layer; 0 before the first task ends.
-
-    Args:
-        sizes: Number of units of each layer.
-    """
-
-    kept_as = "masks"
-
-    def __init__(self, sizes: list[int]) -> None:
-        super().__init__()
-        for number, size in enumerate(sizes):
-            self.register_buffer(f"layer_{number}", torch.zeros(size))
-
-    def masks(self) -> list[Tensor]:
-        return list(self.buffers())
-
-    @torch.no_grad()
-    def merge(self, masks: list[Tensor]) -> None:
-        """``past <- max(past, mask)`` for each layer."""
-        for past, mask in zip(self.buffers(), masks, strict=True):
-            past.copy_(torch.maximum(past, mask))
-
-    def num_bytes(self) -> int:
-        """Size of all masks in bytes."""
-        return sum(mask.nbytes for mask in self.buffers())
