@@ -15,6 +15,7 @@ from cl_lightning.callback import ContinualCallback
 from cl_lightning.checks import at_least, one_of
 from cl_lightning.distributed import all_sum
 from cl_lightning.measures import MEBIBYTE, Stopwatch
+from cl_lightning.models import in_eval_mode
 from cl_lightning.stream import Task
 
 if TYPE_CHECKING:
@@ -211,24 +212,21 @@ class ContinualEvaluation(ContinualCallback):
         others = [callback for callback in callbacks if isinstance(callback, ContinualCallback)]
         devices = [strategy.device] if strategy.device.type == "cuda" else []
         needs_tasks = strategy.traits.task_ids == "needed"
-        modes = [(module, module.training) for module in strategy.modules()]
         counts = torch.zeros(strategy.task.index + 1, 2, dtype=torch.int64, device=strategy.device)
         timed = self._watch if in_training else nullcontext()  # a test counts as evaluation
         with torch.no_grad(), torch.random.fork_rng(devices=devices), timed:
             for callback in others:
                 callback.on_validation_start(trainer, strategy)
-            strategy.eval()
             try:
-                for batch in self._batches(trainer, strategy):
-                    with trainer.precision_plugin.forward_context():
-                        tasks = batch.tasks if needs_tasks else None
-                        scores = strategy.predict_within_task(batch.images, tasks).float()
-                    if needs_tasks:  # task-aware predictions only
-                        scores = scores.masked_fill(~strategy.task_columns[batch.tasks], -torch.inf)
-                    count_correct(counts, scores, batch, strategy.task_columns)
+                with in_eval_mode(strategy):
+                    for batch in self._batches(trainer, strategy):
+                        with trainer.precision_plugin.forward_context():
+                            tasks = batch.tasks if needs_tasks else None
+                            scores = strategy.predict_within_task(batch.images, tasks).float()
+                        if needs_tasks:  # task-aware predictions only
+                            scores = scores.masked_fill(~strategy.task_columns[batch.tasks], -torch.inf)
+                        count_correct(counts, scores, batch, strategy.task_columns)
             finally:
-                for module, mode in modes:
-                    module.training = mode
                 for callback in others:
                     callback.on_validation_end(trainer, strategy)
             all_sum(counts)

@@ -34,7 +34,7 @@ ROOMS = (
         "the command line",
         "main, arguments, configs, processes, commands, parsing, trust, prediction, discovery",
     ),
-    Room("testing", "the conformance suite, for our methods and users' own", "checks, bench, pair, compare"),
+    Room("testing", "the conformance suite, for our methods and users' own", "checks, bench, pair, compare, task_free"),
     Room(
         "loop",
         "the task loop, checkpoints and results",

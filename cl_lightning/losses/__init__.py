@@ -2,6 +2,7 @@
 
 from cl_lightning.losses.classification import (
     binary_cross_entropy,
+    classes_present,
     cross_entropy,
     entropy,
     full_precision,
@@ -27,6 +28,7 @@ __all__ = [
     "NewClassTargets",
     "balanced_distillation",
     "binary_cross_entropy",
+    "classes_present",
     "cosine_feature_distillation",
     "cross_entropy",
     "entropy",

@@ -46,6 +46,21 @@ def mean_over_selected(values: Tensor, selected: Tensor, batch: Batch) -> Tensor
     return world_size() * total / (all_sum(count).clamp(min=1) * batch.weight)
 
 
+def classes_present(labels: Tensor, columns: int) -> Tensor:
+    """Which classes the samples of all processes have; each process must call it.
+
+    Args:
+        labels: Columns of the samples of this process, int64 ``(B,)``; -1 for a hidden label.
+        columns: Number of classes, C.
+
+    Returns:
+        bool ``(C,)``, on the device of the labels.
+    """
+    counts = torch.zeros(columns, device=labels.device)
+    counts.index_add_(0, labels.clamp(min=0), (labels >= 0).to(counts.dtype))
+    return all_sum(counts) > 0
+
+
 def masked_logits(logits: Tensor, loss_classes: Tensor, fill: float | Literal["adaptive"] = -math.inf) -> Tensor:
     """Replace the logits of classes by a constant without gradient; with -inf they are excluded from a softmax.
 

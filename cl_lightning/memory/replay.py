@@ -315,7 +315,15 @@ class Memory(nn.Module):
             This process's share on the device of the module: ``labels`` are columns, ``indices`` are -1, ``extra`` has
             the further fields, and ``draw`` is a new one for the augmentation.
         """
-        rows, share = self.pick(count, draw, classes=classes, tasks=tasks)
+        return self.at(*self.pick(count, draw, classes=classes, tasks=tasks))
+
+    def at(self, rows: Tensor, share: Draw) -> Batch:
+        """Batch of the samples in the given rows, as :meth:`sample` returns it.
+
+        Args:
+            rows: This process's share of the rows, int64 ``(n,)`` on the device of the samples.
+            share: Draw of the rows of all processes.
+        """
         device = self._anchor.device
         images, labels, ids = (_moved(value, device) for value in self.gather(rows))
         return Batch(

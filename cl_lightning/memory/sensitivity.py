@@ -19,7 +19,7 @@ from torch.func import functional_call, vjp, vmap
 from cl_lightning.batch import Batch
 from cl_lightning.distributed import all_sum
 from cl_lightning.losses import masked_logits
-from cl_lightning.models import LinearHead, uncompiled
+from cl_lightning.models import LinearHead, in_eval_mode, uncompiled
 
 Tensors = Mapping[str, Tensor]
 _SAMPLED = 0x5A3D  # salt of the labels that fisher_diagonal draws
@@ -28,14 +28,8 @@ _SAMPLED = 0x5A3D  # salt of the labels that fisher_diagonal draws
 @contextmanager
 def _as_written(network: nn.Module) -> Iterator[None]:
     """Context with eval mode and without compiled modules, whose layers call no hooks; the end restores both."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        with uncompiled(network):
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with in_eval_mode(network), uncompiled(network):
+        yield
 
 
 Labels = Literal["exact", "sampled", "predicted", "empirical"]

@@ -31,7 +31,13 @@ from cl_lightning.models.energy_head import EnergyHead
 from cl_lightning.models.expansion import ExpandableBackbone, feature_map, map_stage, positions
 from cl_lightning.models.heads import CosineHead, DistanceHead, Head, LinearHead, align_head, align_rows, distances
 from cl_lightning.models.kmeans import kmeans
-from cl_lightning.models.masks import GatedBackbone
+from cl_lightning.models.masks import (
+    GatedBackbone,
+    clamp_embeddings,
+    compensate_scale,
+    newly_used,
+    risen_scale,
+)
 from cl_lightning.models.max_margin import (
     Against,
     MaxMarginHead,
@@ -42,15 +48,16 @@ from cl_lightning.models.max_margin import (
     shortfall,
     weakly_regularised,
 )
-from cl_lightning.models.network import Network, Output, Temporary, batch_norms, frozen_copy, joined, uncompiled
-from cl_lightning.models.masks import (
-    GatedBackbone,
-    clamp_embeddings,
-    compensate_scale,
-    newly_used,
-    risen_scale,
+from cl_lightning.models.network import (
+    Network,
+    Output,
+    Temporary,
+    batch_norms,
+    frozen_copy,
+    in_eval_mode,
+    joined,
+    uncompiled,
 )
-from cl_lightning.models.network import Network, Output, batch_norms, frozen_copy, joined
 from cl_lightning.models.normalization import AdaptiveBatchNorm, adapt_norms, norm_parameters, set_statistics
 from cl_lightning.models.null_space import NullSpaceHead, SolutionSet
 from cl_lightning.models.peft.adapter import Adapter
@@ -144,6 +151,7 @@ __all__ = [
     "forgetting",
     "frozen_copy",
     "gaussian_classifier",
+    "in_eval_mode",
     "joined",
     "joined_rows",
     "kmeans",

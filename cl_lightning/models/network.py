@@ -123,6 +123,18 @@ class Temporary(nn.Module):
 
 
 @contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Context in which a module is in eval mode; at its end each submodule has its earlier mode again."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
 def uncompiled(network: nn.Module) -> Iterator[None]:
     """Context in which compiled modules of a network run as they are written, with their hooks and any weights."""
     compiled = [(module, call) for module in network.modules() if (call := module._compiled_call_impl) is not None]

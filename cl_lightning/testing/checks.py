@@ -17,6 +17,7 @@ from cl_lightning.strategy import ContinualStrategy
 from cl_lightning.testing.bench import Factory, Outcome, SavePoint, Subject, places, run
 from cl_lightning.testing.compare import difference, first_other_step
 from cl_lightning.testing.pair import Pair, scratch_folder
+from cl_lightning.testing.task_free import check_task_free
 
 RTOL, ATOL = 1e-4, 1e-5
 """Tolerances between two processes and one process, in float32. Each process sums its half of a batch and the halves
@@ -312,6 +313,7 @@ def _two_against_one(case: Case, name: str, alone: dict[str, Any], both: dict[st
 CHECKS: dict[str, Callable[[Case], None]] = {
     "trains": check_trains,
     "task_ids": check_task_ids,
+    "task_free": check_task_free,
     "resume": check_resume,
     "seed": check_seed,
     "restores": check_restores,

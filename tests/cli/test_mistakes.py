@@ -28,7 +28,10 @@ from cl_lightning.loop import results
         ("--loop.stop_after 2", "did you mean '--loop.stop_after_task'?"),
         ("extra", "unknown key or argument 'extra'"),
         ("--model.memory_sise 9", "model: ER takes no 'memory_sise'; did you mean 'memory_size'?"),
-        ("--model.foo 3", "model: ER takes no 'foo'; leave it out, or use replay_by, reduction, memory_size,"),
+        (
+            "--model.foo 3",
+            "model: ER takes no 'foo'; leave it out, or use replay_by, reduction, update_memory, memory_size,",
+        ),
         (
             "--data.scenario ClassIncremental --data.scenario.class_order [0,1]",
             "ClassIncremental: give tasks, increment or sizes",

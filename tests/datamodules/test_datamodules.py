@@ -779,7 +779,7 @@ def test_an_extended_run_can_be_stopped_and_resumed(tmp_path):
     whole.fit("last")
 
     stopped = folder_run(tmp_path / "data", tmp_path / "other", save_every_n_steps=1)
-    save, count = stopped.save, []
+    save, count = stopped.files.save, []
 
     def killed(*, needed: bool = True) -> Path | None:
         path = save(needed=needed)
@@ -788,7 +788,7 @@ def test_an_extended_run_can_be_stopped_and_resumed(tmp_path):
             raise KeyboardInterrupt
         return path
 
-    stopped.save = killed  # type: ignore[method-assign]
+    stopped.files.save = killed  # type: ignore[method-assign]
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         stopped.fit("last")
     resumed = folder_run(tmp_path / "data", tmp_path / "other")

@@ -39,7 +39,7 @@ def option(name: str, text: str) -> dict[str, Any]:
     """The option ``--data.scenario.tasks 20`` as a config; options of a class stand under ``init_args``."""
     first, *path = name.split(".")
     value = yaml.safe_load(text)
-    if name == "data.scenario":
+    if path and path[-1] in ("scenario", "base"):
         value = {"class_path": value}
     for position, part in reversed(list(enumerate(path))):
         value = {part: value}

@@ -13,7 +13,7 @@ from cl_lightning.data.balance import class_weight_table
 from cl_lightning.data.feature_cache import KEYS, STORED
 from cl_lightning.distributed import all_gather_together
 from cl_lightning.memory import Memory
-from cl_lightning.models import Network
+from cl_lightning.models import Network, in_eval_mode
 from cl_lightning.strategies.base.host import Host
 
 
@@ -232,20 +232,15 @@ class Passes:
         if evaluation and _overridden(strategy, "predict"):
             return None
         backbone, context = strategy.network.backbone, strategy.trainer.precision_plugin.forward_context
-        modes = [(module, module.training) for module in backbone.modules()]
-        backbone.eval()
 
         def forward(images: Tensor) -> Tensor:
             with context():
                 features: Tensor = backbone(images)
             return features
 
-        try:
+        with in_eval_mode(backbone):
             setting = f"{strategy.data.module.scaling}, {strategy.trainer.precision}"
             return self.cache.store(backbone, forward, strategy.image_shape or (), setting)
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
 
 def _overridden(strategy: Host, method: str) -> bool:

@@ -112,6 +112,8 @@ class Replay(MemoryReplay):
         super().__init__(**kwargs)
         one_of(self, get_args(UpdateMemory), update_memory=update_memory)
         self.update_memory: UpdateMemory = update_memory
+        by_task = self.loss_classes == "task" or getattr(self.memory.policy, "by", "class") != "class"
+        self.traits = self.traits.but(task_free=self.traits.task_free and not by_task)
 
     def after_step(self, batch: Batch) -> None:
         if {"first": batch.first_pass, "last": batch.last_pass, "every": True}[self.update_memory]:

@@ -37,6 +37,8 @@ class Traits:
         scenarios: Kinds of streams that the method takes, a subset of ``SCENARIOS``. A stream may be of several kinds;
             the method must take all of them.
         remedy: What to do where a stream is refused, for the error; empty for another scenario or strategy.
+        task_free: Training depends on the samples alone: neither on their task ids nor on the end of a task, so that
+            the method also learns a stream without boundaries. The conformance suite checks it.
         losses_use_images: The ``losses`` of the class that states this use the images. False if they use only the
             output of the network and the labels: stored features then replace the forward pass of a frozen backbone.
     """
@@ -55,6 +57,7 @@ class Traits:
     targets: tuple[str, ...] = ("class",)
     scenarios: tuple[str, ...] = SCENARIOS
     remedy: str = ""
+    task_free: bool = False
     losses_use_images: bool = True
 
     def __post_init__(self) -> None:

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from cl_lightning.batch import Draw
 from cl_lightning.checks import at_least, one_of
-from cl_lightning.distributed import all_sum
-from cl_lightning.losses import masked_logits
+from cl_lightning.losses import classes_present, masked_logits
 from cl_lightning.models import EnergyHead
 from cl_lightning.strategy import Batch, ContinualStrategy, HeadFactory, Output, Traits
 
@@ -88,9 +87,7 @@ class EBM(ContinualStrategy):
         own = self.loss_columns()
         allowed = torch.ones_like(self.task_columns[-1]) if own is None else own
         if self.draw_from == "batch":
-            present = torch.zeros(len(allowed), device=allowed.device)
-            present.index_add_(0, batch.labels.clamp(min=0), (batch.labels >= 0).to(present))
-            allowed = allowed & (all_sum(present) > 0)
+            allowed = allowed & classes_present(batch.labels, len(allowed))
         self._allowed = allowed
         return batch
 

@@ -85,7 +85,9 @@ class PCR(Replay):
         kwargs: Options of ``Replay``.
     """
 
-    traits = Traits(family="online", paper="Lin et al., CVPR 2023, arXiv:2304.04408", keeps_exemplars=True)
+    traits = Traits(
+        family="online", paper="Lin et al., CVPR 2023, arXiv:2304.04408", keeps_exemplars=True, task_free=True
+    )
 
     def __init__(
         self,

@@ -47,7 +47,12 @@ class DERpp(Replay):
         kwargs: Options of ``Replay``; with ``memory_size`` 0 the method is fine-tuning.
     """
 
-    traits = Traits(family="rehearsal", paper="Buzzega et al., NeurIPS 2020, arXiv:2004.07211", keeps_exemplars=True)
+    traits = Traits(
+        family="rehearsal",
+        paper="Buzzega et al., NeurIPS 2020, arXiv:2004.07211",
+        keeps_exemplars=True,
+        task_free=True,
+    )
 
     def __init__(
         self,

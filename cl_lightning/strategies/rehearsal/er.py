@@ -35,7 +35,9 @@ class ER(Replay):
         kwargs: Options of ``Replay``; with ``memory_size`` 0 the method is fine-tuning.
     """
 
-    traits = Traits(family="rehearsal", paper="Chaudhry et al. 2019, arXiv:1902.10486", keeps_exemplars=True)
+    traits = Traits(
+        family="rehearsal", paper="Chaudhry et al. 2019, arXiv:1902.10486", keeps_exemplars=True, task_free=True
+    )
 
     def __init__(
         self,
@@ -54,6 +56,8 @@ class ER(Replay):
                 "'step'; leave them out, since the loader mixes in the whole memory, and the task's end feeds it"
             )
         self.replay_by, self.reduction = replay_by, reduction
+        if replay_by == "loader":
+            self.traits = self.traits.but(task_free=False)
 
     def prepare_batch(self, batch: Batch) -> Batch:
         return batch if self.replay_by == "loader" else super().prepare_batch(batch)

@@ -58,7 +58,7 @@ class LODE(DERpp):
         kwargs: Options of ``DERpp``.
     """
 
-    traits = DERpp.traits.but(paper="Liang & Li, NeurIPS 2023", uses_old_logits=True)
+    traits = DERpp.traits.but(paper="Liang & Li, NeurIPS 2023", uses_old_logits=True, task_free=False)
 
     def __init__(
         self,
