@@ -58,6 +58,18 @@ from cl_lightning.models.network import (
     joined,
     uncompiled,
 )
+from cl_lightning.models.heads import (
+    CosineHead,
+    DistanceHead,
+    Head,
+    LinearHead,
+    Pairs,
+    align_head,
+    align_rows,
+    distances,
+)
+from cl_lightning.models.masks import GatedBackbone
+from cl_lightning.models.network import Network, Output, Temporary, batch_norms, frozen_copy, joined
 from cl_lightning.models.normalization import AdaptiveBatchNorm, adapt_norms, norm_parameters, set_statistics
 from cl_lightning.models.null_space import NullSpaceHead, SolutionSet
 from cl_lightning.models.peft.adapter import Adapter
@@ -112,6 +124,7 @@ __all__ = [
     "NullSpaceHead",
     "Output",
     "PadShortcut",
+    "Pairs",
     "ParallelAdapters",
     "Peft",
     "PeftFactory",

@@ -333,3 +333,35 @@ class CosineHead(Head):
             if len(rows):
                 centres = kmeans(rows, self.proxies, key=mix(key, first + place))
                 newest[place] = (norm * F.normalize(centres, dim=1)).view(newest[place].shape)
+
+
+class Pairs(nn.Module):
+    """Two numbers per task, such as the scale and the shift of its logits; loading a state dict sets their number.
+
+    Args:
+        initial: The pair of a new task, such as (1, 0) for a scale and a shift.
+
+    Attributes:
+        values: A parameter ``(2,)`` per task.
+    """
+
+    def __init__(self, initial: tuple[float, float] = (1.0, 0.0)) -> None:
+        super().__init__()
+        self.initial = initial
+        self.values = nn.ParameterList()
+
+    def grow(self) -> None:
+        """Append the pair of a new task."""
+        like = next(self.parameters(), torch.empty(0))
+        self.values.append(nn.Parameter(torch.tensor(self.initial, device=like.device)))
+
+    def clear(self) -> None:
+        """Remove all pairs."""
+        self.values = nn.ParameterList()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        saved = sum(name.startswith(f"{prefix}values.") for name in state_dict)
+        self.values = nn.ParameterList(list(self.values)[:saved])
+        while len(self.values) < saved:
+            self.grow()
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from cl_lightning.stream import Task
 class ExpandingReplay(ExemplarReplay):
     """Herded exemplars and a backbone with an extractor per task; the base of DERExpand, MEMO, TagFex, BEEF and FOSTER.
 
-    In each task after the first one, an extractor is added as a copy of the newest one, and the head is resized for the
+    In each task after the first one, an extractor is added as a copy of an earlier one, and the head is resized for the
     additional features. All earlier extractors are frozen, in eval mode.
 
     Args:
@@ -25,6 +25,8 @@ class ExpandingReplay(ExemplarReplay):
 
     shares_stem: ClassVar[bool] = False
     """Whether an extractor is only the last stage of the backbone, see ``share_stem`` of ``ExpandableBackbone``."""
+    copied_extractor: ClassVar[int] = -1
+    """Number of the extractor of which a new one is a copy; -1 for the newest one."""
 
     def __init__(self, *, memory_size: int = 2000, **kwargs: Any) -> None:
         super().__init__(memory_size=memory_size, **kwargs)
@@ -54,7 +56,7 @@ class ExpandingReplay(ExemplarReplay):
 
     def begin_task(self, task: Task) -> None:
         if not task.is_first:
-            self.backbone.expand()
+            self.backbone.expand(self.copied_extractor)
             cast(LinearHead, self.network.head).resize(self.backbone.num_features)
         super().begin_task(task)
 

@@ -35,11 +35,11 @@ a single exemplar, no sample can be held out, and stage 2 is skipped with a warn
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cl_lightning.batch import Draw, mix
@@ -47,6 +47,7 @@ from cl_lightning.checks import above, at_least, one_of, within
 from cl_lightning.distributed import all_sum
 from cl_lightning.losses import balanced_distillation
 from cl_lightning.memory import Teacher, rank_in_group
+from cl_lightning.models import Pairs
 from cl_lightning.strategy import Batch, ExemplarReplay, Output, Phase, PhaseOptions, Task, Traits
 
 Solver = Literal["exact", "sgd"]
@@ -136,26 +137,6 @@ def held_out(labels: Tensor, count: int, key: int) -> Tensor:
     return level < (labels.bincount()[labels] - 1).clamp(max=count)
 
 
-class Pairs(nn.Module):
-    """(alpha, beta) of each task; the number of pairs follows the state dict that is loaded."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values = nn.ParameterList()
-
-    def grow(self) -> None:
-        """Append the pair (1, 0) of a new task, which leaves logits unchanged."""
-        like = next(self.parameters(), torch.empty(0))
-        self.values.append(nn.Parameter(torch.tensor([1.0, 0.0], device=like.device)))
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        saved = sum(name.startswith(f"{prefix}values.") for name in state_dict)
-        self.values = nn.ParameterList(list(self.values)[:saved])
-        while len(self.values) < saved:
-            self.grow()
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
-
-
 class BiC(ExemplarReplay):
     """Distillation on the task and on herded exemplars, then a linear correction of the bias towards new classes.
 
@@ -204,7 +185,7 @@ class BiC(ExemplarReplay):
         self.held_out, self.solver, self.bias_ridge = held_out, solver, bias_ridge
         self.bias_options = bias_options.filled(functools.partial(torch.optim.Adam, lr=0.01))
         self.teacher = Teacher()
-        self.pairs = Pairs()
+        self.pairs = Pairs()  # (alpha, beta) of each task
 
     def correct(self, logits: Tensor) -> Tensor:
         """Corrected logits of the network or of the teacher, whose pairs are unchanged since it was copied."""
