@@ -179,6 +179,7 @@ METHODS = {
     "WA": Method("wa", MEMORY, online=False),
     "FOSTER": Method("foster", MEMORY, online=False),
     "DERExpand": Method("der_expand", MEMORY, online=False),
+    "DRC": Method("drc", f"{MEMORY} --data.drop_last true", online=False),
     "BEEF": Method("beef", MEMORY, online=False),
     "TagFex": Method("tagfex", MEMORY, online=False),
     "MEMO": Method("memo", f"--model.budget_mb null {MEMORY}", online=False),

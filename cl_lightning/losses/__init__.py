@@ -9,6 +9,7 @@ from cl_lightning.losses.classification import (
     masked_logits,
     mean_over_rows,
     mean_over_selected,
+    row_factor,
 )
 from cl_lightning.losses.contrastive import supervised_contrastive
 from cl_lightning.losses.distillation import (
@@ -41,6 +42,7 @@ __all__ = [
     "mean_over_rows",
     "mean_over_selected",
     "pod_spatial",
+    "row_factor",
     "sigmoid_distillation",
     "softmax_distillation",
     "supervised_contrastive",

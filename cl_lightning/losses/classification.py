@@ -26,6 +26,25 @@ def mean_over_rows(values: Tensor) -> Tensor:
     return values.sum() / max(len(values), 1)
 
 
+def row_factor(count: Tensor, batch: Batch) -> Tensor:
+    """Factor that makes a sum over some rows of this process its share of the mean over such rows of all processes.
+
+    With n rows over all processes it is 1 / n for a single process. A process without rows of the batch takes no part
+    in the exchange: in a batch with fewer rows than processes, n is the number of rows of this process.
+
+    Args:
+        count: Number of such rows on this process, a scalar; a mean over 0 rows is 0.
+        batch: The batch of the step: the base class multiplies the loss by its weight, and the factor is divided by it.
+
+    Returns:
+        A scalar, float32.
+    """
+    count = count.detach().float()
+    if batch.draw.total < world_size():
+        return 1 / count.clamp(min=1)
+    return world_size() / (batch.weight * all_sum(count.clone()).clamp(min=1))
+
+
 def mean_over_selected(values: Tensor, selected: Tensor, batch: Batch) -> Tensor:
     """Mean over the selected rows of the global batch, of all processes; 0, with a gradient of 0, if there are none.
 
@@ -40,10 +59,7 @@ def mean_over_selected(values: Tensor, selected: Tensor, batch: Batch) -> Tensor
     Returns:
         A scalar.
     """
-    total, count = torch.where(selected, values, 0.0).sum(), selected.sum()
-    if batch.draw.total < world_size():  # a process without rows takes no part in an exchange
-        return total / count.clamp(min=1)
-    return world_size() * total / (all_sum(count).clamp(min=1) * batch.weight)
+    return torch.where(selected, values, 0.0).sum() * row_factor(selected.sum(), batch)
 
 
 def classes_present(labels: Tensor, columns: int) -> Tensor:

@@ -15,6 +15,7 @@ from cl_lightning.losses import (
     masked_logits,
     mean_over_selected,
     pod_spatial,
+    row_factor,
     sigmoid_distillation,
     softmax_distillation,
     supervised_contrastive,
@@ -316,3 +317,10 @@ def test_the_contrast_of_two_views_is_info_nce_and_may_be_with_a_teacher():
     gradients = torch.autograd.grad(loss, (z, v), allow_unused=True)
     assert gradients[0].abs().min() > 0
     assert gradients[1] is None
+
+
+def test_the_factor_of_some_rows_makes_their_sum_a_mean():
+    batch = batch_of(torch.zeros(8, dtype=torch.int64))
+    assert float(row_factor(torch.tensor(5), batch)) == pytest.approx(1 / 5)
+    assert float(row_factor(torch.tensor(0), batch)) == 1
+    assert float(row_factor(torch.tensor(5), batch.replace(weight=0.5))) == pytest.approx(2 / 5)

@@ -196,7 +196,8 @@ class Passes:
             parts.append((features.float(), batch.labels, batch.indices))
         if not parts:
             nothing = torch.zeros(0, dtype=torch.int64, device=strategy.device)
-            return torch.zeros(0, network.head.num_features, device=strategy.device), nothing, nothing
+            width = getattr(network.backbone, "num_features", network.head.num_features)
+            return torch.zeros(0, width, device=strategy.device), nothing, nothing
         features, labels, indices = (torch.cat(column) for column in zip(*parts, strict=True))
         return features, labels, indices
 

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from cl_lightning.batch import ImageShape, cat
 from cl_lightning.checks import above, at_least, within
 from cl_lightning.distributed import all_sum, gather_rows, world_size
-from cl_lightning.losses import cross_entropy, softmax_distillation, supervised_contrastive
+from cl_lightning.losses import cross_entropy, row_factor, softmax_distillation, supervised_contrastive
 from cl_lightning.models import ExpandableBackbone, Head, Temporary, feature_map, frozen_copy, map_stage, positions
 from cl_lightning.strategies.rehearsal.der_expand import DERExpand
 from cl_lightning.strategy import Batch, Output, Task, Traits
@@ -274,13 +274,10 @@ class TagFex(DERExpand):
         ce, own_ce = cross_entropy(merged, labels), cross_entropy(own, labels)  # means over the new classes' samples
         new = labels >= 0
         count = new.sum()
-        sums = torch.stack([ce * count, own_ce * count, count.to(ce.dtype)]).detach()
-        scale: Tensor | float = 1.0
+        gain = (own_ce - ce).detach() * count
         if batch.draw.total >= world_size():
-            all_sum(sums)
-            scale = world_size() / batch.weight
-        per_row = scale / sums[2].clamp(min=1)  # mean over the rows of all processes
-        better = (sums[0] < sums[1]).to(ce.dtype)
+            all_sum(gain)
+        per_row, better = row_factor(count, batch), (gain > 0).to(ce.dtype)
         transfer = transferred(own, merged, new, self.transfer_temperature)
         return {
             "merge": self.merge_weight * per_row * count * ce,
