@@ -183,6 +183,7 @@ METHODS = {
     "BEEF": Method("beef", MEMORY, online=False),
     "TagFex": Method("tagfex", MEMORY, online=False),
     "MEMO": Method("memo", f"--model.budget_mb null {MEMORY}", online=False),
+    "EEIL": Method("eeil", MEMORY, online=False),
     "LUCIR": Method("lucir", MEMORY, online=False),
 }
 WITH_MLP = {  # with methods whose config names layers or sizes of this network

@@ -35,6 +35,7 @@ DEFAULTS = {
     "rehearsal.bic.BiC": {"memory_size": 2000, "temperature": 2, "held_out": 0.1},
     "rehearsal.derpp.DER": {"logit_weight": 0.3},
     "rehearsal.derpp.DERpp": {"logit_weight": 0.1, "label_weight": 0.5},
+    "rehearsal.eeil.EEIL": {"memory_size": 2000, "distill_weight": 1, "temperature": 2, "noise_decay": 0.55},
     "rehearsal.foster.FOSTER": {
         "memory_size": 2000,
         "distill_weight": 1,
