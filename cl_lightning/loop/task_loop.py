@@ -315,7 +315,7 @@ class TaskLoop:
                 module.backbone.compile(backend=self.options.compile)
 
     def _epochs(self, task: Task, phase: Phase) -> int:
-        if self.stream.one_pass:
+        if self.stream.one_pass and not phase.on_memory:
             return 1
         if phase.name in self.options.phase_epochs:
             return self.options.phase_epochs[phase.name]

@@ -43,6 +43,7 @@ DEFAULTS = {
         "boost_beta": 0.96,
         "compress_beta": 0.97,
     },
+    "rehearsal.gdumb.GDumb": {"mix_probability": 0.5, "mix_alpha": 1},
     "rehearsal.gem.GEM": {"memory_strength": 0.5, "ridge": 1e-3},
     "rehearsal.icarl.ICaRL": {"memory_size": 2000, "temperature": 2},
     "rehearsal.lucir.LUCIR": {"less_forget_weight": 5, "margin": 0.5, "num_negatives": 2, "margin_weight": 1},

@@ -67,6 +67,8 @@ class Phase:
             and callbacks add no losses, since their losses are of images. Called on every process when the fit begins
             or is resumed, with the network on its device. The rows must be the same each time.
         unaugmented: Whether batches are not augmented, for a method with its own augmentation or none.
+        on_memory: Whether the phase trains only on samples that the memory keeps from then on: a stream whose samples
+            are seen once does not limit its epochs.
         needed: Called when the phase is about to begin; if False, the phase is skipped. None for True.
     """
 
@@ -77,6 +79,7 @@ class Phase:
     samples: Callable[[Tensor, Tensor], Tensor | None] | None = None
     features: Callable[[], FeaturePool] | None = None
     unaugmented: bool = False
+    on_memory: bool = False
     needed: Callable[[], bool] | None = None
 
 

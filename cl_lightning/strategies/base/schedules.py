@@ -145,3 +145,28 @@ class StepsOverPhase(PhaseSchedule):
 
     def factor(self, epoch: int) -> float:
         return float(self.gamma ** sum(epoch >= round(fraction * self.epochs) for fraction in self.at))
+
+
+class WarmRestarts(PhaseSchedule):
+    """Cosine annealing with restarts in epochs 1, 2, 4, 8, ..., after one epoch at a tenth of the base rate.
+
+    Each cosine goes from the base rate towards ``final`` times the base rate (SGDR: Loshchilov & Hutter, ICLR 2017,
+    arXiv:1608.03983, with T_0 = 1 and T_mult = 2), as in GDumb (Prabhu et al., ECCV 2020).
+
+        factor(0) = 0.1,   factor(e) = final + (1 - final) (1 + cos(pi (e - s) / s)) / 2,   s = 2^floor(log2 e)
+
+    Args:
+        optimizer: Optimizer whose learning rates are scheduled.
+        final: Factor towards which each cosine goes, in [0, 1].
+    """
+
+    def __init__(self, optimizer: Optimizer, *, final: float = 0.01) -> None:
+        within(self, "[0, 1]", final=final)
+        self.final = final
+        super().__init__(optimizer)
+
+    def factor(self, epoch: int) -> float:
+        if epoch == 0:
+            return 0.1
+        start = 1 << (epoch.bit_length() - 1)
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * (epoch - start) / start))

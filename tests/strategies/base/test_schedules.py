@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from cl_lightning.strategies.base.schedules import CosineOverPhase, QuarterCosineOverPhase, StepsOverPhase
+from cl_lightning.strategies.base.schedules import CosineOverPhase, QuarterCosineOverPhase, StepsOverPhase, WarmRestarts
 
 
 def rates(schedule_class, epochs, **options):
@@ -94,3 +94,13 @@ def test_a_late_quarter_of_a_cosine_has_the_released_factors_of_coda_prompt():
     assert factors[-1] == pytest.approx(0.097400, abs=1e-6)  # cos(89.1 * 18 / 19 degrees)
     with pytest.raises(ValueError, match="QuarterCosineOverPhase: late is -1"):
         rates(QuarterCosineOverPhase, 4, late=-1)
+
+
+def test_warm_restarts_begin_at_powers_of_two_after_an_epoch_at_a_tenth():
+    found, last = rates(WarmRestarts, 9, final=0.5)
+    half = 0.5**0.5
+    expected = [0.2, 2.0, 2.0, 1.5, 2.0, 1.5 + 0.5 * half, 1.5, 1.5 - 0.5 * half, 2.0]
+    assert found == pytest.approx(expected)
+    assert last == pytest.approx(1.5 + 0.5 * math.cos(math.pi / 8))
+    with pytest.raises(ValueError, match="WarmRestarts: final is 2"):
+        rates(WarmRestarts, 3, final=2)
