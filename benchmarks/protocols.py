@@ -184,6 +184,7 @@ METHODS = {
     "TagFex": Method("tagfex", MEMORY, online=False),
     "MEMO": Method("memo", f"--model.budget_mb null {MEMORY}", online=False),
     "EEIL": Method("eeil", MEMORY, online=False),
+    "iCaRL + RMM": Method("rmm_icarl", MEMORY, online=False),
     "GDumb": Method("gdumb", MEMORY),
     "IL2M": Method("il2m", MEMORY, online=False),
     "LUCIR": Method("lucir", MEMORY, online=False),

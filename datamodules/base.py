@@ -13,7 +13,7 @@ from cl_lightning import distributed
 from cl_lightning.batch import Batch, mix
 from cl_lightning.checks import one_of
 from cl_lightning.data import FeatureLoader, FeaturePool, FeatureStore, Plan, PlannedLoader, StreamLoader
-from cl_lightning.data.balance import ClassWeights, check_class_weights, class_weight_table
+from cl_lightning.data.balance import ClassWeights, check_class_weights, class_weight_table, left_out
 from cl_lightning.data.loaders import Stored
 from cl_lightning.data.shifts import Shifts
 from cl_lightning.data.transforms import described
@@ -60,6 +60,7 @@ class ContinualDataModule(StreamDataModule):
         check_class_weights(type(self).__name__, class_weights)
         self.sampler, self.class_weights = sampler, class_weights
         self.drop_last, self.pin_memory = drop_last, False
+        self._left_out = 0.0
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.task: Task
         self.memory: Memory | None = None
@@ -87,14 +88,19 @@ class ContinualDataModule(StreamDataModule):
         """Whether the training samples of a task are shuffled in each epoch; False for the order of the data."""
         return True
 
-    def begin(self, task: Task, *, cumulative: bool = False, with_unlabelled: bool = False) -> None:
+    def begin(
+        self, task: Task, *, cumulative: bool = False, with_unlabelled: bool = False, left_out: float = 0.0
+    ) -> None:
         """Set the current task, which the training and statistics loaders serve.
 
         Args:
             task: Task of the stream.
             cumulative: Whether the training loader serves all tasks so far.
             with_unlabelled: Whether it also serves samples whose label is hidden; their label is -1.
+            left_out: Share of the training samples of each class that the training and statistics loaders leave out, in
+                [0, 1), drawn by seed and task. The samples of earlier tasks of ``cumulative`` are all served.
         """
+        self._left_out = left_out
         self.task, self.cumulative, self.with_unlabelled = task, cumulative, with_unlabelled
 
     def begin_phase(
@@ -132,7 +138,9 @@ class ContinualDataModule(StreamDataModule):
         stream, index = self.stream, self.task.index
         if self._features is not None:
             return self._feature_loader(self._features())
-        indices, tasks = self._pool(stream.train, range(index + 1) if self.cumulative else range(index, index + 1))
+        chosen_tasks = range(index + 1) if self.cumulative else range(index, index + 1)
+        indices, tasks = self._pool([self._train_pool(task).numpy() for task in chosen_tasks], range(len(chosen_tasks)))
+        tasks += chosen_tasks.start
         if not self.with_unlabelled and (hidden := self._hidden()) is not None:
             labelled = ~hidden[indices]
             indices, tasks = indices[labelled], tasks[labelled]
@@ -229,7 +237,7 @@ class ContinualDataModule(StreamDataModule):
         if memory is not None and where is None:
             indices = self._rows_of(memory)
         elif indices is None:
-            indices, _ = self._pool(self.stream.train, range(self.task.index, self.task.index + 1))
+            indices = self._train_pool(self.task.index)
             if (hidden := self._hidden()) is not None:
                 indices = indices[~hidden[indices]]
             if samples is not None and samples < len(indices):
@@ -334,6 +342,14 @@ class ContinualDataModule(StreamDataModule):
         hidden = torch.zeros(len(self.samples(train=True).labels), dtype=torch.bool)
         hidden[torch.as_tensor(np.concatenate(unlabelled))] = True
         return hidden
+
+    def _train_pool(self, task: int) -> Tensor:
+        """Training samples of a task, without those that it leaves out."""
+        pool = torch.as_tensor(self.stream.train[task].copy())
+        if task != self.task.index or self._left_out == 0:
+            return pool
+        labels = torch.as_tensor(self.samples(train=True).labels)[pool]
+        return pool[~left_out(labels, self._left_out, mix(self.seed or 0, 0x1E0, task))]
 
     def _loader(self, kind: str) -> StreamLoader:
         if kind not in self._loaders:

@@ -128,3 +128,18 @@ def balanced_subset(labels: Tensor, key: int) -> Tensor:
     counts = labels[labelled].bincount()
     level, _ = rank_in_group(Draw.of(len(labels), key).randint((1 << 63) - 1), labels)
     return labelled & (level < counts[counts > 0].min())
+
+
+def left_out(labels: Tensor, share: float, key: int) -> Tensor:
+    """Random samples of each class that are left out: ``floor(share * n_c)`` of the n_c samples of class c.
+
+    Args:
+        labels: Labels of the samples, int64 ``(n,)``, at least 0.
+        share: In [0, 1).
+        key: Key of the random numbers.
+
+    Returns:
+        Mask of the samples, bool ``(n,)``.
+    """
+    level, _ = rank_in_group(Draw.of(len(labels), key).randint((1 << 63) - 1), labels)
+    return level < (share * labels.bincount().double() + 1e-9).floor().long()[labels]

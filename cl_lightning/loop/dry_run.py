@@ -166,8 +166,8 @@ class _DryRun:
                 raise MisfitError(text) from error
 
     def _task(self, task: Task) -> None:
-        strategy, data, traits = self.strategy, self.data, self.strategy.traits
-        data.begin(task, cumulative=traits.needs_all_data, with_unlabelled=traits.uses_unlabelled)
+        strategy, data = self.strategy, self.data
+        data.begin(task, **strategy.traits.data_options(task.index))
         strategy.task = task
         self.place = f"task {task.index}, begin_task"
         strategy.cpu()

@@ -216,8 +216,7 @@ class TaskLoop:
 
     def _run_task(self, task: Task, resume: Path | None) -> None:
         strategy, data = self.strategy, self.datamodule
-        traits = strategy.traits
-        data.begin(task, cumulative=traits.needs_all_data, with_unlabelled=traits.uses_unlabelled)
+        data.begin(task, **strategy.traits.data_options(task.index))
         strategy.task = task
         if resume is None:
             self.position = Position(task.index)

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from cl_lightning.data import Plan
-from cl_lightning.data.balance import balanced_order, balanced_subset, check_class_weights, class_weight_table
+from cl_lightning.data.balance import balanced_order, balanced_subset, check_class_weights, class_weight_table, left_out
 from cl_lightning.losses import cross_entropy, masked_logits
 from cl_lightning.stream import ClassIncremental, DatasetInfo, LabelFraction
 
@@ -129,3 +129,13 @@ def test_a_balanced_subset_has_as_many_samples_of_each_class_as_the_smallest():
     assert totals[12:].min() > 40
     assert totals[12:].max() < 93
     assert not balanced_subset(torch.tensor([-1, -1]), 0).any()
+
+
+def test_a_share_of_each_class_is_left_out_at_random():
+    labels = torch.tensor([2] * 10 + [0] * 7 + [5] * 3)
+    masks = torch.stack([left_out(labels, 0.3, key) for key in range(200)])
+    assert all(labels[mask].bincount(minlength=6).tolist() == [2, 0, 3, 0, 0, 0] for mask in masks)
+    assert masks[:, :10].sum(0).min() > 30  # 60 each are expected
+    assert not left_out(labels, 0.0, 1).any()
+    assert int(left_out(torch.zeros(500, dtype=torch.int64), 0.2, 0).sum()) == 100  # no rounding of 0.2 * 500
+    assert len(left_out(labels[:0], 0.5, 0)) == 0

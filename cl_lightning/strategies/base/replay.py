@@ -9,7 +9,19 @@ from torch.nn import functional as F
 
 from cl_lightning.batch import Batch, join
 from cl_lightning.checks import at_least, one_of
-from cl_lightning.memory import ClassBalanced, HerdingPolicy, Memory, Policy, Prototypes, group_ids, herding_per_class
+from cl_lightning.data.balance import left_out
+from cl_lightning.memory import (
+    ClassBalanced,
+    HerdingPolicy,
+    Memory,
+    Policy,
+    Prototypes,
+    SharedBudget,
+    class_means,
+    group_ids,
+    herding_per_class,
+    rank_in_group,
+)
 from cl_lightning.models import Output
 from cl_lightning.strategies.base.strategy import ContinualStrategy
 from cl_lightning.stream import Task
@@ -162,15 +174,25 @@ class ExemplarReplay(ContinualStrategy):
         memory_size: K, in samples, over all classes and processes, at least 0.
         exemplars_per_class: Largest number of exemplars in a list, at least 1; None for no limit but K. Many papers
             have 20 of each class from the first task on: with 100 classes that is ``memory_size=2000`` and 20 here.
+        budget: Schedule by which exemplars and new data share a storage (RMM); None for K exemplars and all new data.
         kwargs: Options of the base class.
     """
 
-    def __init__(self, *, memory_size: int = 2000, exemplars_per_class: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        memory_size: int = 2000,
+        exemplars_per_class: int | None = None,
+        budget: SharedBudget | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         check_loss_classes(self)
         at_least(self, 1, exemplars_per_class=exemplars_per_class, optional=True)
         self.memory = Memory(memory_size, HerdingPolicy(by="both"))
-        self.exemplars_per_class = exemplars_per_class
+        self.exemplars_per_class, self.budget, self._least_size = exemplars_per_class, budget, memory_size
+        if budget is not None:
+            self.traits = self.traits.but(left_out=(0.0, *budget.memory_rates))
 
     def replay_memory(self) -> Memory | None:
         return self.memory
@@ -188,6 +210,8 @@ class ExemplarReplay(ContinualStrategy):
         samples. Only the images of the chosen samples are loaded again. A memory that is too small for one sample per
         list keeps the samples of the earliest lists.
         """
+        if self.budget is not None:
+            self.memory.resize(self._least_size + self._left_out_next())
         if self.memory.size == 0:
             return
         features, labels, indices = self.passes.all_indexed_features()
@@ -197,10 +221,32 @@ class ExemplarReplay(ContinualStrategy):
         quota = max(self.memory.size // max(len(lists), 1), 1)
         quota = min(quota, self.exemplars_per_class or quota)
         self.memory.reduce_per_class(quota, by="both")
-        chosen = indices[herding_per_class(features, labels, quota)]
+        if self.budget is None:
+            chosen = indices[herding_per_class(features, labels, quota)]
+        else:
+            chosen = indices[self._herded_by_loss(self.budget, features, labels, quota)]
         # Each batch is split into contiguous shares, which are gathered in order: lists keep the order of choice.
         for batch in self.passes.batches(indices=chosen.cpu()):
             self.memory.add(batch.raw, batch.labels, batch.tasks, batch.draw)
+
+    def _left_out_next(self) -> int:
+        """Number of samples that the next task of the stream leaves out, so that its memory is larger by as many."""
+        module, task = self.data.module, self.task.index + 1
+        if task == len(module.stream.train):
+            return 0
+        labels = torch.as_tensor(module.samples(train=True).labels)[torch.as_tensor(module.stream.train[task].copy())]
+        share: float = self.traits.data_options(task)["left_out"]
+        return int(left_out(labels, share, 0).sum())
+
+    def _herded_by_loss(self, budget: SharedBudget, features: Tensor, labels: Tensor, mean: int) -> Tensor:
+        """Rows of herded samples of each class of the task, more of the classes of smaller loss."""
+        classes, places = labels.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        each = F.cross_entropy(self.network.head.classify(features).double(), labels, reduction="none")
+        losses = class_means(each[:, None], places, len(classes), reduce=False)[:, 0]
+        quotas = budget.quotas(losses, mean, self.task.index)
+        rows = herding_per_class(features, labels, int(quotas.max()))
+        level, _ = rank_in_group(-torch.arange(len(rows), device=rows.device), places[rows])
+        return rows[level < quotas.to(rows.device)[places[rows]]]
 
     def measure_exemplar_means(self, means: Prototypes) -> None:
         """Compute the mean of the normalised features of each class's exemplars (iCaRL, alg. 1).

@@ -39,6 +39,8 @@ class Traits:
         remedy: What to do where a stream is refused, for the error; empty for another scenario or strategy.
         task_free: Training depends on the samples alone: neither on their task ids nor on the end of a task, so that
             the method also learns a stream without boundaries. The conformance suite checks it.
+        left_out: Share of the training samples of each class that a task leaves out, in [0, 1), for the first task, the
+            second, ...; the last one holds for further tasks; empty for 0.
         losses_use_images: The ``losses`` of the class that states this use the images. False if they use only the
             output of the network and the labels: stored features then replace the forward pass of a frozen backbone.
     """
@@ -58,12 +60,18 @@ class Traits:
     scenarios: tuple[str, ...] = SCENARIOS
     remedy: str = ""
     task_free: bool = False
+    left_out: tuple[float, ...] = ()
     losses_use_images: bool = True
 
     def __post_init__(self) -> None:
         one_of(self, get_args(TaskIds), task_ids=self.task_ids)
         if unknown := set(self.scenarios) - set(SCENARIOS):
             raise ValueError(f"Traits: scenarios has {min(unknown)!r}; use {', '.join(SCENARIOS)}")
+
+    def data_options(self, task: int) -> dict[str, Any]:
+        """Options of ``ContinualDataModule.begin`` for a task, numbered from 0."""
+        left_out = self.left_out[min(task, len(self.left_out) - 1)] if self.left_out else 0.0
+        return {"cumulative": self.needs_all_data, "with_unlabelled": self.uses_unlabelled, "left_out": left_out}
 
     def but(self, **changes: Any) -> Self:
         """A copy with some facts replaced."""

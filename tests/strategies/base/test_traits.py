@@ -125,3 +125,12 @@ def test_predictions_of_a_method_that_ignores_tasks_are_made_once_per_batch():
     run(small(Counts), max_epochs=1, options={"stop_after_task": 0})
     assert len(calls) == 1 + 1  # the test samples of one task in one batch, and the count of FLOPs
     assert calls == [None, None]
+
+
+def test_options_of_the_data_follow_from_the_facts():
+    plain = {"cumulative": False, "with_unlabelled": False, "left_out": 0.0}
+    assert Traits().data_options(3) == plain
+    traits = Traits(needs_all_data=True, uses_unlabelled=True, left_out=(0.0, 0.4, 0.2))
+    shares = [traits.data_options(task)["left_out"] for task in range(5)]
+    assert shares == [0.0, 0.4, 0.2, 0.2, 0.2]
+    assert traits.data_options(0) == {**plain, "cumulative": True, "with_unlabelled": True}
