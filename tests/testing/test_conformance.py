@@ -1,5 +1,6 @@
 """Proof that the checks of the conformance suite can fail, and what passes them apart from the strategies."""
 
+import contextlib
 import importlib
 import random
 from collections.abc import Mapping, Sequence
@@ -129,16 +130,16 @@ def test_all_that_has_a_state_of_its_own_is_resumed() -> None:
 
 
 def host(callback: type[Callback]) -> Subject:
-    """A strategy that the callback can run with: one with class means, else one with a teacher."""
+    """A strategy that the callback can run with: one with class means, a teacher, or a memory."""
     subjects = [
         Subject(small(cls, **options), f"{cls.__name__} with {callback.__name__}", callbacks=lambda: [callback()])
-        for cls, options in ((Finetune, {"head": PrototypeHead}), (LwF, {}))
+        for cls, options in ((Finetune, {"head": PrototypeHead}), (LwF, {}), (ER, {}))
     ]
-    try:
-        run(subjects[0], last_task=0)
-    except ValueError:
-        return subjects[1]
-    return subjects[0]
+    for subject in subjects[:-1]:
+        with contextlib.suppress(ValueError):
+            run(subject, last_task=0)
+            return subject
+    return subjects[-1]
 
 
 @pytest.mark.parametrize("callback", [cls for cls in discovery.callbacks() if not issubclass(cls, ProgressBar)])
