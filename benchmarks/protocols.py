@@ -168,6 +168,8 @@ METHODS = {
     "DER++": Method("derpp", MEMORY),
     "LODE": Method("lode", MEMORY),
     "FDR": Method("fdr", MEMORY),
+    "ER + STAR": Method("er_star", MEMORY),
+    "DER++ + Refresh": Method("derpp_refresh", MEMORY),
     "A-GEM": Method("agem", MEMORY),
     "GEM": Method("gem", f"{MEMORY} --model.replay_size 100"),
     "PCR": Method("pcr", MEMORY),
