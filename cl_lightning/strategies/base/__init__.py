@@ -13,6 +13,7 @@ from cl_lightning.strategies.base.expanding import ExpandingReplay
 from cl_lightning.strategies.base.gradients import flat_gradient, set_gradient, without_conflict
 from cl_lightning.strategies.base.optimizers import refuse_weight_decay, separate_group
 from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer, sigmoid_optimizer
+from cl_lightning.strategies.base.rehearse import finetune_on_memory, module_of, norms_and_head, sensitivities
 from cl_lightning.strategies.base.replay import ExemplarReplay, MemoryReplay, Replay, TaskEndReplay, check_loss_classes
 from cl_lightning.strategies.base.strategy import (
     BackboneFactory,
@@ -59,12 +60,16 @@ __all__ = [
     "check_loss_classes",
     "default_optimizer",
     "end_balanced",
+    "finetune_on_memory",
     "flat_gradient",
     "mean_gradient",
+    "module_of",
+    "norms_and_head",
     "output_at",
     "refuse_weight_decay",
     "relative_step",
     "routed",
+    "sensitivities",
     "separate_group",
     "set_gradient",
     "sigmoid_optimizer",

@@ -61,8 +61,8 @@ def mean_gradient(loss: Tensor | None, weights: Weights, weight: float = 1.0) ->
     if loss is None:
         found = [torch.zeros_like(value) for value in values]
     else:
-        weighted = loss if weight == 1.0 else loss * weight
-        found = list(torch.autograd.grad(weighted, values, allow_unused=True, materialize_grads=True))
+        factor = torch.full_like(loss, weight)
+        found = list(torch.autograd.grad(loss, values, factor, allow_unused=True, materialize_grads=True))
     if is_distributed() and values:
         flat = all_sum(torch.cat([gradient.flatten() for gradient in found])) / world_size()
         parts = torch.split(flat, [value.numel() for value in values])

@@ -85,7 +85,10 @@ def test_frozen_weights_are_left_out_and_weights_without_an_influence_have_the_g
     network.backbone.requires_grad_(False)
     weights = trained_weights(network)
     assert list(weights) == ["head.blocks.0.weight", "head.blocks.0.bias"]
-    gradient = mean_gradient(3 * weights["head.blocks.0.bias"].sum(), weights, 0.5)
+    with torch.no_grad():
+        with torch.enable_grad():
+            loss = 3 * weights["head.blocks.0.bias"].sum()
+        gradient = mean_gradient(loss, weights, 0.5)
     assert gradient["head.blocks.0.bias"].tolist() == [1.5] * 3
     assert not gradient["head.blocks.0.weight"].any()
     assert not any(value.any() for value in mean_gradient(None, weights).values())
