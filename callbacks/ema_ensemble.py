@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cl_lightning.callback import ContinualCallback
+from cl_lightning.callbacks._swap import Swap, live_tensors
 from cl_lightning.checks import at_least, within
 from cl_lightning.distributed import all_sum, is_distributed, world_size
-from cl_lightning.models import Network
 from cl_lightning.stream import Task
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class EMAEnsemble(ContinualCallback):
         self.updates = 0
         self._global_step = 0
         self._theta: list[Tensor] = []  # tensors of the network, in the order of `average`
-        self._swapped: dict[str, Tensor] = {}  # theta, while phi replaces it
+        self._swap = Swap()  # theta, while phi replaces it
         self._unclosed: dict[str, Tensor] = {}  # theta before the end of a task
 
     # ------------------------------------------------------------------ the average
@@ -75,7 +75,7 @@ class EMAEnsemble(ContinualCallback):
 
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        live = _state(pl_module)
+        live = live_tensors(pl_module)
         averages: dict[str, Tensor] = {}
         for name, value in live.items():
             average = self.average.get(name)
@@ -118,30 +118,22 @@ class EMAEnsemble(ContinualCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "test" and self.average:
-            live = _state(pl_module)
+            live = live_tensors(pl_module)
             self._unclosed = {name: live[name].detach().clone() for name in self.average if name in live}
 
     @torch.no_grad()
     def on_task_end(self, trainer: Trainer, strategy: "ContinualStrategy", task: Task) -> None:
-        live = _state(strategy)
+        live = live_tensors(strategy)
         for name, before in self._unclosed.items():
             if not torch.equal(before.to(strategy.device), live[name]):
                 self.average[name].copy_(live[name])
 
-    @torch.no_grad()
     def _swap_in(self, strategy: object) -> None:
-        live = _state(strategy)
         self._unclosed = {}
-        for name, average in self.average.items():
-            if name not in self._swapped and name in live:
-                self._swapped[name] = live[name].detach().clone()
-                live[name].copy_(average)
+        self._swap.into(live_tensors(strategy), self.average)
 
-    @torch.no_grad()
     def _swap_out(self, strategy: object) -> None:
-        live, swapped, self._swapped = _state(strategy), self._swapped, {}
-        for name, value in swapped.items():
-            live[name].copy_(value)
+        self._swap.back(live_tensors(strategy))
 
     # The callback of the task loop is called first, so the end of a task, which is part of a test, uses theta.
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -183,9 +175,3 @@ class EMAEnsemble(ContinualCallback):
 
 def _is_statistic(value: Tensor) -> bool:
     return not isinstance(value, torch.nn.Parameter) and value.is_floating_point()
-
-
-def _state(strategy: Any) -> dict[str, Tensor]:
-    """Parameters and buffers of the network by name: the tensors themselves, not copies."""
-    network: Network = strategy.network
-    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
