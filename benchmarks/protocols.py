@@ -200,6 +200,8 @@ WITH_MLP = {  # with methods whose config names layers or sizes of this network
     "CWR*": Method("cwr_star"),
     "AR1": Method("ar1", MEMORY, online=False),
     "EBM": Method("ebm", "--model.backbone.hidden []"),
+    "CL2R": Method("cl2r", "--model.memory_per_class 50", online=False),
+    "HOC": Method("hoc", "--model.memory_per_class 50", online=False),
 }
 SHORT_TASKS: dict[str, Method] = {}  # with an average of the weights that suits tasks of a few steps
 for _name, _row in METHODS.items():

@@ -1,6 +1,14 @@
 """Measures of a run: the accuracy matrix, measures computed from it, accuracy curves, cost."""
 
 from cl_lightning.measures.accuracy import EvaluationResult, StreamAccuracy
+from cl_lightning.measures.compatibility import (
+    average_compatibility,
+    average_multi_model_accuracy,
+    backward_compatibility,
+    forward_compatibility,
+    retrieval_accuracy,
+    verification_accuracy,
+)
 from cl_lightning.measures.cost import MEBIBYTE, CostMeter, Stopwatch, TaskCost
 from cl_lightning.measures.curves import (
     average_anytime_accuracy,
@@ -48,12 +56,16 @@ __all__ = [
     "area_under_budget",
     "average_accuracy",
     "average_anytime_accuracy",
+    "average_compatibility",
     "average_incremental_accuracy",
+    "average_multi_model_accuracy",
+    "backward_compatibility",
     "backward_transfer",
     "base_novel_harmonic",
     "expected_calibration_error",
     "forgetting_last",
     "forgetting_max",
+    "forward_compatibility",
     "forward_transfer",
     "global_forgetting",
     "headline_accuracy",
@@ -68,7 +80,9 @@ __all__ = [
     "per_class_accuracy",
     "performance_drop",
     "performance_maintenance",
+    "retrieval_accuracy",
     "transfer_contrast",
+    "verification_accuracy",
     "windowed_forgetting",
     "windowed_plasticity",
     "worst_case_accuracy",

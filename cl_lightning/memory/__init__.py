@@ -15,7 +15,7 @@ from cl_lightning.memory.class_statistics import (
 from cl_lightning.memory.consolidation import Consolidation
 from cl_lightning.memory.drift import calibrate_new, calibrated, kernel_drift
 from cl_lightning.memory.growing import GrowingBuffers, restore_shapes
-from cl_lightning.memory.herding import herding_indices, herding_per_class
+from cl_lightning.memory.herding import herding_indices, herding_per_class, random_per_class
 from cl_lightning.memory.importance import Importance, NamedBuffers
 from cl_lightning.memory.input_spaces import InputSpaces, input_grams, linear_maps
 from cl_lightning.memory.mean_covariance import MeanCovariance
@@ -82,6 +82,7 @@ __all__ = [
     "linear_maps",
     "nearest_mean_scores",
     "output_norm",
+    "random_per_class",
     "rank_in_group",
     "restore_shapes",
     "squared_distances",

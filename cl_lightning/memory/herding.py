@@ -1,8 +1,11 @@
-"""Herding: exemplars whose mean approximates the mean of their class (Rebuffi et al., CVPR 2017)."""
+"""Choice of exemplars of each class: by herding (Rebuffi et al., CVPR 2017), or at random."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cl_lightning.batch import Draw
+from cl_lightning.memory.replay import rank_in_group
 
 
 def herding_indices(features: Tensor, count: int, *, normalize: bool = True, normalize_mean: bool = False) -> Tensor:
@@ -63,3 +66,19 @@ def herding_per_class(features: Tensor, labels: Tensor, quota: int, **options: b
     return torch.cat(
         [labels.new_empty(0), *(rows[herding_indices(features[rows], quota, **options)] for rows in members)]
     )
+
+
+def random_per_class(labels: Tensor, quota: int | Tensor, key: int) -> Tensor:
+    """Random choice of rows of each class, without replacement, every subset with equal probability.
+
+    Args:
+        labels: Columns, int64 ``(n,)``; rows with -1 are never chosen.
+        quota: Number of rows to choose in each class, at least 0, or the number in the class of each row, ``(n,)``; all
+            rows of a class that has fewer.
+        key: Key of the random numbers.
+
+    Returns:
+        Mask of the chosen rows, bool ``(n,)``.
+    """
+    level, _ = rank_in_group(Draw.of(len(labels), key).randint((1 << 63) - 1).to(labels.device), labels)
+    return (level < quota) & (labels >= 0)

@@ -90,6 +90,7 @@ from cl_lightning.models.prompts import (
     orthonormal_rows,
 )
 from cl_lightning.models.random_layer import RandomLayer
+from cl_lightning.models.simplex_head import SimplexHead, simplex
 from cl_lightning.models.svm import linear_svm
 from cl_lightning.models.text_head import TextHead
 
@@ -142,6 +143,7 @@ __all__ = [
     "ResNet32",
     "ResNet56",
     "RidgeHead",
+    "SimplexHead",
     "Site",
     "SlimResNet18",
     "SolutionSet",
@@ -184,6 +186,7 @@ __all__ = [
     "risen_scale",
     "set_statistics",
     "shortfall",
+    "simplex",
     "solve_positive",
     "uncompiled",
     "validated_ridge",

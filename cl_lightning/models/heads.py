@@ -93,6 +93,21 @@ class Head(nn.Module):
             labels: Columns, int64 ``(n,)``; -1 for unlabelled samples.
         """
 
+    def embed(self, features: Tensor) -> Tensor:
+        """Vectors ``(B, e)`` that are compared with the rows of the classes, of features ``(B, d)``; by default the
+        features. A head with a projection returns the projected features."""
+        return features
+
+    def check_room(self, num_classes: int) -> None:
+        """Check that the head can have a column for each class of a stream; called before each task.
+
+        Args:
+            num_classes: Number of classes of all tasks.
+
+        Raises:
+            ValueError: If the head has a fixed size that is too small.
+        """
+
     def fill_names(self, names: Sequence[str]) -> None:
         """Set the rows of the classes from their names; called after :meth:`grow` if ``needs_names`` is True.
 
@@ -217,6 +232,16 @@ def align_head(head: Head) -> None:
     if len(head.blocks) > 1:
         *old, new = head._weights()
         new.copy_(align_rows(torch.cat(old), new))
+
+
+class FixedBlock(nn.Module):
+    """Rows of classes that are not trained; zeros until they are filled."""
+
+    weight: Tensor
+
+    def __init__(self, num_features: int, num_new: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(num_new, num_features))
 
 
 class _VectorBlock(nn.Module):

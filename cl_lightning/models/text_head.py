@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from cl_lightning.checks import above
 from cl_lightning.losses import full_precision
-from cl_lightning.models.heads import Head
+from cl_lightning.models.heads import FixedBlock, Head
 
 
 def _plain(name: str) -> str:
@@ -38,14 +38,6 @@ def _read(path: str, key: str, names: str) -> tuple[np.ndarray, list[str]]:
     if not np.isfinite(rows).all() or not np.abs(rows).max(axis=1, initial=0).all():
         raise ValueError(f"TextHead: embeddings {path}: {key} has a row that is not finite or 0, and has no direction")
     return rows, [_plain(str(name)) for name in found]
-
-
-class _FixedBlock(nn.Module):
-    weight: Tensor
-
-    def __init__(self, size: int, num_new: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(num_new, size))
 
 
 class TextHead(Head):
@@ -105,7 +97,7 @@ class TextHead(Head):
             self.register_buffer("scale", torch.tensor(float(scale)))
 
     def new_block(self, num_new: int) -> nn.Module:
-        return _FixedBlock(self._table.shape[1], num_new)
+        return FixedBlock(self._table.shape[1], num_new)
 
     def fill_names(self, names: Sequence[str]) -> None:
         missing = [name for name in names if _plain(name) not in self._places]
@@ -120,10 +112,14 @@ class TextHead(Head):
             assert isinstance(weight, Tensor)
             weight.copy_(values)
 
+    def embed(self, features: Tensor) -> Tensor:
+        projected: Tensor = self.projection(features)
+        return projected
+
     def forward(self, features: Tensor) -> Tensor:
         if not self.blocks:
             return features.new_zeros(len(features), 0)
-        projected = self.projection(features)
+        projected = self.embed(features)
         with torch.autocast(features.device.type, enabled=False):  # cosines near 1 differ by less than bf16 resolves
             directions = F.normalize(full_precision(projected), dim=1)
             return self.scale * F.linear(directions, self.weight().to(directions.dtype))

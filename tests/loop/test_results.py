@@ -15,6 +15,7 @@ from torch import nn
 
 from cl_lightning.batch import Draw
 from cl_lightning.callback import ContinualCallback
+from cl_lightning.callbacks.compatibility_matrix import CompatibilityMatrix
 from cl_lightning.callbacks.continual_evaluation import ContinualEvaluation
 from cl_lightning.data import RandomHorizontalFlip
 from cl_lightning.loop import results
@@ -43,11 +44,15 @@ def table(folder):
         return list(csv.DictReader(file))
 
 
+def watching():
+    return ContinualEvaluation(every_n_steps=5), CompatibilityMatrix(samples=50)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of three tasks that was not interrupted: its folder, its loop."""
     folder = tmp_path_factory.mktemp("whole")
-    return folder, run(er(), ContinualEvaluation(every_n_steps=5), folder=folder, log_every_n_steps=2)
+    return folder, run(er(), *watching(), folder=folder, log_every_n_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +60,12 @@ def resumed(tmp_path_factory):
     """The same run, which crashed in the middle of task 1 and went on in the same folder."""
     folder, saving = tmp_path_factory.mktemp("resumed"), {"save_every_n_steps": 3, "save_every_seconds": 0.0}
     options = {"folder": folder, "options": saving, "log_every_n_steps": 2}
-    broken = loop(er(), ContinualEvaluation(every_n_steps=5), StopAt(1, 4), **options)
+    broken = loop(er(), *watching(), StopAt(1, 4), **options)
     with pytest.raises(StopAt.CrashError):
         broken.fit()
     left = read(folder)
     rows = table(folder)
-    again = loop(er(), ContinualEvaluation(every_n_steps=5), **options)
+    again = loop(er(), *watching(), **options)
     again.fit("last")
     return folder, left, rows, broken, again
 
@@ -74,7 +79,7 @@ def test_the_documentation_names_every_key_and_no_other(whole):
     lines = [line for line in text.splitlines() if line.startswith("| `")]
     documented = {match.group(1) for line in lines if (match := re.match(r"\| `([\w.]+)`", line))}
     found = set(content)
-    for part in ("cost", "protocol", "hardware", "seeds", "continual_evaluation"):
+    for part in ("cost", "protocol", "hardware", "seeds", "continual_evaluation", "compatibility_matrix"):
         found |= {f"{part}.{key}" for key in content[part]}
     found |= {f"matrix.{key}" for key in content["matrix"]}
     found |= {f"tasks.{key}" for key in content["tasks"][0]}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cl_lightning.memory.herding import herding_indices
+from cl_lightning.memory.herding import herding_indices, random_per_class
 
 
 def computed_elsewhere(features, seed):
@@ -41,3 +41,18 @@ def test_better_rows_go_first():
             distance[chosen] = float("inf")
             chosen.append(int(distance.argmin()))
         assert herding_indices(phi, 10, normalize=False).tolist() == chosen
+
+
+def test_rows_of_each_class_are_chosen_at_random_with_equal_chances():
+    labels = torch.tensor([2, 0, 2, -1, 0, 2, 2, 5])
+    shares = torch.zeros(8)
+    for key in range(2000):
+        chosen = random_per_class(labels, 2, key)
+        assert chosen[labels == 2].sum() == 2
+        assert chosen[[1, 4, 7]].all()
+        assert not chosen[3]
+        shares += chosen / 2000
+    torch.testing.assert_close(shares[labels == 2], torch.full((4,), 0.5), atol=0.05, rtol=0)
+    assert not random_per_class(labels, 0, 1).any()
+    by_row = random_per_class(labels, torch.where(labels == 2, 3, 1), 1)
+    assert [int(by_row[labels == label].sum()) for label in (0, 2, 5)] == [1, 3, 1]

@@ -42,11 +42,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_lightning.batch import Draw, mix
+from cl_lightning.batch import mix
 from cl_lightning.checks import above, at_least, one_of, within
 from cl_lightning.distributed import all_sum
 from cl_lightning.losses import balanced_distillation
-from cl_lightning.memory import Teacher, rank_in_group
+from cl_lightning.memory import Teacher, random_per_class
 from cl_lightning.models import Pairs
 from cl_lightning.strategy import Batch, ExemplarReplay, Output, Phase, PhaseOptions, Task, Traits
 
@@ -133,8 +133,7 @@ def held_out(labels: Tensor, count: int, key: int) -> Tensor:
     Returns:
         Mask of the held-out samples, bool ``(n,)``.
     """
-    level, _ = rank_in_group(Draw.of(len(labels), key).randint((1 << 63) - 1), labels)
-    return level < (labels.bincount()[labels] - 1).clamp(max=count)
+    return random_per_class(labels, (labels.bincount()[labels] - 1).clamp(max=count), key)
 
 
 class BiC(ExemplarReplay):
