@@ -1,4 +1,4 @@
-"""Subspaces of the inputs of each layer, for methods that keep the outputs for earlier tasks (GPM).
+"""Subspaces of the inputs of each layer, for methods that keep the outputs for earlier tasks (GPM, TRGP).
 
 A gradient step of a linear layer changes its output for an input x by ``dW x``. If the rows of dW are orthogonal to all
 inputs of earlier tasks, the outputs for these inputs stay as they are.
@@ -29,6 +29,11 @@ class InputSpaces(NamedBuffers):
     D is the number of inputs of a linear layer, or channels * height * width of the kernel of a convolution. The
     vectors are computed from R R^T in float64. State is in buffers, whose shapes come from the state dict that is
     loaded; it is the same on all processes.
+
+    With a ``task``, the old directions compete with the new ones (TRGP, arXiv:2202.02931): with ||m_i^T R||^2 for the
+    columns of M, and s_i^2, the fewest directions with the largest of these numbers, whose sum is at least energy
+    ||R||^2, are the basis of the task. Those that are new are appended to M. The basis of a task is stored as indices
+    of columns of M.
     """
 
     kept_as: ClassVar[str] = "bases"
@@ -43,13 +48,22 @@ class InputSpaces(NamedBuffers):
         """M by the name of the layer, float32 ``(D, k)``, 0 <= k <= D."""
         return self._get("basis")
 
+    def of(self, task: int) -> dict[str, Tensor]:
+        """Basis of the inputs of a task by the name of the layer, columns of M, float32 ``(D, m)``.
+
+        Empty for a task that was not given to :meth:`grow`.
+        """
+        bases = self.bases
+        return {name: bases[name][:, chosen] for name, chosen in self._get(f"task_{task}").items()}
+
     @torch.no_grad()
-    def grow(self, grams: Mapping[str, Tensor], energy: float) -> None:
+    def grow(self, grams: Mapping[str, Tensor], energy: float, *, task: int | None = None) -> None:
         """Append the directions that are missing.
 
         Args:
             grams: R R^T of each layer, float64 ``(D, D)``, see :func:`input_grams`.
             energy: Share of ||R||^2 that the basis holds at least, in [0, 1].
+            task: Index of the task, to choose a basis of its own; None to append to the joint basis alone.
 
         Raises:
             ValueError: If ``energy`` is outside [0, 1].
@@ -58,18 +72,24 @@ class InputSpaces(NamedBuffers):
         known = self.bases
         self.tasks += 1
         for name, gram in grams.items():
-            basis = known[name].to(gram) if name in known else gram.new_zeros(len(gram), 0)
+            stored = known[name] if name in known else gram.new_zeros(len(gram), 0, dtype=torch.float32)
+            basis, triangle = torch.linalg.qr(stored.double())  # orthonormal in float64 too
+            basis, size = basis * triangle.diagonal().sign(), stored.shape[1]
             rest = gram - basis @ (basis.T @ gram)
             rest = rest - (rest @ basis) @ basis.T
             squares, vectors = torch.linalg.eigh((rest + rest.T) / 2)  # ascending
-            squares, vectors = squares.flip(0).clamp(min=0), vectors.flip(1)
-            total = gram.trace()
-            held = total - rest.trace() + torch.cat([squares.new_zeros(1), squares.cumsum(0)])  # with 0, 1, ... vectors
-            enough = held >= energy * total * (1 - 1e-12)
-            count = min(int(enough.int().argmax()) if enough.any() else len(squares), len(gram) - basis.shape[1])
+            squares, vectors = squares.flip(0).clamp(min=0)[: len(gram) - size], vectors.flip(1)
+            wanted = energy * gram.trace() * (1 - 1e-12)
+            if task is None:
+                count = _number_needed(squares, wanted - (gram.trace() - rest.trace()))
+            else:
+                ranked, order = torch.cat([((gram @ basis) * basis).sum(dim=0), squares]).sort(descending=True)
+                chosen = order[: _number_needed(ranked, wanted)]
+                count = int((chosen >= size).sum())  # the first ones, since the new directions are sorted
+                self._set(f"task_{task}", name, chosen)
             # Where two singular values are equal to rounding, the old basis is only nearly orthogonal to the new part.
             joint, _ = torch.linalg.qr(torch.cat([basis, vectors[:, :count]], dim=1))
-            self._set("basis", name, torch.cat([basis, joint[:, basis.shape[1] :]], dim=1).float())
+            self._set("basis", name, torch.cat([stored, joint[:, size:].float()], dim=1))
 
     @torch.no_grad()
     def project(self, gradients: Iterable[tuple[str, Tensor]]) -> None:
@@ -84,6 +104,13 @@ class InputSpaces(NamedBuffers):
             if name in bases:
                 basis, flat = bases[name].to(gradient), gradient.flatten(1)
                 gradient -= ((flat @ basis) @ basis.T).view_as(gradient)
+
+
+def _number_needed(values: Tensor, wanted: Tensor) -> int:
+    """How many of the first values have a sum of at least ``wanted``; all of them if their sum is smaller."""
+    sums = torch.cat([values.new_zeros(1), values.cumsum(0)])  # of the first 0, 1, ... values
+    enough = sums >= wanted
+    return int(enough.int().argmax()) if enough.any() else len(values)
 
 
 def linear_maps(module: nn.Module, owner: str) -> dict[str, nn.Linear | nn.Conv2d]:

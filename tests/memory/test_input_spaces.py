@@ -134,3 +134,41 @@ def test_groups_are_refused_and_state_is_restored(tmp_path):
     assert torch.equal(other.bases["x"], spaces.bases["x"])
     with pytest.raises(ValueError, match=r"energy is 1\.2"):
         spaces.grow({}, 1.2)
+
+
+def test_old_and_new_directions_compete_for_the_basis_of_a_task():
+    """Squares along the axes: 9, 4, 1 in the first task; 1/4, 16, 0, 4, 1 in the second, of 21.25 in all."""
+    spaces = InputSpaces()
+    first, second = (torch.diag(torch.tensor(x).double().sqrt()) for x in ([9, 4, 1, 0, 0], [0.25, 16, 0, 4, 1]))
+    spaces.grow({"x": first @ first.T}, 1.0, task=0)
+    spaces.grow({"x": second @ second.T}, 0.95, task=1)  # 20.19: axes 1 and 3 have 20, with axis 4 it is 21
+    axes = [spaces.of(task)["x"].abs().argmax(dim=0).tolist() for task in (0, 1)]
+    assert axes == [[0, 1, 2], [1, 3, 4]]
+    assert spaces.bases["x"].abs().argmax(dim=0).tolist() == [0, 1, 2, 3, 4]
+    assert spaces.of(2) == {}
+    gpm = InputSpaces()
+    gpm.grow({"x": first @ first.T}, 1.0)
+    gpm.grow({"x": second @ second.T}, 0.95)  # the old axes have 16.25, with axis 3 it is 20.25
+    assert gpm.bases["x"].abs().argmax(dim=0).tolist() == [0, 1, 2, 3]
+    assert gpm.of(0) == gpm.of(1) == {}
+    restored = InputSpaces()
+    restored.load_state_dict(spaces.state_dict())
+    assert torch.equal(restored.of(1)["x"], spaces.of(1)["x"])
+    assert spaces.num_bytes() == 4 * 25 + 8 * (3 + 3) + 8  # a task has indices
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 1.0])
+def test_the_basis_of_a_task_is_the_smallest_part_of_the_joint_one_that_holds_the_energy(energy):
+    spaces, parts = InputSpaces(), [normal(7, n, seed=n) for n in (3, 4, 20)]
+    for task, part in enumerate(parts):
+        spaces.grow({"x": part @ part.T}, energy, task=task)
+        own, joint = (found["x"].double() for found in (spaces.of(task), spaces.bases))
+        assert all((joint.T @ column).abs().max() > 1 - 1e-6 for column in own.T)
+        torch.testing.assert_close(joint.T @ joint, torch.eye(joint.shape[1]).double(), rtol=0, atol=1e-6)
+        held = (own.T @ part).square().sum(dim=1).cumsum(0) / part.square().sum()
+        assert held[-1] >= energy - 1e-6
+        assert (held[:-1] < energy).all()
+        unused = (joint.T @ part).square().sum(dim=1) / part.square().sum()
+        assert sorted(unused.tolist(), reverse=True)[: own.shape[1]] == pytest.approx(
+            [float(held[0]), *held.diff().tolist()], abs=1e-6
+        )
