@@ -94,7 +94,11 @@ class GPM(ContinualStrategy):
         super().end_task(task)
         layers = {**self._layers(), HEAD: self.network.head}
         grams = input_grams(self.network, layers, self.passes.batches(samples=self.samples))
-        self.spaces.grow(grams, min(1.0, self.energy + self.energy_growth * task.index))
+        self.keep(task, grams, min(1.0, self.energy + self.energy_growth * task.index))
+
+    def keep(self, task: Task, grams: dict[str, Tensor], energy: float) -> None:
+        """Keep the share ``energy`` of the inputs of a task, given by R R^T of each layer."""
+        self.spaces.grow(grams, energy)
 
     def _layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
         backbone = linear_maps(self.network.backbone, type(self).__name__)
