@@ -161,6 +161,7 @@ METHODS = {
     "FeTrIL": Method("fetril", online=False),
     "PRD": Method("prd", online=False),
     "ICL": Method("icl", "--model.tolerance 0.05", online=False),
+    "IF2Net (ridge)": Method("if2net_ridge", "--model.units 1000", online=False),
     "Sequential max-margin": Method("sequential_max_margin", "--model.regularisation 1", online=False),
     "ER": Method("er", MEMORY),
     "ER + softmax masking": Method("er_softmax_masking", MEMORY),

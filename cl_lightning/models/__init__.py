@@ -91,6 +91,7 @@ from cl_lightning.models.prompts import (
 )
 from cl_lightning.models.random_layer import RandomLayer
 from cl_lightning.models.simplex_head import SimplexHead, simplex
+from cl_lightning.models.random_layer import Nonlinearity, RandomLayer
 from cl_lightning.models.svm import linear_svm
 from cl_lightning.models.text_head import TextHead
 
@@ -122,6 +123,7 @@ __all__ = [
     "LoRA",
     "MaxMarginHead",
     "Network",
+    "Nonlinearity",
     "NullSpaceHead",
     "Output",
     "PadShortcut",
