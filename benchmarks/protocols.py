@@ -160,6 +160,7 @@ METHODS = {
     "EFC++": Method("efc_pp", online=False),
     "FeTrIL": Method("fetril", online=False),
     "PRD": Method("prd", online=False),
+    "AQC": Method("aqc", "--model.freeze_backbone true", online=False),
     "ICL": Method("icl", "--model.tolerance 0.05", online=False),
     "IF2Net (ridge)": Method("if2net_ridge", "--model.units 1000", online=False),
     "Sequential max-margin": Method("sequential_max_margin", "--model.regularisation 1", online=False),
