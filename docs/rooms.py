@@ -51,7 +51,7 @@ ROOMS = (
         "strategies.base",
         "the base class of methods and its parts",
         "strategy, replay, task_incremental, phases, schedules, optimizers, terms, passes, evaluation, traits, "
-        "host, gradients, exemplars, expanding, virtual",
+        "host, gradients, exemplars, expanding, virtual, rehearse",
     ),
     Room(
         "data",
@@ -64,7 +64,11 @@ ROOMS = (
         "tables, plots and pages of finished runs",
         "command, runs, unfinished, fields, comparison, statistics, tables, plots, page, single, several, cards, parts",
     ),
-    Room("measures", "accuracy matrix, measures and cost of a run", "accuracy, matrix, functional, curves, cost"),
+    Room(
+        "measures",
+        "accuracy matrix, measures and cost of a run",
+        "accuracy, matrix, functional, curves, cost, compatibility",
+    ),
     Room(
         "memory",
         "samples, prototypes, networks and importances kept from earlier tasks",
@@ -75,8 +79,8 @@ ROOMS = (
         "models",
         "modules with parameters: backbones, heads, adapters",
         "backbones, weights, convnet, heads, text_head, closed_form, network, normalization, prompts, expansion, "
-        "masks, svm, consolidated_head, cut, energy_head, kmeans, max_margin, "
-        "null_space, random_layer, `peft/` (a file per mechanism)",
+        "masks, svm, consolidated_head, cut, energy_head, kmeans, max_margin, null_space, random_layer, "
+        "simplex_head, `peft/` (a file per mechanism)",
     ),
     Room("losses", "functions of logits, features, labels", "classification, distillation, contrastive"),
     Room(

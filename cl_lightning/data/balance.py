@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cl_lightning.batch import Draw
 from cl_lightning.hashing import IntArray
-from cl_lightning.memory import rank_in_group
+from cl_lightning.memory import random_per_class
 from cl_lightning.stream import Stream
 
 ClassWeights = Literal["balanced"] | dict[str, float] | list[float]
@@ -126,8 +125,7 @@ def balanced_subset(labels: Tensor, key: int) -> Tensor:
     if not labelled.any():
         return labelled
     counts = labels[labelled].bincount()
-    level, _ = rank_in_group(Draw.of(len(labels), key).randint((1 << 63) - 1), labels)
-    return labelled & (level < counts[counts > 0].min())
+    return random_per_class(labels, counts[counts > 0].min(), key)
 
 
 def left_out(labels: Tensor, share: float, key: int) -> Tensor:
@@ -141,5 +139,4 @@ def left_out(labels: Tensor, share: float, key: int) -> Tensor:
     Returns:
         Mask of the samples, bool ``(n,)``.
     """
-    level, _ = rank_in_group(Draw.of(len(labels), key).randint((1 << 63) - 1), labels)
-    return level < (share * labels.bincount().double() + 1e-9).floor().long()[labels]
+    return random_per_class(labels, (share * labels.bincount().double() + 1e-9).floor().long()[labels], key)

@@ -1,7 +1,6 @@
 """State that outlives a task: exemplars, prototypes, class statistics, teachers and importances of weights."""
 
 from cl_lightning.memory.accounting import KeepsBytes, bytes_by_kind, exemplars_within
-from cl_lightning.memory.accounting import KeepsBytes, bytes_by_kind
 from cl_lightning.memory.budget import SharedBudget
 from cl_lightning.memory.class_statistics import (
     ClassStatistics,

@@ -29,7 +29,16 @@ from cl_lightning.models.convnet import ConvNet
 from cl_lightning.models.cut import Cut, joined_rows
 from cl_lightning.models.energy_head import EnergyHead
 from cl_lightning.models.expansion import ExpandableBackbone, feature_map, map_stage, positions
-from cl_lightning.models.heads import CosineHead, DistanceHead, Head, LinearHead, align_head, align_rows, distances
+from cl_lightning.models.heads import (
+    CosineHead,
+    DistanceHead,
+    Head,
+    LinearHead,
+    Pairs,
+    align_head,
+    align_rows,
+    distances,
+)
 from cl_lightning.models.kmeans import kmeans
 from cl_lightning.models.masks import (
     GatedBackbone,
@@ -58,18 +67,6 @@ from cl_lightning.models.network import (
     joined,
     uncompiled,
 )
-from cl_lightning.models.heads import (
-    CosineHead,
-    DistanceHead,
-    Head,
-    LinearHead,
-    Pairs,
-    align_head,
-    align_rows,
-    distances,
-)
-from cl_lightning.models.masks import GatedBackbone
-from cl_lightning.models.network import Network, Output, Temporary, batch_norms, frozen_copy, joined
 from cl_lightning.models.normalization import AdaptiveBatchNorm, adapt_norms, norm_parameters, set_statistics
 from cl_lightning.models.null_space import NullSpaceHead, SolutionSet
 from cl_lightning.models.peft.adapter import Adapter
@@ -89,9 +86,8 @@ from cl_lightning.models.prompts import (
     orthogonality,
     orthonormal_rows,
 )
-from cl_lightning.models.random_layer import RandomLayer
-from cl_lightning.models.simplex_head import SimplexHead, simplex
 from cl_lightning.models.random_layer import Nonlinearity, RandomLayer
+from cl_lightning.models.simplex_head import SimplexHead, simplex
 from cl_lightning.models.svm import linear_svm
 from cl_lightning.models.text_head import TextHead
 
