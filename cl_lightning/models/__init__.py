@@ -90,10 +90,12 @@ from cl_lightning.models.random_layer import Nonlinearity, RandomLayer
 from cl_lightning.models.simplex_head import SimplexHead, simplex
 from cl_lightning.models.svm import linear_svm
 from cl_lightning.models.text_head import TextHead
+from cl_lightning.models.vae import VAE, kl_to_standard_normal
 
 __all__ = [
     "MLP",
     "SSF",
+    "VAE",
     "VPT",
     "AdaptedBackbone",
     "Adapter",
@@ -168,6 +170,7 @@ __all__ = [
     "joined",
     "joined_rows",
     "kmeans",
+    "kl_to_standard_normal",
     "layers_of",
     "least_change",
     "linear_svm",
