@@ -103,6 +103,17 @@ def test_every_phase_of_a_task_leaves_out_the_same_samples():
         assert torch.equal(boost, compress)
 
 
+def test_the_seed_decides_which_samples_are_left_out():
+    used = []
+    for seed in (0, 0, 1):
+        looks = Looks()
+        options = {"data": {"seed": seed}, "options": {"stop_after_task": 1}, "max_epochs": 1}
+        run(Plain(backbone=plain_net, memory_size=60, budget=SharedBudget([0.5])), looks, **options)
+        used.append(torch.cat(looks.new[1, "train"]).sort().values)
+    assert torch.equal(used[0], used[1])
+    assert not torch.equal(used[0], used[2])
+
+
 def test_classes_of_large_loss_have_fewer_exemplars():
     noted = []
 
