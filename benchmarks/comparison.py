@@ -44,9 +44,10 @@ this page.
 Some rows are older than the present code and will be measured again: G-ACIL (P was normal), EFC++ (augmented images; no
 biases in the head of rotations, nor in EFC), CoTTA (a view was shifted before its rotation), LAE and SLCA; apart from
 the first table, BiC (stage 2 by steps of Adam), and offline iCaRL and LwF.MC (learning rate 0.05 instead of 0.02); and,
-in tables with bf16-mixed, methods that compare cosines, which were computed in bfloat16. Times of BiC, iCaRL, LwF.MC
-and ER by the loader in the first table are from a machine with other work, and 5 to 10 times too long. Still to be run:
-the linear head in the table of the small ViT; ER by the loader and ER + EMA of 10 steps on the slim ResNet-18."""
+in tables with bf16-mixed, methods that compare cosines, which were computed in bfloat16. Times of BiC, HOC, iCaRL,
+LwF.MC and ER by the loader in the first table are from a machine with other work, and 3 to 10 times too long. Still
+to be run: the linear head in the table of the small ViT; ER by the loader and ER + EMA of 10 steps on the slim
+ResNet-18."""
 
 
 def parts(protocol: str, method: str, data: str) -> tuple[str, str, str]:

@@ -18,6 +18,7 @@ SUBJECTS = {
         small(GenerativeReplay, generator=tiny, generator_options=PhaseOptions(epochs=1)),
     )
 }
+SLOW = "each task has two phases, which are killed and resumed one by one"
 FEW = {"max_epochs": 1, "limit_train_batches": 4}
 SMALL = partial(GenerativeReplay, backbone=plain_net, optimizer=sgd, generator=tiny)
 
