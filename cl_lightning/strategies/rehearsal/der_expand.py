@@ -17,6 +17,7 @@ A classifier that is trained on few samples of old classes prefers the new ones.
               equally many samples of each class; delta -> retrain_temperature
     plain     W stays as it is
 
+After few steps the new rows are shorter than the old ones, and alignment can lower the accuracy (see ``WA``).
 The paper retrains; the temperature 5 and the subset, the smallest class's number of random samples of each class, are
 ours. Departs from the paper: its masks of channels, the loss that makes them sparse and the pruning of each extractor
 are left out, as in published implementations, so that the network grows by a whole extractor per task.
