@@ -170,6 +170,7 @@ METHODS = {
     "DER++": Method("derpp", MEMORY),
     "LODE": Method("lode", MEMORY),
     "FDR": Method("fdr", MEMORY),
+    "X-DER": Method("xder", MEMORY),
     "HAL": Method("hal", MEMORY),
     "MER": Method("mer", f"{MEMORY} --model.per_sample false"),
     "ER + STAR": Method("er_star", MEMORY),

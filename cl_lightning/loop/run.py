@@ -60,6 +60,7 @@ class Position:
 def begin_task(strategy: ContinualStrategy, task: Task, stream: Stream) -> None:
     """Prepare a strategy for a task: its columns, its head, and the names of the classes for a head that needs them."""
     strategy.network.head.check_room(stream.tasks[-1].num_seen)
+    strategy.data.stream = stream
     strategy.mark_columns(task)
     strategy.begin_task(task)
     if (head := strategy.network.head).needs_names:

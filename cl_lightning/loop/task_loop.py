@@ -217,7 +217,7 @@ class TaskLoop:
     def _run_task(self, task: Task, resume: Path | None) -> None:
         strategy, data = self.strategy, self.datamodule
         data.begin(task, **strategy.traits.data_options(task.index))
-        strategy.task = task
+        strategy.task, strategy.data.stream = task, self.stream
         if resume is None:
             self.position = Position(task.index)
             self._seed(task.index)

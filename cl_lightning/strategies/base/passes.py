@@ -15,10 +15,17 @@ from cl_lightning.distributed import all_gather_together
 from cl_lightning.memory import Memory
 from cl_lightning.models import Network, in_eval_mode
 from cl_lightning.strategies.base.host import Host
+from cl_lightning.stream import Stream
 
 
 class StrategyData:
-    """Access of a strategy to the data module: images, labels, class names, the previous batch."""
+    """Access of a strategy to the data module: finished and augmented images, labels, class names, the previous batch.
+
+    Attributes:
+        stream: Tasks and classes of the run, also of later tasks; set by the task loop before a task begins.
+    """
+
+    stream: Stream
 
     def __init__(self, strategy: Host) -> None:
         self._strategy = strategy

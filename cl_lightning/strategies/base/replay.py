@@ -150,14 +150,14 @@ class TaskEndReplay(MemoryReplay):
     def end_task(self, task: Task) -> None:
         super().end_task(task)
         for batch in self.passes.batches():
-            logits = torch.zeros(0, self.network.head.num_columns, device=self.device)
-            if len(batch):
-                with self.trainer.precision_plugin.forward_context():
-                    logits = self.network(batch.images).logits.float()
-            self.offer(batch, logits=self.targets(logits, batch))
+            self.offer(batch, logits=self.targets(batch))
 
-    def targets(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Logits to be stored for the samples of a batch, ``(B, columns)``."""
+    def targets(self, batch: Batch) -> Tensor:
+        """Logits to be stored for the samples of a batch, ``(B, columns)``; without samples ``(0, columns)``."""
+        if not len(batch):
+            return torch.zeros(0, self.network.head.num_columns, device=self.device)
+        with self.trainer.precision_plugin.forward_context():
+            logits: Tensor = self.network(batch.images).logits.float()
         return logits
 
 
