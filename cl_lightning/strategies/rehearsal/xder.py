@@ -13,9 +13,10 @@ outputs f_h of each later task h, with v views of the samples of the stream and 
     delta * mean_h || G(f_h(x')) - G(z'_h) ||^2 / n^2                           similarity_weight
     eta * mean over violators of ( max f[future] + m - max f[own task] )        constraint_weight, margin
 
-G has the inner products of the outputs of n samples, with rows divided by their norms. Violators are samples of the
-stream, of x' and of x'' for which the bracket is above 0. The logits z' are stored when a task ends, and edited: with H
-some outputs and v = f[H],
+G has the inner products of the outputs of n samples, with rows divided by their norms. ``released=True`` divides them
+by the sums of their absolute values, as the authors' code does; its weight of 3000 depends on it. Violators are samples
+of the stream, of x' and of x'' for which the bracket is above 0. The logits z' are stored when a task ends, and edited:
+with H some outputs and v = f[H],
 
     if max v > z'_y:   v <- v * gamma z'_y / max v;       z'[H] <- v            decay
 
@@ -72,7 +73,7 @@ def transplanted(old: Tensor, new: Tensor, labels: Tensor, columns: Tensor, deca
     return torch.where(columns, torch.where(over, factor * new, new), old)
 
 
-def similarity_distance(outputs: Tensor, stored: Tensor) -> Tensor:
+def similarity_distance(outputs: Tensor, stored: Tensor, order: float = 2.0) -> Tensor:
     """Squared distance of the similarity matrices of two outputs of the same samples, divided by the squared number.
 
         L = || G(a) - G(b) ||^2 / n^2,   G(a) = a a^T with each row divided by its norm
@@ -82,11 +83,11 @@ def similarity_distance(outputs: Tensor, stored: Tensor) -> Tensor:
     Args:
         outputs: a, ``(n, c)``.
         stored: b, ``(n, c)``, without gradient.
+        order: Order of the norm of the rows.
     """
     with torch.autocast(outputs.device.type, enabled=False):
-        first, second = (
-            F.normalize(z @ z.T, dim=1) for z in (full_precision(outputs), full_precision(stored.detach()))
-        )
+        both = full_precision(outputs), full_precision(stored.detach())
+        first, second = (F.normalize(z @ z.T, p=order, dim=1) for z in both)
     return (first - second).square().sum() / max(len(outputs), 1) ** 2
 
 
@@ -148,7 +149,8 @@ class XDER(TaskEndReplay):
         views: v, number of augmented views, at least 2.
         similarity_weight: delta, at least 0.
         constraint_weight: eta, at least 0.
-        margin: m.
+        margin: m, at least 0.
+        released: Whether G divides by sums of absolute values, as in the released code, instead of Euclidean norms.
         policy: Policy that decides which samples a full memory keeps; None for equal numbers of each class.
         kwargs: Options of ``TaskEndReplay``; the head is a ``LinearHead``.
     """
@@ -172,6 +174,7 @@ class XDER(TaskEndReplay):
         similarity_weight: float = 0.0,
         constraint_weight: float = 0.1,
         margin: float = 0.3,
+        released: bool = False,
         policy: Policy | None = None,
         **kwargs: Any,
     ) -> None:
@@ -186,6 +189,7 @@ class XDER(TaskEndReplay):
         self.logit_weight, self.label_weight, self.decay = logit_weight, label_weight, decay
         self.contrastive_weight, self.temperature, self.views = contrastive_weight, temperature, views
         self.similarity_weight, self.constraint_weight, self.margin = similarity_weight, constraint_weight, margin
+        self.released = released
         self.future = FutureOutputs()
         self._drawn: list[tuple[Tensor, Batch]] = []
         self._outputs: list[Tensor] = []
@@ -262,7 +266,8 @@ class XDER(TaskEndReplay):
                     torch.split(stored[:, seen:].nan_to_num(), sizes, dim=1),
                     strict=True,
                 )
-                distances = torch.stack([similarity_distance(now, before) for now, before in pairs])
+                order = 1.0 if self.released else 2.0
+                distances = torch.stack([similarity_distance(now, before, order) for now, before in pairs])
                 terms["similarity"] = self.similarity_weight * share * distances.mean()
         if "replay" in batch.parts:
             samples, of_part, share = batch.part("replay", whole)

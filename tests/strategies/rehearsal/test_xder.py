@@ -39,6 +39,7 @@ PUBLISHED = {
         "similarity_weight": 3000.0,
         "constraint_weight": 0.1,
         "margin": 0.3,
+        "released": True,
         "backbone": "ResNet18",
         "optimizer": "SGD(lr=0.03)",
         "scheduler": "MultiStepLR(gamma=0.2, milestones=[35, 45])",
@@ -73,6 +74,7 @@ def test_the_similarity_distance_is_that_of_normalised_products():
     # G(a) is the identity, all entries of G(b) are 1 / sqrt 2
     expected = (2 * (1 - math.sqrt(0.5)) ** 2 + 2 * 0.5) / 4
     assert float(similarity_distance(a, b)) == pytest.approx(expected)
+    assert float(similarity_distance(a, b, 1.0)) == pytest.approx((2 * 0.5**2 + 2 * 0.5**2) / 4)
     assert float(similarity_distance(a, 3 * a)) == pytest.approx(0.0, abs=1e-12)
 
 
@@ -99,20 +101,21 @@ class Fixed(XDER):
         return [2]
 
 
-def test_the_terms_are_those_of_their_outputs_and_samples():
+@pytest.mark.parametrize("released", [False, True])
+def test_the_terms_are_those_of_their_outputs_and_samples(released):
     labels, tasks = torch.tensor([2, 3, 3, 0, 1, 1, 0]), torch.tensor([1, 1, 1, 0, 0, 0, 0])
     logits, stored = normal(7, 6), normal(2, 6, seed=1)
     rows = {"stream": slice(0, 3), "dark": slice(3, 5), "replay": slice(5, 7)}
     parts = {name: batch_of(labels[part], tasks=tasks[part]) for name, part in rows.items()}
     parts["dark"] = parts["dark"].replace(extra={"logits": stored}, weight=0.5)
     weights = {"logit_weight": 0.3, "label_weight": 0.7, "constraint_weight": 0.2, "margin": 0.4}
-    strategy = Fixed(logits, similarity_weight=0.6, **weights)
+    strategy = Fixed(logits, similarity_weight=0.6, released=released, **weights)
     found = strategy.losses(join(parts), Output(logits, logits[:, :4]))
     gap = logits[:, 4:].amax(1) + 0.4 - torch.cat([logits[:3, 2:4], logits[3:, :2]]).amax(1)
     expected = {
         "ce": F.cross_entropy(logits[:3, 2:4], labels[:3] - 2),
         "dark": 0.5 * 0.3 * (logits[3:5] - stored).square().mean(),
-        "similarity": 0.5 * 0.6 * similarity_distance(logits[3:5, 4:], stored[:, 4:]),
+        "similarity": 0.5 * 0.6 * similarity_distance(logits[3:5, 4:], stored[:, 4:], 2.0 - released),
         "replay": 0.7 * F.cross_entropy(logits[5:, :2], labels[5:]),
         "constraint": 0.2 * gap[gap > 0].mean(),
     }
