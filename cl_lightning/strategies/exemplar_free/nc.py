@@ -197,7 +197,9 @@ class NC(SequentialMAP):
     def _fit(self, fitted: Consolidator, total: Any, theta: Tensor) -> None:
         weights = [parameter.requires_grad_() for parameter in fitted.parameters()]
         optimizer = torch.optim.Adam(weights, lr=self.consolidator_lr)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.consolidator_lr, total_steps=self.steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.consolidator_lr, total_steps=self.steps, cycle_momentum=False
+        )
         generator = torch.Generator().manual_seed(mix(self.seed, _POINTS, self.task.index))
         for _ in range(self.steps):
             points = points_in_ball(theta, self.radius, self.points, generator)
