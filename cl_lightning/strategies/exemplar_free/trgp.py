@@ -12,7 +12,8 @@ kept for its predictions. A step of W is orthogonal to M, which contains all B_j
 for their inputs stay as they are. Predictions need the task. When a task ends, old directions compete with new ones for
 B_t (``InputSpaces.grow``), and M grows by the new ones. Biases, batch normalisation and the head are as in GPM.
 Departs from the released code, which appends to M one of the new directions fewer (and one fewer in the first task),
-and chooses the trust region by a batch of its own.
+and chooses the trust region by a batch of its own. If a gradient scaler skips the first step of a task, because its
+gradients overflow, the task has no trust region.
 """
 
 from collections.abc import Mapping, Sequence
