@@ -38,7 +38,7 @@ from cl_lightning.loop import results
         ),
         ("--model Source --model.reset domain", "model: Source sets 'reset' itself; leave it out"),
         ("--model Lwf", "model: there is no class 'Lwf'; did you mean 'LwF'?"),
-        ("--model Zebra", "model: there is no class 'Zebra'; give an import path, or one of A"),
+        ("--model Qqqqqq", "model: there is no class 'Qqqqqq'; give an import path, or one of A"),
         ("--model nosuch.Thing", "model: cannot import nosuch.Thing: No module named 'nosuch'"),
         ("--model torch.nn.Linear", "model: Import path"),
         ("--data Digit", "data: there is no class 'Digit'; did you mean 'Digits'?"),

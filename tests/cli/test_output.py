@@ -66,7 +66,7 @@ def test_a_message_that_is_not_understood_is_one_line_and_complete():
 
 def test_what_to_do_stands_before_a_list_of_names_and_no_name_is_cut(run):
     for options, start, names in (
-        ("--model Zebra", "model: there is no class 'Zebra'; give an import path, or one of", ("APER", "LwF", "WA")),
+        ("--model Qqqqqq", "model: there is no class 'Qqqqqq'; give an import path, or one of", ("APER", "LwF", "WA")),
         (
             "--model.foo 3",
             "model: ER takes no 'foo'; leave it out, or use",

@@ -200,7 +200,7 @@ def test_a_link_to_the_checkpoint_of_a_task_that_fails_is_reported(tmp_path, mon
     with told() as lines:
         made = run(finetune(), folder=tmp_path, options={"keep_last": 1})
     assert ["task_000.ckpt: cannot be written" in line for line in lines] == [True, False, False]
-    assert torch.load(made.newest, weights_only=True)["cl_lightning"]["place"]["done"]
+    assert torch.load(made.files.newest, weights_only=True)["cl_lightning"]["place"]["done"]
 
 
 def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path):

@@ -331,8 +331,8 @@ def test_output_norm_is_that_of_a_plain_loop_over_samples():
 def test_scaling_the_output_scales_its_sensitivity_by_the_square_or_by_the_factor():
     class Scaled(Net):
         def forward(self, images: Tensor) -> Output:
-            features, logits = super().forward(images)
-            return Output(features, -3 * logits)
+            output = super().forward(images)
+            return output._replace(logits=-3 * output.logits)
 
     net, scaled = network(), Scaled().double()
     scaled.load_state_dict(net.state_dict())
