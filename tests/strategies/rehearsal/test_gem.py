@@ -17,6 +17,8 @@ from cl_lightning.strategies.rehearsal.gem import AGEM, GEM, gem_projection, non
 from cl_lightning.stream import ClassIncremental, RotatedDomains
 from cl_lightning.testing import check_strategy, small
 
+SLOW = "two methods, GEM and A-GEM, with a variant of each"
+
 PUBLISHED = {
     "gem": {
         "source": "Lopez-Paz & Ranzato, NeurIPS 2017, CIFAR-100: learning rate 0.1, gamma 0.5",
