@@ -5,7 +5,7 @@ import torch
 from support.fakes import normal
 from torch import nn
 
-from cl_lightning.models import Temporary
+from cl_lightning.models import Temporary, in_eval_mode
 
 
 class Owner(nn.Module):
@@ -54,3 +54,15 @@ def test_a_copy_makes_modules_for_its_own_owner():
     twin.part.create()
     assert twin.part.module.in_features == 5
     assert not owner.part
+
+
+def test_in_eval_mode_each_submodule_gets_its_mode_back_also_after_an_error():
+    net = nn.Sequential(nn.Dropout(), nn.Sequential(nn.BatchNorm1d(2), nn.Dropout()))
+    net[1][0].eval()  # a frozen layer in a module that is trained
+    before = [part.training for part in net.modules()]
+    with in_eval_mode(net):
+        assert not any(part.training for part in net.modules())
+    assert [part.training for part in net.modules()] == before
+    with pytest.raises(KeyError), in_eval_mode(net):
+        raise KeyError
+    assert [part.training for part in net.modules()] == before == [True, True, True, False, True]
