@@ -1,5 +1,6 @@
 """The rooms of the package: every import goes down, and what breaks a rule is found."""
 
+import itertools
 import sys
 
 import pytest
@@ -208,3 +209,9 @@ def test_private_names_of_lightning_exist(tmp_path):
     logger = WandbLogger(save_dir=tmp_path, offline=True, project="p")
     assert not private.has_wandb_run(logger)
     assert private.wandb_options(logger)["project"] == "p"
+
+
+def test_files_of_tests_have_different_names():
+    """Pytest imports them by their names alone, so that ``pytest tests`` fails with two of one name."""
+    names = sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, following in itertools.pairwise(names) if name == following] == []

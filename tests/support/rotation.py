@@ -9,7 +9,8 @@ test that is selected by ``-k`` or by its node id runs in any case.
 With ``of=files``, a function from the first parameter to files of the checkout, the parameters that depend on what has
 changed come first (``support/selection.py``). A test with the mark ``dependent`` runs for all methods that depend on
 what has changed, and for one in ten of the others: on each day another tenth, so that all have their turn in ten days.
-The same holds for tests that call ``check_strategy`` on variants of a method, without a mark.
+The same holds for tests that call ``check_strategy`` on variants of a method, without a mark. Where a change concerns
+more than ``MOST`` of them, those whose own files have changed come first, then others in the order of the day.
 """
 
 import hashlib
@@ -29,6 +30,8 @@ ROTATION = os.environ.setdefault("CL_LIGHTNING_ROTATION", datetime.now(UTC).date
 """Set before the workers start, which inherit it."""
 ONE_IN = 10
 """Of the methods that do not depend on what has changed."""
+MOST = 60
+"""Of the methods, and files of variants, that depend on what has changed: the time of a run stays bounded."""
 
 
 def place(name: str, rotation: str = ROTATION) -> str:
@@ -36,17 +39,27 @@ def place(name: str, rotation: str = ROTATION) -> str:
     return hashlib.sha256(f"{rotation} {name}".encode()).hexdigest()
 
 
-def left_out(items: Iterable[Any], rotation: str = ROTATION, affected: frozenset[str] | None = None) -> list[Any]:
+def left_out(
+    items: Iterable[Any],
+    rotation: str = ROTATION,
+    affected: frozenset[str] | None = None,
+    changed: frozenset[str] | None = None,
+) -> list[Any]:
     """The rotating and dependent tests that this run does not make.
 
     Args:
         items: All tests.
         rotation: Decides which parameters run.
         affected: Files that depend on what has changed; by default of this checkout.
+        changed: Files that have changed themselves; by default of this checkout.
     """
     if rotation == "all":
         return []
+    items = list(items)
     affected = selection.now() if affected is None else affected
+    changed = selection.changed_now() if changed is None else changed
+    dependent = [item for item in items if item.get_closest_marker("rotating") is None and _is_dependent(item)]
+    chosen = _chosen(dependent, rotation, affected, changed)
     groups: dict[tuple[str, str, Any], list[Any]] = defaultdict(list)
     count: dict[tuple[str, str, Any], int] = {}
     found: list[Any] = []
@@ -56,7 +69,7 @@ def left_out(items: Iterable[Any], rotation: str = ROTATION, affected: frozenset
             group = (str(item.path), item.originalname, each(_first(item)))
             groups[group].append(item)
             count[group] = mark.args[0]
-        elif _is_dependent(item) and not _runs(item, rotation, affected):
+        elif _is_dependent(item) and _name(item) not in chosen and not _has_its_turn(item, rotation):
             found.append(item)
     for group, members in groups.items():
         members.sort(key=lambda item: _order(item, rotation, affected))
@@ -69,16 +82,27 @@ def _first(item: Any) -> Any:
     return next(iter(item.callspec.params.values()))
 
 
-def _runs(item: Any, rotation: str, affected: frozenset[str]) -> bool:
-    """Whether a dependent test runs; all tests of a method have their turn together, and share its reference run."""
-    if selection.depends(selection.files_of(item), affected):
-        return True
+def _chosen(items: Iterable[Any], rotation: str, affected: frozenset[str], changed: frozenset[str]) -> frozenset[str]:
+    """Names whose dependent tests run because of a change."""
+    others: dict[str, bool] = {}  # whether it is not the own files of a method that have changed
+    for item in items:
+        if selection.depends(selection.files_of(item), affected):
+            others[_name(item)] = changed.isdisjoint(selection.own_files_of(item))
+    return frozenset(sorted(others, key=lambda name: (others[name], place(name, rotation)))[:MOST])
+
+
+def _name(item: Any) -> str:
+    """Method, or test file, that a dependent test is about."""
+    return str(selection.parameters(item).get("name", Path(item.path).stem))
+
+
+def _has_its_turn(item: Any, rotation: str) -> bool:
+    """Whether it is the day of a dependent test; all tests of a method run together, and share its reference run."""
     try:
         day = date.fromisoformat(rotation).toordinal()
     except ValueError:
         day = int(place("", rotation), 16)
-    name = selection.parameters(item).get("name", Path(item.path).stem)
-    return (int(place(str(name), ""), 16) + day) % ONE_IN == 0
+    return (int(place(_name(item), ""), 16) + day) % ONE_IN == 0
 
 
 def _is_dependent(item: Any) -> bool:
@@ -102,8 +126,9 @@ def summary() -> Iterator[str]:
         return
     names = [name for name in SUBJECTS if selection.depends(selection.files_of_method(name), affected)]
     yield (
-        f"selection: {len(names)} of {len(SUBJECTS)} methods depend on what has changed; of the others a tenth is "
-        "tested on two processes, in half precision and on a device (all of them with CL_LIGHTNING_ROTATION=all)"
+        f"selection: {len(names)} of {len(SUBJECTS)} methods depend on what has changed, of which up to {MOST} are "
+        "tested on two processes, in half precision and on a device; of the others a tenth (all of them with "
+        "CL_LIGHTNING_ROTATION=all)"
     )
 
 

@@ -27,7 +27,7 @@ from cl_lightning.cli import discovery
 from support import ROOT
 from support.subjects import METHOD_OF, SUBJECTS, TESTS
 
-BASE, AFFECTED = "CL_LIGHTNING_BASE", "CL_LIGHTNING_AFFECTED"
+BASE, AFFECTED, CHANGED = "CL_LIGHTNING_BASE", "CL_LIGHTNING_AFFECTED", "CL_LIGHTNING_CHANGED"
 EVERYTHING = "*"
 _WITHOUT_EFFECT = ("docs/", "benchmarks/", "LICENSE", ".gitignore", "ruff.toml")
 _LINKED = ("callbacks", "datamodules")
@@ -188,8 +188,16 @@ def affected(files: frozenset[str] | None, root: Path = ROOT) -> frozenset[str]:
 def now() -> frozenset[str]:
     """The affected files of this run: found once, before the workers start, which inherit the answer."""
     if AFFECTED not in os.environ:
-        os.environ[AFFECTED] = "\n".join(sorted(affected(changed())))
+        files = changed()
+        os.environ[CHANGED] = "\n".join(sorted(files or ()))
+        os.environ[AFFECTED] = "\n".join(sorted(affected(files)))
     return frozenset(filter(None, os.environ[AFFECTED].split("\n")))
+
+
+def changed_now() -> frozenset[str]:
+    """The changed files of this run."""
+    now()
+    return frozenset(filter(None, os.environ.get(CHANGED, "").split("\n")))
 
 
 def depends(files: Iterable[str], on: frozenset[str]) -> bool:
@@ -220,8 +228,15 @@ def files_of_method(name: str) -> Iterator[str]:
 def files_of(item: Any) -> Iterator[str]:
     """Files that a test is about: its own, and those of the method that its parameter ``name`` names."""
     yield str(Path(item.path).relative_to(ROOT))
+    yield from own_files_of(item)
+
+
+def own_files_of(item: Any) -> Iterator[str]:
+    """Files of the method that a test is about: its strategy and its test file, or the test's own file."""
     if (name := parameters(item).get("name")) in SUBJECTS:
         yield from files_of_method(name)
+    else:
+        yield str(Path(item.path).relative_to(ROOT))
 
 
 def parameters(item: Any) -> dict[str, Any]:
