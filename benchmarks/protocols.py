@@ -294,7 +294,7 @@ PROTOCOLS = {
         "loader, as ER by the loader, while ER replays as many samples in each step as the batch has: WA is to be "
         "compared with ER by the loader, which it exceeds by its distillation and the alignment. DERExpand, MEMO and "
         "TagFex mix by the loader too, and stay below it: without the alignment of the head DERExpand reaches 67.0 and "
-        "MEMO 65.6 (seed 0); 3 epochs without weight decay are not the training that alignment is made for. AR1 keeps "
+        "MEMO 65.6 (seed 0); the rest of the difference is not explained. AR1 keeps "
         "the first layer of two classes, and its penalty is not the cause of its distance to ER (without it: 67.9).",
         f"{OFFLINE} {MLP} --trainer.max_epochs 3",
         methods=WITH_MLP,
@@ -322,7 +322,7 @@ PROTOCOLS = {
         "As the first table, for methods of task-incremental learning: the task of each test image is known, and its "
         "class is one of the two of this task. Methods for all classes have the cross-entropy over the classes of the "
         "task. LAFTR draws 40 inputs per earlier task and step; its closed form takes minutes with 784 "
-        "pixels. The accuracies are not to be compared with those of other tables.",
+        "pixels. Do not compare these accuracies with other tables.",
         f"{OFFLINE} {MLP} --trainer.max_epochs 3",
         methods=TASK_INCREMENTAL,
         columns=WITH_TASKS,

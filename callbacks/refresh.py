@@ -34,7 +34,7 @@ class Refresh(ContinualCallback):
     Then the step of the strategy follows. At the end of a task F <- tau F + F of the task (Wang et al., "A Unified and
     General Framework for Continual Learning", ICLR 2024, arXiv:2403.13249, as in the authors' code). delta -> strength,
     sigma -> noise, kappa -> fisher_weight, tau -> decay. The learning rate of the code's unlearning step has no effect,
-    since the change of each tensor is normalised. With tau = 1e-5 F is that of the last task.
+    since the change of each tensor is normalised. With tau = 1e-5 F is nearly the F of the last task.
 
     Departs from the authors' code: there F is the mean of p(y|x) (d log p(y|x) / d theta)^2 over the samples with their
     labels y, here it is the Fisher information of ``labels``. Running statistics of batch normalisation do not change

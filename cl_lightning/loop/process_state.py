@@ -16,8 +16,8 @@ _HOLDERS = ("state_dict", "callbacks")  # a callback may hold the statistics of 
 def share(checkpoint: dict[str, Any], device: torch.device) -> None:
     """Replace the statistics in a checkpoint by their mean over all processes; called on all processes.
 
-    The tensors of the run do not change. If the statistics of the processes differ, those of each process are added
-    under ``process_statistics``, from which :func:`own` restores them.
+    The tensors of the run do not change. If the statistics of the processes differ, the statistics of each process are
+    added under ``process_statistics``, from which :func:`own` restores them.
 
     Args:
         checkpoint: Content of a checkpoint with the part ``cl_lightning``; changed in place.

@@ -80,7 +80,7 @@ def verification_accuracy(first: Tensor, second: Tensor, same: Tensor, *, folds:
 def average_compatibility(M: Tensor, *, strict: bool = False) -> float:
     """AC: share of the pairs k < t with M[t, k] >= M[k, k] (CL2R: Biondi et al., 2023, arXiv:2211.09032); in [0, 1].
 
-    Queries of the later network then find at least as much in an old gallery as those of the network that made it.
+    Queries of the later network then find at least as much in an old gallery as queries of the network that made it.
 
     Args:
         M: Compatibility matrix.

@@ -20,8 +20,8 @@ class SharedBudget:
     are given.
     The memory for a task is chosen when the task before it ends: its size needs the number of samples of the next task,
     which the stream gives. After the last task it has K samples. Departs from PyCIL, which sizes the memory by the rate
-    of the task that ends and cuts new data by that of the task that begins, so that the storage is not constant, and
-    herds among samples that were left out.
+    of the task that ends and cuts new data by the rate of the task that begins, so that the storage is not constant,
+    and herds among samples that were left out.
 
     Args:
         memory_rates: m of the second task, the third, ..., in [0, 1); the last one holds for further tasks.

@@ -346,7 +346,7 @@ class CosineHead(Head):
         Rows of a class without features are unchanged. Computed in float64.
 
         Args:
-            features: ``(n, d)``: those of all processes, so that the rows are the same on each.
+            features: ``(n, d)``, of all processes, so that the rows are the same on each.
             labels: Columns, int64 ``(n,)``; features of classes of earlier blocks are not used.
             key: Key of the random numbers of k-means.
         """

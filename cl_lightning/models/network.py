@@ -11,6 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cl_lightning.models.heads import Head
 
+Module = TypeVar("Module", bound=nn.Module)
+HeadKind = TypeVar("HeadKind", bound=Head)
+
 
 class Output(NamedTuple):
     """Output of one forward pass.
@@ -25,6 +28,27 @@ class Output(NamedTuple):
     features: Tensor
     logits: Tensor
     maps: tuple[Tensor, ...] = ()
+
+
+def head_as(network: "Network", kind: type[HeadKind], owner: object, reason: str) -> HeadKind:
+    """The head of a network, for a method that works with one kind of head only.
+
+    Args:
+        network: The network.
+        kind: Class of the head.
+        owner: Object to name in the error.
+        reason: Why, as a relative clause for the error, such as "whose rows can be imprinted".
+
+    Raises:
+        ValueError: If the head is of another kind.
+    """
+    head = network.head
+    if not isinstance(head, kind):
+        article = "an" if kind.__name__[0] in "AEIO" else "a"
+        raise ValueError(
+            f"{type(owner).__name__}: head is {type(head).__name__}; use {article} {kind.__name__}, {reason}"
+        )
+    return head
 
 
 def joined(outputs: Sequence[Output]) -> Output:
@@ -50,7 +74,7 @@ class Network(nn.Module):
 
     Attributes:
         gives_maps: Whether the output has the maps of the stages of the backbone (``Backbone.has_maps``), for methods
-            that compare them with those of a teacher. A frozen copy of the network gives them too.
+            that compare them with the maps of a teacher. A frozen copy of the network gives them too.
     """
 
     def __init__(self, backbone: nn.Module, head: Head, *, backbone_is_frozen: bool = False) -> None:
@@ -68,9 +92,6 @@ class Network(nn.Module):
     def classify(self, images: Tensor) -> Tensor:
         """Scores ``(B, columns)`` for predictions, of images ``(B, C, H, W)``."""
         return self.head.classify(self.backbone(images))
-
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def frozen_copy(module: Module) -> Module:

@@ -91,7 +91,7 @@ class SolutionSet:
         inputs, targets = inputs.double(), targets.double()
         size = len(self.projector)
         rows = torch.cat([inputs, inputs @ self.projector, targets - inputs @ self.point], dim=1)
-        # All three blocks through one QR: products of their columns, all that is needed, are those of R.
+        # All three blocks through one QR: only products of their columns are needed, and R has the same.
         whole, free, residual = torch.split(_triangle(rows), [size, size, targets.shape[1]], dim=1)
         if not len(whole):
             return self

@@ -5,10 +5,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cl_lightning.batch import Batch, mixed_rows
+from cl_lightning.data import SampleSource, TensorSource
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.stream import ClassIncremental, Online
 from cl_lightning.testing.bench import run
@@ -22,9 +24,19 @@ class OtherTasks(Callback):
 
 
 def drifting(data: Callable[[], ContinualDataModule]) -> ContinualDataModule:
-    """The data as a stream of one task, one pass in batches of 10."""
+    """The data as a stream of one task, one pass in batches of 10 in the order of the classes."""
     module = data()
     module.scenario = Online(ClassIncremental(tasks=1), batch_size=10)
+    source = module.source
+
+    def by_class(*, train: bool) -> SampleSource:
+        plain = source(train=train)
+        order = np.argsort(plain.labels, kind="stable")
+        images = plain.take(torch.from_numpy(order)).numpy()
+        return TensorSource(images, np.asarray(plain.labels)[order], class_names=list(plain.class_names))
+
+    module.source = by_class  # type: ignore[method-assign]
+    module.shuffles = lambda task: False  # type: ignore[method-assign]
     return module
 
 

@@ -5,7 +5,7 @@ import torch
 from support.fakes import normal
 from torch import nn
 
-from cl_lightning.models import Temporary, in_eval_mode
+from cl_lightning.models import CosineHead, LinearHead, Network, Temporary, head_as, in_eval_mode
 
 
 class Owner(nn.Module):
@@ -66,3 +66,11 @@ def test_in_eval_mode_each_submodule_gets_its_mode_back_also_after_an_error():
     with pytest.raises(KeyError), in_eval_mode(net):
         raise KeyError
     assert [part.training for part in net.modules()] == before == [True, True, True, False, True]
+
+
+def test_a_head_of_another_kind_is_an_error_that_names_both():
+    network = Network(nn.Identity(), LinearHead(3))
+    owner = Owner(1)
+    assert head_as(network, LinearHead, owner, "whose rows add up") is network.head
+    with pytest.raises(ValueError, match=r"^Owner: head is LinearHead; use a CosineHead, whose rows have a norm$"):
+        head_as(network, CosineHead, owner, "whose rows have a norm")

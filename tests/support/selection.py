@@ -226,7 +226,7 @@ def files_of_method(name: str) -> Iterator[str]:
 
 
 def files_of(item: Any) -> Iterator[str]:
-    """Files that a test is about: its own, and those of the method that its parameter ``name`` names."""
+    """Files that a test is about: its own, and the files of the method that its parameter ``name`` names."""
     yield str(Path(item.path).relative_to(ROOT))
     yield from own_files_of(item)
 

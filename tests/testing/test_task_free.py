@@ -3,13 +3,15 @@
 from functools import partial
 
 import pytest
+import torch
 from support.runs import plain_net
 
 from cl_lightning.memory import ClassBalanced
 from cl_lightning.strategies.online.mir import MIR
 from cl_lightning.strategies.rehearsal.er import ER
 from cl_lightning.strategy import Traits
-from cl_lightning.testing import Subject, check_strategy, small
+from cl_lightning.testing import Subject, TinyDigits, check_strategy, small
+from cl_lightning.testing.task_free import drifting
 
 STATED = Traits(family="rehearsal", keeps_exemplars=True, task_free=True)
 
@@ -71,3 +73,14 @@ def test_a_method_that_does_not_passes():
 def test_options_that_need_task_ids_are_stated(make):
     assert type(make()).traits.task_free
     assert not make(backbone=plain_net).traits.task_free
+
+
+def test_the_classes_of_the_stream_drift():
+    stream = drifting(TinyDigits)
+    stream.make_stream(0)
+    stream.begin(stream.stream.tasks[0])
+    stream.begin_phase(0, None, 0)
+    labels = torch.cat([batch.labels for batch in stream.train_dataloader()])
+    firsts = [labels.tolist().index(label) for label in labels.unique().tolist()]
+    assert len(firsts) == 10
+    assert (labels[1:] != labels[:-1]).sum() == 9  # one class after another

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cl_lightning.batch import ImageShape, mix
 from cl_lightning.checks import one_of
 from cl_lightning.memory import GrowingBuffers, Prototypes, group_ids, herding_per_class, rank_in_group
-from cl_lightning.models import CosineHead
+from cl_lightning.models import CosineHead, head_as
 from cl_lightning.strategies.base.phases import Phase, PhaseOptions
 from cl_lightning.strategies.base.replay import ExemplarReplay
 from cl_lightning.strategies.base.strategy import HeadFactory
@@ -132,7 +132,7 @@ def balanced_phase(
         task: The task.
         subset: Its balanced set, a submodule.
         options: Options of the phase; 0 epochs to leave it out.
-        head_only: Whether only the rows of the head are trained, those of old classes too, with the backbone frozen in
+        head_only: Whether only the rows of the head are trained, rows of old classes too, with the backbone frozen in
             eval mode; the scale of a cosine head is not.
     """
     if task.is_first or options.epochs == 0:
@@ -191,17 +191,11 @@ class CosineExemplars(NearestExemplars):
     @property
     def cosine_head(self) -> CosineHead:
         """The head of the network."""
-        head = self.network.head
-        assert isinstance(head, CosineHead)
-        return head
+        return head_as(self.network, CosineHead, self, "whose rows can be imprinted")
 
     def build(self, image_shape: ImageShape) -> None:
         super().build(image_shape)
-        head = self.network.head
-        if not isinstance(head, CosineHead):
-            raise ValueError(
-                f"{type(self).__name__}: head is {type(head).__name__}; use a CosineHead, whose rows can be imprinted"
-            )
+        _ = self.cosine_head  # raises for another head
 
     def phases(self, task: Task) -> list[Phase]:
         return [Phase(), *balanced_phase(self, task, self.balanced, self.balanced_options, head_only=True)]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_lightning.models import ConsolidatedHead
+from cl_lightning.models import ConsolidatedHead, head_as
 from cl_lightning.strategy import Batch, ContinualStrategy, HeadFactory, Output, Task, Traits
 
 
@@ -47,13 +47,7 @@ class CWRStar(ContinualStrategy):
         Raises:
             ValueError: If it is no ``ConsolidatedHead``.
         """
-        head = self.network.head
-        if not isinstance(head, ConsolidatedHead):
-            raise ValueError(
-                f"{type(self).__name__}: give a ConsolidatedHead as head, or none; {type(head).__name__} has no "
-                "consolidated rows"
-            )
-        return head
+        return head_as(self.network, ConsolidatedHead, self, "which has consolidated rows")
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)

@@ -44,7 +44,7 @@ from cl_lightning.data import rotate_batch, rotation_labels
 from cl_lightning.distributed import all_gather_together, all_sum
 from cl_lightning.losses import cross_entropy, feature_distillation
 from cl_lightning.memory import GaussianPrototypes, Teacher, kernel_drift
-from cl_lightning.models import Head, LinearHead, batch_norms
+from cl_lightning.models import Head, LinearHead, batch_norms, head_as
 from cl_lightning.strategies.base import AddsLosses
 from cl_lightning.strategy import Batch, ContinualStrategy, HeadFactory, Output, Phase, Task, Traits
 
@@ -111,10 +111,7 @@ class EFC(ContinualStrategy):
 
     def build(self, image_shape: ImageShape) -> None:
         super().build(image_shape)
-        if not isinstance(self.network.head, LinearHead):
-            name = type(self.network.head).__name__
-            raise ValueError(f"{type(self).__name__}: head is {name}; use a LinearHead, since E is made of its weights")
-        num_features = self.network.head.num_features
+        num_features = head_as(self.network, LinearHead, self, "of whose weights E is made").num_features
         self.rotation_head, self.gaussians = LinearHead(num_features), GaussianPrototypes(num_features)
         self.register_buffer("feature_matrix", torch.zeros(num_features, num_features))
 

@@ -20,8 +20,8 @@ to the old ones,
     R = sum_i g_i (1 - M_i) / sum_i (1 - M_i),   M <- max(M, [sigmoid(s_max e_t) > 0.5]) at the end of a task
 
 The norm is of the differences of the whole batch as one vector. Weights of C between two units of M do not move. Within
-an epoch of n batches, s = 1/s_max + (s_max - 1/s_max) b/n in batch b = 0 .. n - 1; gradients of e are those of the
-largest scale (HAT, arXiv:1801.01423), and e stays in [-6, 6].
+an epoch of n batches, s = 1/s_max + (s_max - 1/s_max) b/n in batch b = 0 .. n - 1; gradients of e are made equal to
+gradients at the largest scale (HAT, arXiv:1801.01423), and e stays in [-6, 6].
 Predictions use s_max, and the cascade F_c = P_{c+1} ( ... P_t(S(x))), which returns to the features that task c had.
 From the second task on, the LayerNorms of S and C and of the new head are frozen.
 s_max -> scale. Embeddings start from N(0, 1), as in HAT.
@@ -131,7 +131,7 @@ class Projector(nn.Module):
 class GatedClassAttention(Backbone):
     """Transformer with a gated class-attention block, to the class tokens of all tasks, ``(B, tasks * dim)``.
 
-    The self-attention blocks are those of ConViT (d'Ascoli et al., ICML 2021, arXiv:2103.10697), as timm has them.
+    The self-attention blocks are blocks of ConViT (d'Ascoli et al., ICML 2021, arXiv:2103.10697), as timm has them.
     In training mode the newest gates are soft and all tokens attend to the same patch features; in eval mode gates have
     the largest scale, and patch features are projected back to each earlier task.
 
@@ -317,7 +317,7 @@ class TokenHead(Head):
 
 
 class GCAB(ContinualStrategy):
-    """Gates protect the class attention of earlier tasks; projectors take patch features back to those of the task.
+    """Gates protect the class attention of earlier tasks; projectors return patch features to the features of the task.
 
     Args:
         gate_weight: Weight of R, at least 0.

@@ -37,7 +37,7 @@ from cl_lightning.batch import Draw, ImageShape
 from cl_lightning.checks import above, at_least
 from cl_lightning.losses import cross_entropy, feature_norm_distillation, full_precision
 from cl_lightning.memory import Prototypes, Teacher
-from cl_lightning.models import Head, LinearHead
+from cl_lightning.models import Head, LinearHead, head_as
 from cl_lightning.strategies.base import AddsLosses
 from cl_lightning.strategy import Batch, ContinualStrategy, Output, Phase, Task, Traits
 
@@ -130,9 +130,7 @@ class IL2A(ContinualStrategy):
 
     def build(self, image_shape: ImageShape) -> None:
         super().build(image_shape)
-        head = self.network.head
-        if not isinstance(head, LinearHead):
-            raise ValueError(f"IL2A: head is {type(head).__name__}; use a LinearHead, for whose logits the bound holds")
+        head = head_as(self.network, LinearHead, self, "for whose logits the bound holds")
         self.pair_head = self.build_head(head.num_features)
         self.class_means = Prototypes(head.num_features, covariance=True)
 

@@ -44,7 +44,7 @@ Estimator = Literal["lin_act", "bern", "determ"]
 Distance = Literal["softmax", "kl", "logits"]
 Covariance = Literal["full", "diagonal"]
 Parameters = Mapping[str, tuple[Tensor, Tensor | None]]
-"""Weight and bias of each linear layer and convolution by its place in the chain; those of the head under ``head``."""
+"""Weight and bias of each linear layer and convolution by its place in the chain, and of the head under ``head``."""
 HEAD = "head"
 _KNOWN = (nn.Linear, nn.Conv2d, nn.ReLU, nn.Flatten, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d)
 _GROUPS, _INPUTS, _GATES = 0x1AF1, 0x1AF2, 0x1AF3  # salts

@@ -39,7 +39,7 @@ from cl_lightning.data import rotate_batch, rotated
 from cl_lightning.distributed import all_sum, world_size
 from cl_lightning.losses import cross_entropy, feature_norm_distillation, mean_over_rows
 from cl_lightning.memory import GrowingBuffers, Prototypes, Teacher, restore_shapes
-from cl_lightning.models import DistanceHead, Network, distances
+from cl_lightning.models import DistanceHead, Network, distances, head_as
 from cl_lightning.strategies.base import AddsLosses, separate_group
 from cl_lightning.strategy import Batch, ContinualStrategy, HeadFactory, Output, Phase, Task, Traits
 
@@ -160,11 +160,7 @@ class NapaVQ(ContinualStrategy):
 
     def build(self, image_shape: ImageShape) -> None:
         super().build(image_shape)
-        head = self.network.head
-        if not isinstance(head, DistanceHead):
-            raise ValueError(
-                f"NapaVQ: head is {type(head).__name__}; use a DistanceHead, whose rows are coding vectors"
-            )
+        head = head_as(self.network, DistanceHead, self, "whose rows are coding vectors")
         self.rotation_head, self.class_means = DistanceHead(head.num_features), Prototypes(head.num_features)
 
     def begin_task(self, task: Task) -> None:

@@ -30,6 +30,8 @@ from cl_lightning.strategies.base import mean_gradient, output_at, trained_weigh
 from cl_lightning.strategies.rehearsal.er import ER
 from cl_lightning.strategy import Traits
 
+_CHOSEN = 0x317  # salt of the draw for the augmentation of the chosen samples
+
 
 class MIR(ER):
     """Replay of the samples of a memory whose loss the step on the batch would increase the most.
@@ -105,6 +107,3 @@ class MIR(ER):
                 for values in (weights, virtual_step(weights, gradient, lr))
             )
         return after - before
-
-
-_CHOSEN = 0x317  # salt of the draw for the augmentation of the chosen samples

@@ -6,11 +6,11 @@ from the memory, each step from the second task on minimises
 
     L = mean of CE over { g(a(x)), y } and { g(r), y' }  +  c sum_j Omega_j (theta_j - theta*_j)^2
 
-where the logits are those of the temporary rows tw of CWR*, and the penalty is of the backbone (see ``SI``). The layers
+where the temporary rows tw of CWR* give the logits, and the penalty is of the backbone (see ``SI``). The layers
 up to the latent layer are frozen after the first task, with the statistics of their normalisation, so that stored
-activations stay those of the network; nothing of an image is stored. At the end of task t, counted from 1, memory_size
-/ t random samples of the task replace random samples of earlier tasks, which leaves as many of each task. c ->
-penalty_weight; 0 is AR1*free of the paper, whose experiments with latent replay have no penalty.
+activations stay what the network gives; nothing of an image is stored. At the end of task t, counted from 1,
+memory_size / t random samples of the task replace random samples of earlier tasks, which leaves as many of each task.
+c -> penalty_weight; 0 is AR1*free of the paper, whose experiments with latent replay have no penalty.
 Replayed classes are trained in the task as its own classes are: their rows start at cw, are consolidated at the end of
 the task, and n_c counts the replayed samples too, as in the authors' code. Departs from the paper: batch normalisation
 instead of batch renormalisation; Omega is not clipped, and the part of a task is not weighted.

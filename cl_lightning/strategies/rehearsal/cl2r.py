@@ -7,8 +7,8 @@ simplex of K classes, phi_old the features of the network before the task, and R
     L = CE(w phi(x)) on the batch and on R  +  lambda_t * mean over R of ( 1 - cos( phi(x), phi_old(x) ) )
     lambda_t = lambda sqrt( C_new / C_old )
 
-The cross-entropy is over all K corners, also those of classes that have not arrived, which keeps their space free. The
-memory has random samples of each class, and a step has as many of them as the batch has samples. lambda ->
+The cross-entropy is over all K corners, also corners of classes that have not arrived, which keeps their space free.
+The memory has random samples of each class, and a step has as many of them as the batch has samples. lambda ->
 alignment_weight; C_old and C_new are the numbers of classes before and in the task. The callback
 ``CompatibilityMatrix`` measures how comparable the features are.
 """
@@ -29,7 +29,7 @@ class CL2R(CompatibleReplay):
 
     Args:
         alignment_weight: lambda, at least 0.
-        kwargs: Options of ``CompatibleReplay``: memory_per_class, replay_size, head, and those of the base class.
+        kwargs: Options of ``CompatibleReplay``: memory_per_class, replay_size, head, and options of the base class.
     """
 
     traits = Traits(family="rehearsal", paper="Biondi et al., ACM TOMM 2023, arXiv:2211.09032", keeps_exemplars=True)

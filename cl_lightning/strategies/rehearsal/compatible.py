@@ -8,7 +8,7 @@ from torch import Tensor
 from cl_lightning.batch import join, mix
 from cl_lightning.checks import at_least, one_of
 from cl_lightning.memory import Memory, Teacher, random_per_class
-from cl_lightning.models import SimplexHead
+from cl_lightning.models import SimplexHead, head_as
 from cl_lightning.strategy import Batch, ContinualStrategy, HeadFactory, Output, Task
 
 _CHOICE = 0xC12  # salt of the choice of samples
@@ -17,7 +17,7 @@ _CHOICE = 0xC12  # salt of the choice of samples
 class CompatibleReplay(ContinualStrategy):
     """Cross-entropy over all corners of a fixed simplex, on the batch and on a memory of random samples of each class.
 
-    The features that are compared are those of the head, P f(x) of ``SimplexHead``.
+    The features that are compared are the features of the head, P f(x) of ``SimplexHead``.
 
     Args:
         memory_per_class: Number of samples of each class in the memory, at least 0; 0 for no replay. They are chosen at
@@ -50,13 +50,7 @@ class CompatibleReplay(ContinualStrategy):
         Raises:
             ValueError: If it is no ``SimplexHead``.
         """
-        head = self.network.head
-        if not isinstance(head, SimplexHead):
-            raise ValueError(
-                f"{type(self).__name__}: give a SimplexHead as head, or none; the rows of {type(head).__name__} change "
-                "from task to task"
-            )
-        return head
+        return head_as(self.network, SimplexHead, self, "whose rows do not change from task to task")
 
     def prepare_batch(self, batch: Batch) -> Batch:
         if not len(self.memory):

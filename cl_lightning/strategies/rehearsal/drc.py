@@ -6,8 +6,8 @@ and one linear head W serves both,
     z_N = W pool(N(h(x))) + b,   z_O = W pool(O(h(x))) + b,   prediction by z = z_N + z_O,  in the first task by z_N
 
 The first task minimises CE(z_N, y). When a later task begins, the branches are merged: scale and shift of O become
-those of N in the second task, and in later tasks the mean of those of O and N. The size of the network is therefore
-constant. In a task, scale and shift of O are fixed, and its running statistics follow the data.
+the values of N in the second task, and in later tasks the mean of the values of O and N. The size of the network is
+therefore constant. In a task, scale and shift of O are fixed, and its running statistics follow the data.
 
 ``adapt``, on the data of the task without exemplars, over the new classes alone:   L = CE(z_new, y). The result is the
 teacher N. ``fuse``, on the data of the task and exemplars, from the weights of the teacher N, with new running
@@ -40,7 +40,7 @@ from cl_lightning.batch import ImageShape
 from cl_lightning.checks import above, at_least, within
 from cl_lightning.losses import cross_entropy, full_precision, row_factor, softmax_distillation
 from cl_lightning.memory import Teacher
-from cl_lightning.models import ExpandableBackbone, LinearHead, ResNet, feature_map, positions
+from cl_lightning.models import ExpandableBackbone, LinearHead, ResNet, feature_map, head_as, positions
 from cl_lightning.strategy import Batch, ExemplarReplay, HeadFactory, Output, Phase, PhaseOptions, Task, Traits
 
 
@@ -87,7 +87,7 @@ class BranchedBackbone(ExpandableBackbone):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Set scale and shift of O to those of N, if there is no O yet, or to the mean of both."""
+        """Set scale and shift of O to the values of N, if there is no O yet, or to the mean of both."""
         if len(self.extractors) == 1:
             self.expand()
             self.norms[1].reset_running_stats()
@@ -166,9 +166,7 @@ class DRC(ExemplarReplay):
 
     def build(self, image_shape: ImageShape) -> None:
         super().build(image_shape)
-        if not isinstance(self.network.head, BranchHead):
-            name = type(self.network.head).__name__
-            raise ValueError(f"DRC: head is {name}; use a BranchHead, which serves both branches")
+        head_as(self.network, BranchHead, self, "which serves both branches")
 
     @property
     def backbone(self) -> BranchedBackbone:

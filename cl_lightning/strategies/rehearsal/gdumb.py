@@ -7,7 +7,7 @@ network is trained from scratch on the memory alone. What other methods gain ove
     samples in memory; a full memory first drops a random sample of its largest class
 
 The training is cross-entropy with CutMix (Yun et al., ICCV 2019, arXiv:1905.04899): with probability p a box of each
-image is replaced by that of another image of the batch, and with r the share of the pixels that remain
+image is replaced by a part of another image of the batch, and with r the share of the pixels that remain
 
     L = r CE(f(x), y_a) + (1 - r) CE(f(x), y_b),    box of area 1 - u, u ~ Beta(alpha, alpha), cut at the border
 
@@ -146,7 +146,7 @@ class GDumb(ContinualStrategy):
         return torch.cat([new, held])
 
     def _balance(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Masks of the samples in memory, and of those of the task, that the memory holds when the task is over."""
+        """Masks of the samples of the memory, and of the task, that the memory holds when the task is over."""
         key = mix(self.seed, _ORDER, self.task.index)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(key))
         held, arrived = greedy_balanced(self.memory.labels, labels[order], self.memory.size, key)

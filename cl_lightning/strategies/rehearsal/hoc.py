@@ -1,8 +1,8 @@
 """d-Simplex-HOC: higher-order compatibility (Biondi, Pernici, Ricci & Del Bimbo, CVPR 2024, arXiv:2405.02581).
 
-Features stay comparable with those of earlier networks, so that a gallery need not be computed again. With a_i and b_i
-the features of sample i of the present network and of the network before the task, each divided by its norm, in front
-of a classifier that is fixed from the start, the corners of a simplex of K classes,
+Features stay comparable with features of earlier networks, so that a gallery need not be computed again. With a_i and
+b_i the features of sample i of the present network and of the network before the task, each divided by its norm, in
+front of a classifier that is fixed from the start, the corners of a simplex of K classes,
 
     L = (1 - lambda) CE + lambda L_hoc,    s_ij = mu <b_i, a_j>
     L_hoc = mean_i ( -s_ii + log sum_j exp( s_ij [y_i != y_j] ) )
@@ -53,9 +53,9 @@ class HOC(CompatibleReplay):
     Args:
         compatibility_weight: lambda, in [0, 1].
         scale: mu, above 0.
-        align_first: Whether features of the first task are compared with those of the initial network, for backbones
+        align_first: Whether features of the first task are compared with features of the initial network, for backbones
             with pretrained weights.
-        kwargs: Options of ``CompatibleReplay``: memory_per_class, replay_size, head, and those of the base class.
+        kwargs: Options of ``CompatibleReplay``: memory_per_class, replay_size, head, and options of the base class.
     """
 
     traits = Traits(family="rehearsal", paper="Biondi et al., CVPR 2024, arXiv:2405.02581", keeps_exemplars=True)

@@ -6,7 +6,7 @@ of the backbone is therefore added in each task, to a stem g that all tasks shar
 
     phi(x) = [s_1(g(x)), ..., s_t(g(x))],   s_t initialised as a copy of s_{t-1},   s_1, ..., s_{t-1} frozen
 
-and the loss, the auxiliary head on s_t and the alignment of the head are those of ``DERExpand``. g is trained in all
+and the loss, the auxiliary head on s_t and the alignment of the head are as in ``DERExpand``. g is trained in all
 tasks (``train_stem``), so that the inputs of the frozen stages drift; without it, g is frozen after the first task.
 
 What the network does not take is left for exemplars. With ``budget_mb`` both count: after task t there is room for

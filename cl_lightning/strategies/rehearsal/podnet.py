@@ -1,17 +1,17 @@
 """Pooled Outputs Distillation (Douillard, Cord, Ollion, Robert & Valle, ECCV 2020, arXiv:2004.13513).
 
 The head has P proxies per class: s_c is their local similarity (eq. 5, ``CosineHead`` with ``proxies``) and eta its
-learnt scale, which starts at 1. With a_m the map of stage m before its ReLU, f the features, b_m and g those of the
-network before the task, and C classes so far,
+learnt scale, which starts at 1. With a_m the map of stage m before its ReLU, f the features, b_m and g the maps and
+features of the network before the task, and C classes so far,
 
     L = NCA + r lambda_c POD-spatial(a, b) + r lambda_f (1 - cos(f, g)),    r = sqrt(C / C_new)
     NCA = mean_i max(0, -eta (s_y - delta) + log sum_{c != y} exp(eta s_c))                       (eq. 6, 7)
 
 on the data of the task and on herded exemplars. POD-spatial is the mean over the stages of the distance of sums of
 squares over rows and columns (``pod_spatial``). lambda_c -> spatial_weight, lambda_f -> flat_weight, delta -> margin,
-P -> proxies. Proxies of old classes are frozen; those of a new class start as the centres of k-means of its normalised
-features, at the mean norm of the old proxies. A second phase trains the head alone by NCA on a class-balanced set of
-exemplars. The prediction is the class of the nearest mean of exemplars, or of the largest s_c.
+P -> proxies. Proxies of old classes are frozen; proxies of a new class start as the centres of k-means of its
+normalised features, at the mean norm of the old proxies. A second phase trains the head alone by NCA on a
+class-balanced set of exemplars. The prediction is the class of the nearest mean of exemplars, or of the largest s_c.
 Use a backbone without a ReLU at the end (``last_relu: false``). The authors clamp each number of the gradient to
 [-5, 5]: ``--trainer.gradient_clip_val 5 --trainer.gradient_clip_algorithm value``.
 Departs from the authors' code, which with ``released=True`` is followed: there delta is subtracted from all scores and
@@ -79,7 +79,7 @@ class PODNet(CosineExemplars):
         flat_weight: lambda_f, at least 0: 1 for CIFAR-100 and 10 for ImageNet-100.
         margin: delta, at least 0; without effect with ``released``.
         proxies: P, at least 1.
-        released: Whether the NCA loss is that of the authors' code.
+        released: Whether the NCA loss follows the authors' code.
         balanced_options: Options of the second phase; None for their optimizer is SGD with learning rate 0.05 and
             momentum 0.9. 0 epochs leave it out.
         head: Builds a :class:`CosineHead`; None for P proxies and a learnt scale that starts at 1.

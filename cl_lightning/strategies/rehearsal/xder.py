@@ -64,7 +64,7 @@ def transplanted(old: Tensor, new: Tensor, labels: Tensor, columns: Tensor, deca
         decay: gamma, in [0, 1].
 
     Returns:
-        ``(B, C)``; other columns are those of ``old``, to the bit. With no column in H it is ``old``.
+        ``(B, C)``; other columns equal ``old``, to the bit. With no column in H it is ``old``.
     """
     of_label = old.gather(1, labels[:, None])
     largest = new.masked_fill(~columns, -torch.inf).amax(dim=1, keepdim=True)
@@ -112,7 +112,7 @@ class FutureOutputs(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.zeros(0, 0)), nn.Parameter(torch.zeros(0))
 
     def grow(self, num_classes: int, num_features: int) -> None:
-        """Add outputs, initialised as those of ``nn.Linear``; present ones keep their values."""
+        """Add outputs, initialised as outputs of ``nn.Linear``; present ones keep their values."""
         more = num_classes - len(self.bias)
         if more > 0:
             new = nn.Linear(num_features, more)

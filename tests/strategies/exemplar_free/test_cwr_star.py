@@ -93,5 +93,5 @@ def test_it_forgets_less_than_finetuning():
 
 
 def test_another_head_is_refused():
-    with pytest.raises(ValueError, match="CWRStar: give a ConsolidatedHead as head, or none; LinearHead has no"):
+    with pytest.raises(ValueError, match="CWRStar: head is LinearHead; use a ConsolidatedHead, which has"):
         run(SMALL(head=LinearHead))

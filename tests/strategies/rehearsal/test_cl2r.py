@@ -131,7 +131,7 @@ def test_it_forgets_less_than_finetuning_and_its_features_stay_comparable():
 def test_losses_over_some_classes_and_another_head_are_errors():
     with pytest.raises(ValueError, match="CL2R: loss_classes is 'current'; use 'all'"):
         CL2R(loss_classes="current")
-    with pytest.raises(ValueError, match="CL2R: give a SimplexHead as head, or none; the rows of LinearHead change"):
+    with pytest.raises(ValueError, match="CL2R: head is LinearHead; use a SimplexHead, whose rows do not change"):
         run(CL2R(backbone=plain_net, head=LinearHead))
     with pytest.raises(ValueError, match="CL2R: alignment_weight is -1"):
         CL2R(alignment_weight=-1.0)
