@@ -29,6 +29,7 @@ from cl_lightning.models.convnet import ConvNet
 from cl_lightning.models.cut import Cut, joined_rows
 from cl_lightning.models.energy_head import EnergyHead
 from cl_lightning.models.expansion import ExpandableBackbone, feature_map, map_stage, positions
+from cl_lightning.models.growing import GrowingParameters
 from cl_lightning.models.heads import (
     CosineHead,
     DistanceHead,
@@ -116,6 +117,7 @@ __all__ = [
     "ExpandableBackbone",
     "FiLM",
     "GatedBackbone",
+    "GrowingParameters",
     "Head",
     "LDAHead",
     "LinearHead",

@@ -8,9 +8,9 @@ sites receive other tokens at each pass. ``PromptedBackbone`` combines the backb
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from cl_lightning.batch import ImageShape
 from cl_lightning.checks import at_least, one_of, within
 from cl_lightning.losses import full_precision
 from cl_lightning.models.backbones import Backbone
+from cl_lightning.models.growing import GrowingParameters
 from cl_lightning.models.peft.base import Peft, blocks_of
 from cl_lightning.models.peft.tokens import PrefixSite, PromptSite
 
@@ -269,8 +270,7 @@ class DecomposedPrompts(Prompts):
         p(q) = sum_m alpha_m P_m,   alpha_m = cos(q * A_m, K_m)       in each of the chosen blocks
         K' = [K; first half of p],   V' = [V; second half of p]
 
-    Components are stored in groups, one per task, so that old groups can be frozen. When a state dict is loaded, the
-    groups are created to match it.
+    Components are stored in groups, one per task, so that old groups can be frozen.
 
     Args:
         model: Contains the blocks of a ViT of timm.
@@ -292,7 +292,7 @@ class DecomposedPrompts(Prompts):
             raise ValueError(f"DecomposedPrompts: length is {length}; it must be even (half keys, half values)")
         chosen = blocks_of(model, blocks, "DecomposedPrompts")
         self.length, self.width = length, cast(nn.LayerNorm, chosen[0].norm1).normalized_shape[-1]
-        self.prompts, self.keys, self.attention = (nn.ParameterList() for _ in range(3))
+        self.prompts, self.keys, self.attention = (GrowingParameters() for _ in range(3))
         self.sites.extend(PrefixSite(cast(nn.Module, block.attn)) for block in chosen)
         self._enable(False)
 
@@ -304,8 +304,7 @@ class DecomposedPrompts(Prompts):
                 orthonormal_rows(torch.cat([torch.zeros(0, size), *(p[i].flatten(1).cpu() for p in group)]), count)
                 for i in range(len(self.sites))
             ]
-            like = next(iter(group), torch.empty(0))
-            group.append(nn.Parameter(torch.stack(layers).view(len(layers), count, *shape).to(like.device)))
+            group.append(torch.stack(layers).view(len(layers), count, *shape))
 
     def newest(self) -> Iterator[nn.Parameter]:
         """Parameters of the newest group."""
@@ -330,7 +329,7 @@ class DecomposedPrompts(Prompts):
             place = cast(PrefixSite, site)
             place.keys = place.values = torch.empty(0)
 
-    def _groups(self) -> Iterator[tuple[nn.ParameterList, tuple[int, ...]]]:
+    def _groups(self) -> Iterator[tuple[GrowingParameters, tuple[int, ...]]]:
         yield self.prompts, (self.length, self.width)
         yield self.keys, (self.width,)
         yield self.attention, (self.width,)
@@ -338,15 +337,3 @@ class DecomposedPrompts(Prompts):
     def _all(self) -> list[Tensor]:
         """P, K and A with all groups concatenated, ``(blocks, f, ...)``."""
         return [torch.cat(list(group), dim=1) for group, _ in self._groups()]
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("prompts", "keys", "attention"):
-            group: list[nn.Parameter] = list(getattr(self, name))
-            like, shapes = next(iter(group), torch.empty(0)), [parameter.shape for parameter in group]
-            saved: list[torch.Size] = []
-            while (value := state_dict.get(f"{prefix}{name}.{len(saved)}")) is not None:
-                saved.append(value.shape)
-            if saved != shapes:
-                new = (nn.Parameter(torch.empty(shape, device=like.device)) for shape in saved)
-                setattr(self, name, nn.ParameterList(new))
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
