@@ -269,6 +269,7 @@ ADAPTED = {
     "SLCA": Method("slca_vit32", "--trainer.max_epochs {epochs}"),
     "LAE": Method("lae_vit32", "--trainer.max_epochs {epochs}"),
     "L2P": Method("l2p_vit32", "--trainer.max_epochs {epochs}"),
+    "DualPrompt": Method("dual_prompt_vit32", "--trainer.max_epochs {epochs}"),
     "CODA-Prompt": Method("coda_prompt_vit32", "--trainer.max_epochs {epochs}"),
 }
 STEPLESS = {"prototypes (ProtoCosine)": Method("proto_cosine"), "TEEN": Method("teen")}

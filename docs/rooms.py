@@ -79,8 +79,8 @@ ROOMS = (
         "models",
         "modules with parameters: backbones, heads, adapters",
         "backbones, weights, convnet, heads, growing, text_head, closed_form, network, normalization, prompts, "
-        "expansion, masks, svm, consolidated_head, cut, energy_head, kmeans, max_margin, null_space, random_layer, "
-        "simplex_head, vae, `peft/` (a file per mechanism)",
+        "expert_prompts, expansion, masks, svm, consolidated_head, cut, energy_head, kmeans, max_margin, null_space, "
+        "random_layer, simplex_head, vae, `peft/` (a file per mechanism)",
     ),
     Room("losses", "functions of logits, features, labels", "classification, distillation, contrastive"),
     Room(

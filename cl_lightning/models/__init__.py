@@ -29,6 +29,7 @@ from cl_lightning.models.convnet import ConvNet
 from cl_lightning.models.cut import Cut, joined_rows
 from cl_lightning.models.energy_head import EnergyHead
 from cl_lightning.models.expansion import ExpandableBackbone, feature_map, map_stage, positions
+from cl_lightning.models.expert_prompts import ExpertPrompts
 from cl_lightning.models.growing import GrowingParameters
 from cl_lightning.models.heads import (
     CosineHead,
@@ -80,6 +81,7 @@ from cl_lightning.models.peft.scale_shift import SSF, FiLM
 from cl_lightning.models.peft.tokens import VPT, Prefix, PrefixSite, PromptSite
 from cl_lightning.models.prompts import (
     DecomposedPrompts,
+    KeyedPrompts,
     PromptedBackbone,
     PromptPool,
     Prompts,
@@ -115,10 +117,12 @@ __all__ = [
     "DistanceHead",
     "EnergyHead",
     "ExpandableBackbone",
+    "ExpertPrompts",
     "FiLM",
     "GatedBackbone",
     "GrowingParameters",
     "Head",
+    "KeyedPrompts",
     "LDAHead",
     "LinearHead",
     "LoRA",

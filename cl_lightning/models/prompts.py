@@ -39,6 +39,10 @@ class Prompts(Peft):
     def forget(self) -> None:
         """Remove the prompts from the sites."""
 
+    def settled(self) -> Iterator[nn.Parameter]:
+        """Parameters of earlier tasks, which are used but not trained any more."""
+        return iter(())
+
     @contextmanager
     def answering(self, query: Tensor) -> Iterator[None]:
         """Context manager: inside, the model uses the prompts of queries ``(B, d)``."""
@@ -99,6 +103,37 @@ class PromptedBackbone(Backbone):
         return features
 
 
+class KeyedPrompts(Prompts):
+    """Base class of prompts with learnt keys, which are compared with the queries.
+
+    Attributes:
+        choice: Ids that the samples of the next pass use instead of their own selection; None for own selection.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choice: Tensor | None = None
+        self._matched: Tensor | None = None
+
+    @abstractmethod
+    def key_rows(self) -> Tensor:
+        """Keys ``(M, d)``."""
+
+    def similarity(self, query: Tensor) -> Tensor:
+        """Cosine similarities ``(B, M)`` of queries ``(B, d)`` and keys."""
+        with torch.autocast(query.device.type, enabled=False):
+            return F.normalize(query, dim=1) @ F.normalize(self.key_rows(), dim=1).T
+
+    def take_matched(self) -> Tensor:
+        """``1/B sum_i sum_{m in S_i} cos(q_i, k_m)`` of the last training pass, a scalar; call it once per pass."""
+        assert self._matched is not None
+        matched, self._matched = self._matched, None
+        return matched
+
+    def forget(self) -> None:
+        self.choice = None
+
+
 def most_frequent(counts: Tensor, size: int) -> Tensor:
     """Indices ``(size,)`` of the largest counts ``(M,)``; ties go to the smaller index."""
     return counts.argsort(descending=True, stable=True)[:size]
@@ -118,7 +153,7 @@ class _PoolSite(PromptSite):
         return output[:, -length:].mean(dim=1, keepdim=True).expand(-1, output.shape[1] - length, -1)
 
 
-class PromptPool(Prompts):
+class PromptPool(KeyedPrompts):
     """Prompt pool with learnable keys; each query selects the nearest (L2P: Wang et al., CVPR 2022, arXiv:2112.08654).
 
         S(q) = the N keys k_m with the largest cos(q, k_m);   tokens [P_m : m in S] are appended to the image tokens
@@ -138,8 +173,7 @@ class PromptPool(Prompts):
     Attributes:
         prompts: P, ``(M, L, d)``.
         keys: k, ``(M, d)``.
-        choice: Ids ``(N,)`` that all samples of the next pass use instead of their own selection; None for own
-            selection.
+        choice: Ids ``(N,)`` that all samples of the next pass use; None for own selection.
         selections: Number of samples that selected each prompt in training passes, of this process, int64 ``(M,)``.
 
     Raises:
@@ -170,16 +204,12 @@ class PromptPool(Prompts):
         self.register_buffer("selections", torch.zeros(size, dtype=torch.int64), persistent=False)
         self.selections: Tensor
         self.top_k = top_k
-        self.choice: Tensor | None = None
-        self._matched: Tensor | None = None
         norm = _last_norm(model, blocks[-1]) if readout == "prompt" else None
         self.sites.append(_PoolSite(blocks[0], blocks[-1], norm))
         self._enable(False)
 
-    def similarity(self, query: Tensor) -> Tensor:
-        """Cosine similarities ``(B, M)`` of queries ``(B, d)`` and keys."""
-        with torch.autocast(query.device.type, enabled=False):
-            return F.normalize(query, dim=1) @ F.normalize(self.keys, dim=1).T
+    def key_rows(self) -> Tensor:
+        return self.keys
 
     def select(self, query: Tensor) -> Tensor:
         """Ids ``(B, N)`` of the nearest keys of queries ``(B, d)``."""
@@ -192,12 +222,6 @@ class PromptPool(Prompts):
     def _counts(self, ids: Tensor) -> Tensor:
         """Number of occurrences of each prompt in ids, int64 ``(M,)``; bincount would wait for the GPU."""
         return torch.zeros_like(self.selections).index_add_(0, ids.flatten(), torch.ones_like(ids).flatten())
-
-    def take_matched(self) -> Tensor:
-        """``1/B sum_i sum_{m in S_i} cos(q_i, k_m)`` of the last training pass, a scalar; call it once per pass."""
-        assert self._matched is not None
-        matched, self._matched = self._matched, None
-        return matched
 
     def answer(self, query: Tensor) -> None:
         similarity = self.similarity(query)
@@ -212,8 +236,8 @@ class PromptPool(Prompts):
         cast(PromptSite, self.sites[0]).tokens = self.prompts[ids].flatten(-3, -2)  # (N L, d) or (B, N L, d)
 
     def forget(self) -> None:
+        super().forget()
         cast(PromptSite, self.sites[0]).tokens = torch.empty(0)
-        self.choice = None
 
 
 def _last_norm(model: nn.Module, last: nn.Module) -> nn.Module:
@@ -306,9 +330,8 @@ class DecomposedPrompts(Prompts):
             ]
             group.append(torch.stack(layers).view(len(layers), count, *shape))
 
-    def newest(self) -> Iterator[nn.Parameter]:
-        """Parameters of the newest group."""
-        return (group[-1] for group, _ in self._groups())
+    def settled(self) -> Iterator[nn.Parameter]:
+        return (parameter for group, _ in self._groups() for parameter in list(group)[:-1])
 
     def penalty(self) -> Tensor:
         """Sum over the blocks of ``orthogonality`` of K, A and P, a scalar."""

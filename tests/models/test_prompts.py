@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from cl_lightning.models import (
     MLP,
     DecomposedPrompts,
+    ExpertPrompts,
     PrefixSite,
     PromptedBackbone,
     PromptPool,
@@ -24,6 +25,9 @@ POOLS = {
     "pool": partial(PromptPool, size=6, length=2, top_k=3, low=-1.0, high=1.0),
     "pool, class token": partial(PromptPool, size=6, length=2, top_k=3, low=-1.0, high=1.0, readout="token"),
     "components": partial(DecomposedPrompts, length=4, blocks=[0, 1]),
+    "experts": partial(
+        ExpertPrompts, general_length=2, general_blocks=[0], expert_length=3, expert_blocks=[0, 1], low=-1.0
+    ),
 }
 
 
@@ -37,6 +41,12 @@ def prompted(name):
             for parameter in backbone.prompts.parameters():
                 parameter.mul_(3.0)
         backbone.double()
+    if isinstance(backbone.prompts, ExpertPrompts):
+        for _ in range(3):
+            backbone.prompts.grow()
+        with torch.no_grad():  # experts are equal at first
+            for number, expert in enumerate(backbone.prompts.experts):
+                expert.copy_(normal(*expert.shape, seed=number))
     backbone.base.requires_grad_(False)
     return backbone.eval()
 
@@ -262,7 +272,8 @@ def test_components_of_each_task_begin_orthogonal_to_earlier_ones():
             rows = torch.cat([part[block] for part in group]).flatten(1)
             torch.testing.assert_close(rows @ rows.T, torch.eye(12), rtol=0, atol=1e-5)
     assert float(prompts.penalty().detach()) < 1e-9
-    assert {id(p) for p in prompts.newest()} == {id(p[-1]) for p in (prompts.prompts, prompts.keys, prompts.attention)}
+    newest = {id(group[-1]) for group in (prompts.prompts, prompts.keys, prompts.attention)}
+    assert {id(p) for p in prompts.parameters()} - {id(p) for p in prompts.settled()} == newest
 
 
 def test_a_state_with_fewer_groups_drops_the_others():

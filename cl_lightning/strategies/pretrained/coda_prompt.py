@@ -18,10 +18,10 @@ of dimensions are random.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cl_lightning.checks import at_least
 from cl_lightning.models import DecomposedPrompts
@@ -59,11 +59,6 @@ class CODAPrompt(PromptedStrategy):
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
         self._prompts.grow(self.components)
-
-    def trainable(self) -> Iterable[nn.Parameter]:
-        newest = {id(parameter) for parameter in self._prompts.newest()}
-        old = {id(parameter) for parameter in self._prompts.parameters()} - newest
-        return (parameter for parameter in super().trainable() if id(parameter) not in old)
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
         terms = {"ce": self.classification_loss(output, batch)}

@@ -27,6 +27,10 @@ class PromptedStrategy(ContinualStrategy):
     def frozen(self) -> Iterable[nn.Module]:
         return [self.prompted.base]
 
+    def trainable(self) -> Iterable[nn.Parameter]:
+        settled = {id(parameter) for parameter in self.prompted.prompts.settled()}
+        return (parameter for parameter in super().trainable() if id(parameter) not in settled)
+
     @property
     def prompted(self) -> PromptedBackbone:
         return cast(PromptedBackbone, self.network.backbone)
