@@ -234,6 +234,7 @@ TASK_INCREMENTAL = {
     "DST": Method("dst"),
     "RankUpdate": Method("rank_update"),
     "PNN": Method("pnn"),
+    "HyperInterval": Method("hyper_interval"),
     "TRGP": Method("trgp"),
     "LAFTR": Method("laftr", "--model.estimator lin_act --model.distance softmax --model.distance_weight 1.0"),
 }
