@@ -11,7 +11,7 @@ from cl_lightning.losses.classification import (
     mean_over_selected,
     row_factor,
 )
-from cl_lightning.losses.contrastive import supervised_contrastive
+from cl_lightning.losses.contrastive import rows_of_all, supervised_contrastive
 from cl_lightning.losses.distillation import (
     NewClassTargets,
     balanced_distillation,
@@ -43,6 +43,7 @@ __all__ = [
     "mean_over_selected",
     "pod_spatial",
     "row_factor",
+    "rows_of_all",
     "sigmoid_distillation",
     "softmax_distillation",
     "supervised_contrastive",

@@ -1,10 +1,33 @@
 """Contrastive losses of features."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cl_lightning.batch import Batch
+from cl_lightning.distributed import gather_rows, world_size
 from cl_lightning.losses.classification import full_precision
+
+
+def rows_of_all(batch: Batch) -> tuple[Callable[[Tensor], Tensor], float]:
+    """For a loss that compares the rows of a step: a function that gathers rows, and the factor of the loss.
+
+        rows, factor = rows_of_all(batch)
+        loss = factor * supervised_contrastive(rows(embeddings), rows(batch.labels))
+
+    The function returns the rows of all processes, with gradient for the rows of this process. It exchanges rows, so
+    each process calls it equally often. A process without rows takes no part in the exchange: in a batch of the stream
+    with fewer samples than processes the function returns its argument, and the loss is among the own rows.
+
+    Args:
+        batch: The batch of the step: the base class multiplies the loss by its weight, and the factor is 1 / weight
+            where rows are gathered, else 1.
+    """
+    if batch.draw.total < world_size():
+        return lambda tensor: tensor, 1.0
+    return gather_rows, 1 / batch.weight
 
 
 def supervised_contrastive(

@@ -59,6 +59,7 @@ from cl_lightning.models.max_margin import (
     shortfall,
     weakly_regularised,
 )
+from cl_lightning.models.mean_head import NearestMeanHead
 from cl_lightning.models.network import (
     Network,
     Output,
@@ -68,6 +69,7 @@ from cl_lightning.models.network import (
     head_as,
     in_eval_mode,
     joined,
+    perceptron,
     uncompiled,
 )
 from cl_lightning.models.normalization import AdaptiveBatchNorm, adapt_norms, norm_parameters, set_statistics
@@ -127,6 +129,7 @@ __all__ = [
     "LinearHead",
     "LoRA",
     "MaxMarginHead",
+    "NearestMeanHead",
     "Network",
     "Nonlinearity",
     "NullSpaceHead",
@@ -189,6 +192,7 @@ __all__ = [
     "norm_parameters",
     "orthogonality",
     "orthonormal_rows",
+    "perceptron",
     "positions",
     "recurring",
     "recursive_ridge",

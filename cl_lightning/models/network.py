@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -57,6 +58,18 @@ def joined(outputs: Sequence[Output]) -> Output:
         return outputs[0]
     features, logits = (torch.cat(parts) for parts in zip(*((x.features, x.logits) for x in outputs), strict=True))
     return Output(features, logits, tuple(torch.cat(parts) for parts in zip(*(x.maps for x in outputs), strict=True)))
+
+
+def perceptron(*sizes: int) -> nn.Sequential:
+    """Linear layers with a ReLU between each two, such as the projection of a contrastive loss.
+
+    Args:
+        sizes: Number of inputs, of the units of each hidden layer, and of outputs; at least 2 numbers.
+    """
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 def batch_norms(module: nn.Module) -> Iterator[nn.Module]:

@@ -16,6 +16,7 @@ from cl_lightning.losses import (
     mean_over_selected,
     pod_spatial,
     row_factor,
+    rows_of_all,
     sigmoid_distillation,
     softmax_distillation,
     supervised_contrastive,
@@ -324,3 +325,10 @@ def test_the_factor_of_some_rows_makes_their_sum_a_mean():
     assert float(row_factor(torch.tensor(5), batch)) == pytest.approx(1 / 5)
     assert float(row_factor(torch.tensor(0), batch)) == 1
     assert float(row_factor(torch.tensor(5), batch.replace(weight=0.5))) == pytest.approx(2 / 5)
+
+
+def test_on_one_process_the_rows_of_all_are_the_rows():
+    rows, factor = rows_of_all(batch_of(torch.zeros(8, dtype=torch.int64)).replace(weight=0.5))
+    z = normal(4, 2)
+    assert rows(z) is z
+    assert factor == 2

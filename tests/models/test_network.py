@@ -5,7 +5,7 @@ import torch
 from support.fakes import normal
 from torch import nn
 
-from cl_lightning.models import CosineHead, LinearHead, Network, Temporary, head_as, in_eval_mode
+from cl_lightning.models import CosineHead, LinearHead, Network, Temporary, head_as, in_eval_mode, perceptron
 
 
 class Owner(nn.Module):
@@ -74,3 +74,13 @@ def test_a_head_of_another_kind_is_an_error_that_names_both():
     assert head_as(network, LinearHead, owner, "whose rows add up") is network.head
     with pytest.raises(ValueError, match=r"^Owner: head is LinearHead; use a CosineHead, whose rows have a norm$"):
         head_as(network, CosineHead, owner, "whose rows have a norm")
+
+
+def test_a_perceptron_has_a_relu_between_each_two_linear_layers():
+    layers = perceptron(3, 5, 4, 2).double()
+    first, _, second, _, third = layers
+    x = normal(6, 3)
+    for layer in (first, second):
+        x = (x @ layer.weight.T + layer.bias).clamp(min=0)
+    torch.testing.assert_close(layers(normal(6, 3)), x @ third.weight.T + third.bias)
+    assert [type(layer) for layer in perceptron(3, 2)] == [nn.Linear]

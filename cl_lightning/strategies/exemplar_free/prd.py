@@ -25,7 +25,6 @@ With several processes, L_SC and L_D over samples are over the views of all proc
 there are processes, each process takes its own views only.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -34,15 +33,15 @@ from torch.nn import functional as F
 
 from cl_lightning.batch import ImageShape, cat
 from cl_lightning.checks import above, at_least, one_of
-from cl_lightning.distributed import gather_rows, world_size
 from cl_lightning.losses import (
     cosine_feature_distillation,
     full_precision,
+    rows_of_all,
     softmax_distillation,
     supervised_contrastive,
 )
 from cl_lightning.memory import Teacher
-from cl_lightning.models import CosineHead
+from cl_lightning.models import CosineHead, perceptron
 from cl_lightning.strategies.base import separate_group
 from cl_lightning.strategy import Batch, ContinualStrategy, HeadFactory, Output, Task, Traits
 
@@ -135,8 +134,7 @@ class PRD(ContinualStrategy):
             raise ValueError(
                 f"PRD: head is {type(head).__name__}; use a CosineHead of fixed scale, whose rows are the prototypes"
             )
-        layers = [nn.Linear(head.num_features, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
-        self.projection = nn.Sequential(*layers, nn.Linear(hidden, size))
+        self.projection = perceptron(head.num_features, hidden, hidden, size)
 
     def trainable(self) -> Any:
         yield from super().trainable()
@@ -152,14 +150,12 @@ class PRD(ContinualStrategy):
         return cat([batch, second], self.trainer.world_size)
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
-        together = batch.draw.total >= world_size()  # a process without rows takes no part in an exchange
-        rows: Callable[[Tensor], Tensor] = gather_rows if together else lambda tensor: tensor
-        share = batch.weight if together else 1.0  # the base class multiplies by the weight
+        rows, factor = rows_of_all(batch)
         prototypes = self.network.head.weight()
         embeddings = self.projection(output.features).float()
         contrast = supervised_contrastive(rows(embeddings), rows(batch.labels), self.contrast_temperature)
         attraction = cosine_feature_distillation(prototypes[batch.labels], output.features)
-        terms = {"contrast": contrast / share, "prototypes": self.prototype_weight * attraction}
+        terms = {"contrast": factor * contrast, "prototypes": self.prototype_weight * attraction}
         if self.distill_weight and (before := self.teacher.network) is not None:
             old = before.head.weight()
             scores = relation_scores(output.features, prototypes[: len(old)])
@@ -167,11 +163,11 @@ class PRD(ContinualStrategy):
             if self.relation_axis == "samples":
                 scores, target = rows(scores), rows(target)
             else:
-                share = 1.0
+                factor = 1.0
             distill = relation_distillation(
                 scores, target, before.head.block_sizes(), self.distill_temperature, self.relation_axis
             )
-            terms["distill"] = self.distill_weight * distill / share
+            terms["distill"] = self.distill_weight * factor * distill
         return terms
 
     def end_task(self, task: Task) -> None:

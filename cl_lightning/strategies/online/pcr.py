@@ -21,29 +21,18 @@ has no loss there; the classifier grows with the classes. The augmentation of th
 epochs over the stream, batches are offered to the memory in the first epoch only.
 """
 
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cl_lightning.batch import join
 from cl_lightning.checks import above
-from cl_lightning.data import (
-    ColorJitter,
-    Compose,
-    Context,
-    RandomGrayscale,
-    RandomHorizontalFlip,
-    RandomResizedCrop,
-    Transform,
-)
 from cl_lightning.distributed import all_sum
 from cl_lightning.losses import full_precision
 from cl_lightning.models import CosineHead
-from cl_lightning.strategy import Batch, HeadFactory, Output, Phase, Replay, Task, Traits
-
-_VIEW = 0x9C2  # salt of the second view
+from cl_lightning.strategies.online.two_views import TwoViews
+from cl_lightning.strategy import Batch, HeadFactory, Output, Traits
 
 
 def proxy_contrastive(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
@@ -63,26 +52,16 @@ def proxy_contrastive(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
     return (total - logits.gather(1, labels[:, None]).squeeze(1)).mean()
 
 
-@cache
-def strong_augmentation(height: int, width: int) -> Transform:
-    """The augmentation of the second view in the paper."""
-    jitter = ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8)
-    crop = RandomResizedCrop((height, width), scale=(0.2, 1.0))
-    return Compose([crop, RandomHorizontalFlip(), jitter, RandomGrayscale(p=0.2)])
-
-
-class PCR(Replay):
+class PCR(TwoViews):
     """Contrastive loss between the samples of a batch and a memory and the proxies of the classes present in the step.
 
     Args:
         memory_size: Number of samples in the memory, over all processes; with 0 only the stream is trained on.
         temperature: tau, above 0; the default head has the scale 1 / tau.
         separate_passes: Whether the batch and the samples of the memory are two passes, as in the authors' code.
-        transforms: Augmentation of the second view, in order; None for the augmentation of the paper. The latter
-            mirrors images: give other transforms if a mirrored image belongs to another class.
         head: Builds the classifier; None for a ``CosineHead`` of scale 1 / tau. The logits of another head are used in
             place of cos / tau.
-        kwargs: Options of ``Replay``.
+        kwargs: Options of ``TwoViews``: ``transforms``, and of ``Replay``.
     """
 
     traits = Traits(
@@ -95,43 +74,21 @@ class PCR(Replay):
         memory_size: int = 1000,
         temperature: float = 0.09,
         separate_passes: bool = False,
-        transforms: list[Transform] | None = None,
         head: HeadFactory | None = None,
         **kwargs: Any,
     ) -> None:
         above(self, 0, temperature=temperature)
         super().__init__(memory_size=memory_size, head=head or partial(CosineHead, scale=1 / temperature), **kwargs)
-        if self.loss_classes != "all":
-            raise ValueError(
-                f"PCR: loss_classes is {self.loss_classes!r}, but the loss is over the classes of the step; use 'all'"
-            )
-        self.transforms = None if transforms is None else Compose(transforms)
         self.separate_passes = separate_passes
         self._counts: Tensor | None = None
 
-    def phases(self, task: Task) -> list[Phase]:
-        return [Phase(unaugmented=True)]
-
     def prepare_batch(self, batch: Batch) -> Batch:
-        drawn = self.draw(batch)
-        parts: dict[str, Batch | None] = {}
-        for name, part in (("stream", batch), ("replay", drawn and self.data.finish(drawn))):
-            if part is not None:
-                parts[name], parts[f"strong {name}"] = self.views(part)
-        joint = join(parts)
+        order = ("stream", "strong stream", "replay", "strong replay")
+        joint = self.joined_views(batch, order, 2 if self.separate_passes else 1)
         # Here, not in `losses`, which is not called on a process without rows.
         columns = torch.arange(self.network.head.num_columns, device=joint.labels.device)
         self._counts = all_sum((joint.labels[:, None] == columns).sum(dim=0))
-        if self.separate_passes:
-            joint = joint.replace(passes=(slice(0, 2 * len(batch)), slice(2 * len(batch), len(joint))))
         return joint
-
-    def views(self, part: Batch) -> tuple[Batch, Batch]:
-        """Both views of the samples: un-augmented and strongly augmented."""
-        transform = self.transforms or strong_augmentation(*part.raw.shape[-2:])
-        context = Context(indices=part.indices, epoch=self.epoch, seed=self.seed)
-        strong = transform(part.raw, part.draw.fork(_VIEW), context)
-        return part, self.data.finish(part.replace(raw=strong)).replace(raw=part.raw)
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
         assert self._counts is not None

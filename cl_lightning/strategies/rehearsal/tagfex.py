@@ -29,7 +29,7 @@ condition of the transfer: the code compares the loss of m on samples of new cla
 samples and classes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -38,9 +38,18 @@ from torch.nn import functional as F
 
 from cl_lightning.batch import ImageShape, cat
 from cl_lightning.checks import above, at_least, within
-from cl_lightning.distributed import all_sum, gather_rows, world_size
-from cl_lightning.losses import cross_entropy, row_factor, softmax_distillation, supervised_contrastive
-from cl_lightning.models import ExpandableBackbone, Head, Temporary, feature_map, frozen_copy, map_stage, positions
+from cl_lightning.distributed import all_sum, world_size
+from cl_lightning.losses import cross_entropy, row_factor, rows_of_all, softmax_distillation, supervised_contrastive
+from cl_lightning.models import (
+    ExpandableBackbone,
+    Head,
+    Temporary,
+    feature_map,
+    frozen_copy,
+    map_stage,
+    perceptron,
+    positions,
+)
 from cl_lightning.strategies.rehearsal.der_expand import DERExpand
 from cl_lightning.strategy import Batch, Output, Task, Traits
 
@@ -179,7 +188,7 @@ class TagFex(DERExpand):
                 f"TagFex: attention_heads is {self.attention_heads}; use a divisor of the number of features, {width}"
             )
         net = cast(ExpandableBackbone, self.build_backbone(image_shape)).extractors[0]
-        projection = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, size))
+        projection = perceptron(width, hidden, size)
         self.agnostic = TaskAgnostic(net, projection, width)
         self.merged_head = self.extractor_head()
 
@@ -250,8 +259,7 @@ class TagFex(DERExpand):
 
     def _contrast(self, embeddings: Tensor, targets: Tensor | None, batch: Batch) -> Tensor:
         """NCE over the views of all processes; the base class multiplies the result by the weight of the batch."""
-        together = batch.draw.total >= world_size()  # a process without rows takes no part in an exchange
-        rows: Callable[[Tensor], Tensor] = gather_rows if together else lambda tensor: tensor
+        rows, factor = rows_of_all(batch)
 
         def views(values: Tensor) -> Tensor:
             return torch.cat([rows(view) for view in values.float().chunk(2)])
@@ -262,7 +270,7 @@ class TagFex(DERExpand):
         loss = supervised_contrastive(
             embeddings, images, tau, base_temperature=tau, targets=None if targets is None else views(targets)
         )
-        return loss / batch.weight if together else loss
+        return factor * loss
 
     def _guidance(self, batch: Batch, output: Output, maps: Tensor) -> dict[str, Tensor]:
         """Cross-entropy of the merged features and transfer from them, on samples of new classes."""

@@ -11,14 +11,15 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from support import forks
 from support.baselines import finetuning
-from support.fakes import normal
+from support.fakes import batch_of, normal
 from support.runs import NormNet, plain_net, run, sgd
 from torch import Tensor
 from torch.nn import functional as F
 
+from cl_lightning.batch import Draw
 from cl_lightning.data import RandomCrop
 from cl_lightning.distributed import all_gather_rows, gather_rows
-from cl_lightning.losses import cosine_feature_distillation, supervised_contrastive
+from cl_lightning.losses import cosine_feature_distillation, rows_of_all, supervised_contrastive
 from cl_lightning.measures import last_accuracy
 from cl_lightning.models import MLP, CosineHead, LinearHead, batch_norms
 from cl_lightning.strategies.exemplar_free.prd import PRD, relation_distillation, relation_scores
@@ -135,6 +136,15 @@ def _shares(rank: int, folder: str) -> None:
     torch.testing.assert_close(loss.detach(), supervised_contrastive(every, labels))
     loss.backward()
     torch.testing.assert_close(rows.grad / 2, whole.grad[mine])  # the mean of two processes takes the half
+    batch = batch_of(labels[mine])
+    batch = batch.replace(draw=Draw(0, mine.start, mine.stop, 7), weight=2 * len(batch) / 7)
+    gather, factor = rows_of_all(batch)
+    rows.grad = None
+    (batch.weight * factor * supervised_contrastive(gather(rows), gather(batch.labels))).backward()
+    torch.testing.assert_close(rows.grad / 2, whole.grad[mine])
+    few, factor = rows_of_all(batch.replace(draw=Draw(0, 0, 1, 1)))
+    assert few(rows) is rows  # a process without rows would be missing in the exchange
+    assert factor == 1
     dist.destroy_process_group()
 
 

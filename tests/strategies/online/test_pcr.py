@@ -12,10 +12,10 @@ from support.runs import plain_net, run
 from torch import nn
 from torch.nn import functional as F
 
-from cl_lightning.batch import Batch, Draw
+from cl_lightning.batch import Batch
 from cl_lightning.data import RandomCrop
 from cl_lightning.models import Backbone, CosineHead, LinearHead
-from cl_lightning.strategies.online.pcr import PCR, proxy_contrastive, strong_augmentation
+from cl_lightning.strategies.online.pcr import PCR, proxy_contrastive
 from cl_lightning.stream import ClassIncremental, Online
 from cl_lightning.testing import Subject, check_strategy, small
 
@@ -118,27 +118,6 @@ def test_it_is_computed_in_single_precision_at_least():
 
 
 # ---------------------------------------------------------------------- the views
-
-
-def test_the_strong_view_has_the_numbers_of_the_paper():
-    crop, flip, jitter, grey = strong_augmentation(24, 32).transforms
-    assert (crop.size, crop.scale, crop.ratio) == ((24, 32), (0.2, 1.0), (3 / 4, 4 / 3))
-    assert (flip.p, jitter.p, grey.p) == (0.5, 0.8, 0.2)
-    bounds = dict(zip(jitter.columns.tolist(), jitter.bounds[:, 1].tolist(), strict=True))
-    assert bounds == pytest.approx({0: 0.4, 1: 0.4, 2: 0.4, 3: 0.1})  # brightness, saturation, contrast, hue
-
-
-def test_the_strong_view_differs_from_row_to_row_and_is_the_same_for_the_same_draw():
-    image = torch.randint(256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    images, transform = image.expand(64, -1, -1, -1), strong_augmentation(16, 16)
-    once, again, other = (transform(images, Draw.of(64, key)) for key in (1, 1, 2))
-    assert once.shape == images.shape
-    assert once.dtype == torch.uint8
-    assert torch.equal(once, again)
-    assert not torch.equal(once, other)
-    assert len(torch.unique(once.flatten(1), dim=0)) == 64
-    grey = (once[:, :1] == once).all(dim=(1, 2, 3)).double().mean()  # a grey image has three equal channels
-    assert 0.08 < float(grey) < 0.35
 
 
 class Notes(PCR):
