@@ -182,6 +182,7 @@ METHODS = {
     "PCR": Method("pcr", MEMORY),
     "ER-ACE": Method("er_ace", MEMORY),
     "MIR": Method("mir", MEMORY),
+    "SCR": Method("scr", MEMORY),
     "iCaRL": Method("icarl", MEMORY, online=False),
     "BiC": Method("bic", MEMORY, online=False),
     "ER by the loader": Method("er_loader", MEMORY, online=False),
