@@ -183,6 +183,7 @@ METHODS = {
     "ER-ACE": Method("er_ace", MEMORY),
     "MIR": Method("mir", MEMORY),
     "SCR": Method("scr", MEMORY),
+    "GSS": Method("gss", MEMORY),
     "iCaRL": Method("icarl", MEMORY, online=False),
     "BiC": Method("bic", MEMORY, online=False),
     "ER by the loader": Method("er_loader", MEMORY, online=False),

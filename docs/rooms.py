@@ -73,7 +73,7 @@ ROOMS = (
         "memory",
         "samples, prototypes, networks and importances kept from earlier tasks",
         "replay, herding, prototypes, class_statistics, drift, teacher, importance, paths, sensitivity, "
-        "consolidation, owners, input_spaces, growing, accounting, mean_covariance, budget",
+        "consolidation, owners, input_spaces, growing, accounting, mean_covariance, budget, slots",
     ),
     Room(
         "models",

@@ -34,6 +34,7 @@ from cl_lightning.memory.replay import (
     valid_columns,
 )
 from cl_lightning.memory.sensitivity import fisher_diagonal, output_norm
+from cl_lightning.memory.slots import SlotMemory
 from cl_lightning.memory.teacher import Teacher, Teachers
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "RiemannianWalk",
     "Ring",
     "SharedBudget",
+    "SlotMemory",
     "Teacher",
     "Teachers",
     "bytes_by_kind",

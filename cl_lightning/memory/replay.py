@@ -434,7 +434,10 @@ class Memory(nn.Module):
         old, new = priority[:held], priority[held:]
         slots = old.topk(min(held, total - free), largest=False).indices
         entry = new.topk(slots.shape[0]).indices  # worst held row against best new one, and so on: the joint order
-        wins = new[entry] > old[slots]
+        self._overwrite(slots, rows, entry, new[entry] > old[slots])
+
+    def _overwrite(self, slots: Tensor, rows: dict[str, Tensor], entry: Tensor, wins: Tensor) -> None:
+        """Write the new row ``entry[i]`` into the slot ``slots[i]`` where it wins; slots are distinct."""
         if wins.device.type == "cpu":  # on a GPU, counting the winners would synchronise
             picked = wins.nonzero().squeeze(1)
             if len(picked):  # few in a long stream
