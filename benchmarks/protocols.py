@@ -39,6 +39,7 @@ GAP = (
     of_curves("min_accuracy", "min-ACC"),
     measures.SECONDS,
 )
+ANYTIME = (measures.LAST, of_curves("area_under_accuracy", "A_AUC"), measures.SECONDS, measures.BYTES)
 WITH_TASKS = (
     measures.KNOWN,
     *(
@@ -113,6 +114,7 @@ RESNET56 = (
 )
 STREAM = "--config cifar10c_npz --data.base.path {data}/cifar10_test.npz --data.samples 1000"
 FIVE = "--data.scenario ClassIncremental --data.scenario.tasks 5"
+BLURRY = "--data.scenario Blurry --data.scenario.tasks 5"
 OFFLINE = f"{FASHION} {FIVE} --data.batch_size 128"
 
 
@@ -320,6 +322,16 @@ PROTOCOLS = {
         "--trainer.callbacks.every_n_steps 25 --trainer.callbacks.samples 100",
         methods={name: METHODS[name] for name in ("Finetune", "ER", "ER + EMA")},
         columns=GAP,
+    ),
+    "fashion_mlp_blurry": Protocol(
+        "i-Blurry-50-10 of Fashion-MNIST, 5 tasks, MLP, online",
+        "As the online table, on the stream of Koh et al. (arXiv:2110.10031): half of the classes occur in one task "
+        "alone, and a tenth of the samples of each other class in other tasks than its own. A_AUC: accuracy on the "
+        "classes that have arrived, mean of evaluations every 1,000 samples on 200 test images of each task.",
+        f"{FASHION} {online(BLURRY)} {MLP} --trainer.max_epochs 1 --trainer.callbacks+=ContinualEvaluation "
+        "--trainer.callbacks.every_n_samples 1000 --trainer.callbacks.samples 200",
+        methods={name: METHODS[name] for name in ("Finetune", "ER", "ER-ACE", "MIR", "PCR")},
+        columns=ANYTIME,
     ),
     "fashion_mlp_tasks": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, MLP, offline, with the task known",

@@ -1,4 +1,4 @@
-"""Continual evaluation: accuracy on all tasks so far, every few optimizer steps during training."""
+"""Continual evaluation: accuracy on all tasks so far, every few optimizer steps or samples during training."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +14,7 @@ from cl_lightning.batch import Batch, Draw, cat
 from cl_lightning.callback import ContinualCallback
 from cl_lightning.checks import at_least, one_of
 from cl_lightning.distributed import all_sum
+from cl_lightning.losses import classes_present
 from cl_lightning.measures import MEBIBYTE, Stopwatch
 from cl_lightning.models import in_eval_mode
 from cl_lightning.stream import Task
@@ -36,10 +37,19 @@ class ContinualEvaluation(ContinualCallback):
         WF^w, WP^w   largest drop, rise within w evaluations, mean over tasks            ``windowed_forgetting_10``, ...
         AAA          mean over n of the accuracy on all classes seen at evaluation n     ``average_anytime_accuracy``
         LCA_beta     mean accuracy on each task in its first beta + 1 evaluations        ``learning_curve_area``
+        A_AUC        mean accuracy on the classes that the stream had so far             ``area_under_accuracy``
 
     (AAA: Soutif-Cormerais et al., ICCV-W 2023, arXiv:2308.10328; LCA: Chaudhry et al., ICLR 2019, arXiv:1812.00420, in
-    evaluations instead of batches). Each task is evaluated before its first optimizer step, with the grown head, then
-    every ``every_n_steps`` steps, and at its end, after the strategy's ``end_task``.
+    evaluations instead of batches; A_AUC: Koh et al., ICLR 2022, arXiv:2110.10031). Each task is evaluated before its
+    first optimizer step, with the grown head, then every ``every_n_steps`` steps, and at its end, after the strategy's
+    ``end_task``.
+
+    With ``every_n_samples`` the evaluations during a task follow the samples of the stream instead of the steps, and
+    A_AUC is measured: the mean over the evaluations at n, 2 n, 3 n, ... samples. It counts the test samples of classes
+    of which a training sample has arrived, and predictions are among these classes; the other measures count all
+    classes of the tasks so far, also where the first sample of a class arrives in the middle of its task. An
+    evaluation follows the step, with several passes the last pass, of the batch that completes its samples. A sample
+    that is seen again in later epochs or phases counts once; samples of a memory that the loader mixes in count too.
 
     Training is the same with and without this callback, to the bit: evaluations are in eval mode without gradient, and
     the states of the random generators are restored. All tasks are evaluated in one pass. Each process evaluates its
@@ -54,6 +64,8 @@ class ContinualEvaluation(ContinualCallback):
 
     Args:
         every_n_steps: Number of optimizer steps between two evaluations, at least 1; 1 is the protocol of the paper.
+        every_n_samples: n, number of samples of the stream, over all processes, between two evaluations, at least 1; it
+            replaces ``every_n_steps``. None for evaluations by steps, without A_AUC. The paper has 100.
         samples: Number of samples per task, drawn once, at least 1; None for all samples.
         split: ``test`` for test data as in the paper, or ``val`` for the samples that ``data.val_fraction`` holds out,
             so that test data are used only at the ends of tasks.
@@ -74,6 +86,7 @@ class ContinualEvaluation(ContinualCallback):
         self,
         *,
         every_n_steps: int = 10,
+        every_n_samples: int | None = None,
         samples: int | None = 1000,
         split: Literal["test", "val"] = "test",
         windows: Sequence[int] = (10, 100),
@@ -82,11 +95,12 @@ class ContinualEvaluation(ContinualCallback):
         cache_mb: float = 256.0,
     ) -> None:
         at_least(self, 1, every_n_steps=every_n_steps)
-        at_least(self, 1, samples=samples, optional=True)
+        at_least(self, 1, every_n_samples=every_n_samples, samples=samples, optional=True)
         one_of(self, ("test", "val"), split=split)
         at_least(self, 2, optional=False, **{f"windows[{i}]": window for i, window in enumerate(windows)})
         at_least(self, 0, beta=beta, cache_mb=cache_mb)
         self.every_n_steps, self.samples, self.windows, self.beta = every_n_steps, samples, tuple(windows), beta
+        self.every_n_samples = every_n_samples
         self.split: Literal["test", "val"] = split
         self.seed, self.cache_mb = seed, cache_mb
         self.test_data_use = "continual evaluation during training" if split == "test" else None
@@ -94,6 +108,11 @@ class ContinualEvaluation(ContinualCallback):
         """Number of optimizer steps before each evaluation, over the whole stream."""
         self.tasks: list[int] = []
         """Index of the current task at each evaluation."""
+        self.arrived: list[int] = []
+        """Number of samples of the stream before each evaluation, over all processes."""
+        self.seen_counts: list[Tensor] = []
+        """Correct predictions among the classes that have arrived, and number of their samples, int32 ``(2,)``, for
+        each evaluation with ``every_n_samples``."""
         self.counts: list[Tensor] = []
         """Correct predictions on each task, without and with task ids, int32 ``(tasks, 2)``, for each evaluation."""
         self.ends: list[int] = []
@@ -102,6 +121,9 @@ class ContinualEvaluation(ContinualCallback):
         """Number of samples in the subset of each task so far, int64 ``(tasks,)``."""
         self._measured: list[dict[str, float]] = []  # measures at the end of each task
         self._pending: list[Tensor] = []  # counts that are still on the device
+        self._pending_seen: list[Tensor] = []
+        self._samples = 0  # of the stream so far
+        self._classes = torch.zeros(0, dtype=torch.bool)  # whether a sample of the class has arrived, for each column
         self._num_logged = 0
         self._subset: Batch | None = None  # this process's share if it is kept; None also if the share is empty
         self._kept = False
@@ -122,11 +144,29 @@ class ContinualEvaluation(ContinualCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step - self.steps[-1] >= self.every_n_steps:
+        if self._is_due(trainer, pl_module, batch, batch_idx):
             self._evaluate(trainer, pl_module, in_training=True)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step % every == 0:
             self._flush(trainer)
+
+    def _is_due(self, trainer: Trainer, strategy: Any, batch: Batch, batch_idx: int) -> bool:
+        """Count the samples and classes of a batch; returns whether an evaluation follows its step."""
+        if self.every_n_samples is None:
+            return trainer.global_step - self.steps[-1] >= self.every_n_steps
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if batch.first_pass and data.phase_index == 0:
+            self._samples += batch.draw.total
+            among = self._among(strategy)
+            self._classes = among | classes_present(batch.labels, len(among))
+        over = (batch_idx + 1) % data.stream.passes == 0
+        return over and self._samples // self.every_n_samples > self.arrived[-1] // self.every_n_samples
+
+    def _among(self, strategy: Any) -> Tensor:
+        """Whether a sample of the class has arrived, for each column of the strategy, bool ``(C,)``, on its device."""
+        among = torch.zeros(strategy.task_columns.shape[1], dtype=torch.bool, device=strategy.device)
+        among[: len(self._classes)] = self._classes
+        return among
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._note_seconds()
@@ -145,7 +185,8 @@ class ContinualEvaluation(ContinualCallback):
         if len(self.steps) > first + 1 and self.steps[-1] == trainer.global_step:
             # Replace the evaluation of the same step by an evaluation after the end of the task.
             self._flush(None)
-            del self.steps[-1], self.tasks[-1], self.counts[-1]
+            for part in (self.steps, self.tasks, self.counts, self.arrived, self.seen_counts):
+                del part[-1:]
             self._num_logged = min(self._num_logged, len(self.counts))
         self._evaluate(trainer, strategy, in_training=False)
         self.ends.append(len(self.steps) - 1)
@@ -213,6 +254,8 @@ class ContinualEvaluation(ContinualCallback):
         devices = [strategy.device] if strategy.device.type == "cuda" else []
         needs_tasks = strategy.traits.task_ids == "needed"
         counts = torch.zeros(strategy.task.index + 1, 2, dtype=torch.int64, device=strategy.device)
+        among = self._among(strategy)
+        seen_counts = torch.zeros(2, dtype=torch.int64, device=strategy.device)
         timed = self._watch if in_training else nullcontext()  # a test counts as evaluation
         with torch.no_grad(), torch.random.fork_rng(devices=devices), timed:
             for callback in others:
@@ -226,6 +269,8 @@ class ContinualEvaluation(ContinualCallback):
                         if needs_tasks:  # task-aware predictions only
                             scores = scores.masked_fill(~strategy.task_columns[batch.tasks], -torch.inf)
                         count_correct(counts, scores, batch, strategy.task_columns)
+                        if self.every_n_samples is not None:
+                            count_among(seen_counts, scores, batch.labels, among)
             finally:
                 for callback in others:
                     callback.on_validation_end(trainer, strategy)
@@ -233,6 +278,9 @@ class ContinualEvaluation(ContinualCallback):
         self.steps.append(trainer.global_step)
         self.tasks.append(strategy.task.index)
         self._pending.append(counts)
+        if self.every_n_samples is not None:
+            self.arrived.append(self._samples)
+            self._pending_seen.append(all_sum(seen_counts))
 
     def _note_seconds(self) -> None:
         seconds = self._watch.take()
@@ -249,6 +297,9 @@ class ContinualEvaluation(ContinualCallback):
         if self._pending:  # all of the same task, so of the same shape
             self.counts += list(torch.stack(self._pending).cpu().int())
             self._pending = []
+        if self._pending_seen:
+            self.seen_counts += list(torch.stack(self._pending_seen).cpu().int())
+            self._pending_seen = []
         if trainer is None:
             return
         for place in range(self._num_logged, len(self.counts)):
@@ -272,6 +323,18 @@ class ContinualEvaluation(ContinualCallback):
         """
         correct = self._table()[:, :, int(task_aware)].double()
         return correct.masked_fill(correct < 0, torch.nan) / self.totals
+
+    def accuracies_among_seen(self) -> Tensor:
+        """Accuracy on the classes that have arrived, among these classes, in [0, 1], float64 ``(evaluations,)``.
+
+        It is nan for evaluations that are not at a multiple of ``every_n_samples``, such as the start of a task.
+        """
+        self._flush(None)
+        if self.every_n_samples is None:
+            return torch.full((len(self.steps),), torch.nan, dtype=torch.float64)
+        periods = torch.tensor([0, *self.arrived]) // self.every_n_samples
+        correct, totals = torch.stack(self.seen_counts).double().unbind(1)
+        return (correct / totals).masked_fill(periods[1:] == periods[:-1], torch.nan)
 
     def _table(self) -> Tensor:
         """Counts, int32 ``(evaluations, tasks, 2)``; -1 before a task."""
@@ -303,6 +366,9 @@ class ContinualEvaluation(ContinualCallback):
             values[f"{mark}average_anytime_accuracy"] = measures.average_anytime_accuracy(anytime)
             learning = curves.masked_fill(places[:, None] > torch.tensor(ends), torch.nan)
             values[f"{mark}learning_curve_area"] = measures.lca(learning, torch.tensor(starts), self.beta + 1)
+        if self.every_n_samples is not None:
+            accuracies = self.accuracies_among_seen()[: len(places)]
+            values["area_under_accuracy"] = measures.average_anytime_accuracy(accuracies)
         return {name: value for name, value in values.items() if value == value}
 
     def results(self) -> dict[str, Any]:
@@ -313,6 +379,7 @@ class ContinualEvaluation(ContinualCallback):
         return {
             "split": self.split,
             "every_n_steps": self.every_n_steps,
+            "every_n_samples": self.every_n_samples,
             "seed": self.seed,
             "beta": self.beta,
             "samples": self.totals.tolist(),
@@ -339,6 +406,17 @@ class ContinualEvaluation(ContinualCallback):
             "counts": self._table(),
             "ends": torch.tensor(self.ends, dtype=torch.int64),
             "totals": self.totals,
+            **self._state_of_samples(),
+        }
+
+    def _state_of_samples(self) -> dict[str, Tensor]:
+        if self.every_n_samples is None:
+            return {}
+        return {
+            "arrived": torch.tensor(self.arrived),
+            "seen_counts": torch.stack(self.seen_counts),
+            "num_samples": torch.tensor(self._samples),
+            "classes": self._classes.cpu(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -347,7 +425,15 @@ class ContinualEvaluation(ContinualCallback):
         self.steps, self.tasks = state_dict["steps"].tolist(), state_dict["tasks"].tolist()
         self.ends, self.totals = state_dict["ends"].tolist(), state_dict["totals"].clone()
         self.counts = [row[: task + 1].clone() for row, task in zip(state_dict["counts"], self.tasks, strict=True)]
-        self._pending, self._num_logged, self._subset = [], len(self.counts), None
+        if self.every_n_samples is not None:
+            if "arrived" not in state_dict:
+                raise ValueError(
+                    "ContinualEvaluation: resume without every_n_samples: the run began with evaluations by steps, so "
+                    f"its samples were not counted; every_n_samples is {self.every_n_samples}"
+                )
+            self.arrived, self._samples = state_dict["arrived"].tolist(), int(state_dict["num_samples"])
+            self.seen_counts, self._classes = list(state_dict["seen_counts"]), state_dict["classes"].clone()
+        self._pending, self._pending_seen, self._num_logged, self._subset = [], [], len(self.counts), None
         self._measured = [self.measures(task) for task in range(len(self.ends))]
 
 
@@ -364,6 +450,20 @@ def count_correct(counts: Tensor, scores: Tensor, batch: Batch, task_columns: Te
     correct = scores.argmax(1) == batch.labels
     aware = scores.masked_fill(~allowed, -torch.inf).argmax(1) == batch.labels
     counts.index_add_(0, batch.tasks, torch.stack([correct, aware & allowed.any(1)], 1).long())
+
+
+def count_among(counts: Tensor, scores: Tensor, labels: Tensor, classes: Tensor) -> None:
+    """Add the number of correct predictions among some classes, and the number of their samples, to ``counts``.
+
+    Args:
+        counts: Counts, int64 ``(2,)``.
+        scores: Scores of all columns, ``(B, C)``.
+        labels: True columns, int64 ``(B,)``; samples of other classes do not count.
+        classes: Whether a column is one of the classes, bool ``(C,)``.
+    """
+    counted = classes[labels]
+    correct = scores.masked_fill(~classes, -torch.inf).argmax(1) == labels
+    counts += torch.stack([(correct & counted).sum(), counted.sum()])
 
 
 def _rounded(value: float) -> float | None:

@@ -169,12 +169,13 @@ _GAP_NAMES = {
     "worst_case_accuracy": "WC-ACC",
     "average_anytime_accuracy": "AAA",
     "learning_curve_area": "LCA",
+    "area_under_accuracy": "A_AUC",
 }
 
 GAP_NOTE = (
     "min-ACC: mean over old tasks of the lowest accuracy after they ended; WC-ACC: worst-case accuracy; WF and WP: "
     "largest drop and rise within that many evaluations (De Lange et al., arXiv:2205.13452); AAA: average anytime "
-    "accuracy."
+    "accuracy; A_AUC: mean accuracy on the classes of which a sample has arrived (Koh et al., arXiv:2110.10031)."
 )
 
 

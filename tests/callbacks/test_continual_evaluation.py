@@ -2,15 +2,16 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from support import forks
 from support.runs import NormNet, assert_resumes, assert_same, assert_same_run, loop, run, sgd
 
 from cl_lightning import measures
-from cl_lightning.callbacks.continual_evaluation import ContinualEvaluation
+from cl_lightning.callbacks.continual_evaluation import ContinualEvaluation, count_among
 from cl_lightning.callbacks.ema_ensemble import EMAEnsemble
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.rehearsal.er import ER
-from cl_lightning.stream import ClassIncremental
+from cl_lightning.stream import Blurry, ClassIncremental, Online, Subset
 
 
 def er(**options):
@@ -190,6 +191,84 @@ def test_it_evaluates_what_an_ensemble_puts_in_place_of_the_weights():
     assert (alone.curves()[1 : alone.ends[0] + 1, 0] != curve[0]).all()
 
 
+# ---------------------------------------------------------------------- by samples
+
+
+BLURRY = {"scenario": Online(Subset(Blurry(tasks=3), per_class=20), batch_size=10), "batch_size": 10}
+
+
+def test_the_area_is_the_mean_over_the_multiples_of_n_samples():
+    made = recorded([[10] * 6], [0] * 6, [5])
+    made.every_n_samples = 20
+    made.arrived = [0, 20, 30, 45, 45, 90]  # twice in the period of 40: once
+    made.seen_counts = [torch.tensor(pair) for pair in ([0, 0], [3, 4], [9, 9], [1, 4], [9, 9], [1, 2])]
+    assert made.accuracies_among_seen().nan_to_num(-1).tolist() == [-1, 0.75, -1, 0.25, -1, 0.5]
+    assert made.measures(0)["area_under_accuracy"] == pytest.approx(0.5)
+    made.every_n_samples = None
+    assert "area_under_accuracy" not in made.measures(0)
+
+
+def test_only_samples_of_the_given_classes_count_and_predictions_are_among_them():
+    counts = torch.zeros(2, dtype=torch.int64)
+    scores = torch.tensor([[0.1, 0.9, 0.5], [0.6, 0.9, 0.5], [0.1, 0.9, 0.5], [0.7, 0.2, 0.1]])
+    count_among(counts, scores, torch.tensor([2, 2, 1, 0]), torch.tensor([True, False, True]))
+    assert counts.tolist() == [2, 3]  # without column 1: right, wrong, not counted, right
+
+
+class Arrivals(Callback):
+    """Notes the labels of each batch when it is seen for the first time."""
+
+    def __init__(self):
+        self.labels = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch.first_pass:
+            self.labels.append(batch.labels.clone())
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_evaluations_follow_the_samples_and_count_the_classes_that_have_arrived(passes):
+    made = ContinualEvaluation(every_n_samples=25, samples=None)
+    notes = Arrivals()
+    data = {"scenario": Online(Blurry(tasks=3), batch_size=10, passes=passes), "batch_size": 10}
+    done = run(er(), made, notes, data=data)
+    labels = torch.cat(notes.labels)
+    ends = torch.tensor([len(part) for part in done.stream.train]).cumsum(0).tolist()
+    batches = torch.tensor([len(part) for part in notes.labels]).cumsum(0).tolist()
+    due = [n for k, n in enumerate(batches) if n // 25 > (batches[k - 1] if k else 0) // 25]
+    expected = sorted([0, *ends[:2], *due, *(end for end in ends if end not in due)])  # before, during, after each task
+    assert made.arrived == expected
+    assert all(step % passes == 0 for step in made.steps)
+    totals = torch.as_tensor(done.stream.columns_of(done.datamodule.samples(train=False).labels)).bincount()
+    for arrived, (_, total) in zip(made.arrived, made.seen_counts, strict=True):
+        assert int(total) == int(totals[labels[:arrived].unique()].sum())
+    curve = made.accuracies_among_seen()
+    assert [n for n, value in zip(made.arrived, curve.tolist(), strict=True) if value == value] == due
+    assert made.measures(2)["area_under_accuracy"] == pytest.approx(float(curve.nanmean()))
+    assert made.results()["every_n_samples"] == 25
+    # All classes have arrived in the end: the accuracy of the matrix.
+    last = made.seen_counts[-1]
+    assert float(last[0] / last[1]) == pytest.approx(done.matrix.measures()["average_accuracy"], abs=0.02)
+
+
+def test_by_samples_training_is_the_same_and_a_resumed_run_has_the_same_area(tmp_path):
+    assert_same_run(run(er(), data=BLURRY), run(er(), ContinualEvaluation(every_n_samples=15), data=BLURRY))
+    assert_resumes(lambda: (er(), [ContinualEvaluation(every_n_samples=15, samples=9)]), tmp_path, data=BLURRY)
+
+
+def test_a_run_that_began_by_steps_is_not_resumed_by_samples():
+    by_steps = ContinualEvaluation(every_n_steps=5, samples=9)
+    run(er(), by_steps, max_epochs=1)
+    with pytest.raises(ValueError, match="ContinualEvaluation: resume without every_n_samples"):
+        ContinualEvaluation(every_n_samples=15).load_state_dict(by_steps.state_dict())
+
+
+def test_later_epochs_and_phases_bring_no_new_samples():
+    made = ContinualEvaluation(every_n_samples=60, samples=5)
+    done = run(er(), made, max_epochs=2)
+    assert made.arrived[-1] == sum(len(part) for part in done.stream.train)
+
+
 def test_validation_samples_can_take_the_place_of_test_data():
     made = ContinualEvaluation(split="val")
     loop = run(er(), made, data={"val_fraction": 0.1})
@@ -223,7 +302,15 @@ def test_results_and_logs_hold_the_curves(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"every_n_steps": 0}, {"samples": 0}, {"split": "train"}, {"windows": [10, 1]}, {"beta": -1}, {"cache_mb": -1.0}],
+    [
+        {"every_n_steps": 0},
+        {"every_n_samples": 0},
+        {"samples": 0},
+        {"split": "train"},
+        {"windows": [10, 1]},
+        {"beta": -1},
+        {"cache_mb": -1.0},
+    ],
 )
 def test_options_out_of_range_are_refused(wrong):
     (name, _), *_ = wrong.items()
@@ -236,7 +323,7 @@ class _Whole(ContinualEvaluation):
 
 
 def _learn_in_a_pair(path):
-    made, whole = ContinualEvaluation(every_n_steps=4, samples=31), _Whole(every_n_steps=10**6, samples=None)
+    made, whole = ContinualEvaluation(every_n_samples=256, samples=31), _Whole(every_n_steps=10**6, samples=None)
     loop = run(Finetune(), made, whole, devices=2, strategy="ddp", max_epochs=1)
     if loop.trainer.is_global_zero:
         torch.save({"made": made.state_dict(), "rows": whole.curves()[whole.ends], "R": loop.matrix.R_ci}, path)
@@ -246,10 +333,11 @@ def test_two_processes_count_what_one_counts(tmp_path):
     forks.pair(_learn_in_a_pair, tmp_path / "two.pt")
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     torch.testing.assert_close(two["rows"], two["R"], rtol=0, atol=0, equal_nan=True)
-    one = ContinualEvaluation(every_n_steps=4, samples=31)
+    one = ContinualEvaluation(every_n_samples=256, samples=31)
     run(Finetune(), one, max_epochs=1)
     state = one.state_dict()
-    for name in ("steps", "tasks", "ends", "totals"):
+    for name in ("steps", "tasks", "ends", "totals", "arrived", "classes", "num_samples"):
         assert torch.equal(state[name], two["made"][name])
     assert torch.equal(state["counts"][0], two["made"]["counts"][0])  # before the first update: the same network
-    assert (state["counts"] - two["made"]["counts"]).abs().max() <= 1  # later, it differs by rounding
+    for name in ("counts", "seen_counts"):
+        assert (state[name] - two["made"][name]).abs().max() <= 1  # later, it differs by rounding
