@@ -2,6 +2,7 @@
 
 from cl_lightning.data.auto_augment import AutoAugment
 from cl_lightning.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from cl_lightning.data.cut_mix import cut_box, cutmix, mixed_loss
 from cl_lightning.data.feature_cache import FeatureCache, FeatureStore, Table
 from cl_lightning.data.feature_pool import FeaturePool, GaussianFeatures
 from cl_lightning.data.loaders import FeatureLoader, Plan, PlannedLoader, Rows, StreamLoader
@@ -61,6 +62,9 @@ __all__ = [
     "ToFloat",
     "Transform",
     "corrupt",
+    "cut_box",
+    "cutmix",
+    "mixed_loss",
     "permute_pixels",
     "resized_crop",
     "rotate_batch",

@@ -6,21 +6,16 @@ network is trained from scratch on the memory alone. What other methods gain ove
     greedy balancing (alg. 1): a sample of class y is stored if y is new or has fewer than M // (number of classes)
     samples in memory; a full memory first drops a random sample of its largest class
 
-The training is cross-entropy with CutMix (Yun et al., ICCV 2019, arXiv:1905.04899): with probability p a box of each
-image is replaced by a part of another image of the batch, and with r the share of the pixels that remain
-
-    L = r CE(f(x), y_a) + (1 - r) CE(f(x), y_b),    box of area 1 - u, u ~ Beta(alpha, alpha), cut at the border
-
-by SGD with momentum, whose learning rate has warm restarts (``WarmRestarts``). p -> mix_probability,
-alpha -> mix_alpha. A class that is not in the memory is never predicted.
+The training is cross-entropy with CutMix (``cutmix``), whose probability p is ``mix_probability`` and whose alpha is
+``mix_alpha``, by SGD with momentum and a learning rate with warm restarts (``WarmRestarts``). A class that is not in
+the memory is never predicted.
 The samples of a task arrive in a random order, drawn by seed and task. The memory that a task leaves follows from the
 labels alone, so it is known when the training begins: one phase, ``memory``, trains on it. The other image of a mixture
-is the next one of the shuffled batch. The authors' code gives each class M // (number of classes of all tasks) samples,
-and trains once. The network is in the checkpoint until the next task replaces its weights.
+is the previous one of the shuffled batch. The authors' code gives each class M // (number of classes of all tasks)
+samples, and trains once. The network is in the checkpoint until the next task replaces its weights.
 """
 
-import functools
-import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,13 +24,14 @@ from torch import Tensor
 
 from cl_lightning.batch import Batch, mix
 from cl_lightning.checks import above, at_least, within
+from cl_lightning.data import cutmix, mixed_loss
 from cl_lightning.memory import HerdingPolicy, Memory
 from cl_lightning.strategies.base import check_loss_classes
 from cl_lightning.strategies.base.schedules import WarmRestarts
 from cl_lightning.strategy import ContinualStrategy, Output, Phase, PhaseOptions, Task, Traits
 
 _OPTIONS = PhaseOptions(epochs=256)
-_ORDER, _CUTMIX = 0x6D1, 0x6D2
+_ORDER = 0x6D1
 
 
 def greedy_balanced(held: Tensor, arriving: Tensor, size: int, key: int) -> tuple[Tensor, Tensor]:
@@ -70,22 +66,6 @@ def greedy_balanced(held: Tensor, arriving: Tensor, size: int, key: int) -> tupl
     return kept[: len(held)], kept[len(held) :]
 
 
-def cut_box(height: int, width: int, share: float, centre: tuple[float, float]) -> tuple[slice, slice]:
-    """Rows and columns of the box that CutMix replaces, cut at the border of the image.
-
-    Args:
-        height, width: Size of the image.
-        share: Share of the area that remains where the box is inside the image, in [0, 1].
-        centre: Row and column of the centre, as shares of the size, in [0, 1).
-    """
-    ratio = math.sqrt(1 - share)
-    ends = []
-    for size, place in zip((height, width), centre, strict=True):
-        middle, half = int(place * size), int(size * ratio) // 2
-        ends.append(slice(max(middle - half, 0), min(middle + half, size)))
-    return ends[0], ends[1]
-
-
 class GDumb(ContinualStrategy):
     """A greedily balanced memory, and a new network for each task that is trained on the memory alone.
 
@@ -116,7 +96,7 @@ class GDumb(ContinualStrategy):
         above(self, 0, mix_alpha=mix_alpha)
         at_least(self, 1, **{"memory_options.epochs": memory_options.epochs}, optional=True)
         self.mix_probability, self.mix_alpha = mix_probability, mix_alpha
-        sgd = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-6)
+        sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-6)
         self.memory_options = memory_options.filled(sgd, WarmRestarts)
         self.memory = Memory(memory_size, HerdingPolicy(by="both"))
 
@@ -153,25 +133,10 @@ class GDumb(ContinualStrategy):
         return held, torch.empty_like(arrived).index_copy_(0, order, arrived)
 
     def prepare_batch(self, batch: Batch) -> Batch:
-        random = np.random.default_rng(batch.draw.fork(_CUTMIX).key)  # the same numbers on every process
-        share, chance, *centre = random.beta(self.mix_alpha, self.mix_alpha), *random.random(3)
-        if chance >= self.mix_probability or len(batch) == 0:
-            return batch
-        height, width = batch.images.shape[2:]
-        rows, columns = cut_box(height, width, float(share), (float(centre[0]), float(centre[1])))
-        images = batch.images.clone()
-        images[:, :, rows, columns] = batch.images.roll(1, dims=0)[:, :, rows, columns]
-        remains = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
-        extra = {"partner": batch.labels.roll(1), "remains": torch.full_like(images[:, 0, 0, 0], remains)}
-        return batch.replace(images=images, extra={**batch.extra, **extra})
+        return cutmix(batch, self.mix_probability, self.mix_alpha)
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
-        ce = self.classification_loss(output, batch)
-        if "partner" not in batch.extra:
-            return {"ce": ce}
-        other = self.classification_loss(output, batch.replace(labels=batch.extra["partner"]))
-        remains = batch.extra["remains"].mean()  # the same in all rows
-        return {"ce": remains * ce + (1 - remains) * other}
+        return {"ce": mixed_loss(partial(self.classification_loss, output), batch)}
 
     @torch.no_grad()
     def end_task(self, task: Task) -> None:

@@ -9,9 +9,9 @@ from support.runs import NormNet, assert_same, plain_net, run, sgd
 from support.teaching import losses
 from torch.nn import functional as F
 
-from cl_lightning.batch import Draw
+from cl_lightning.data import cutmix
 from cl_lightning.models import MLP, Output
-from cl_lightning.strategies.rehearsal.gdumb import GDumb, cut_box, greedy_balanced
+from cl_lightning.strategies.rehearsal.gdumb import GDumb, greedy_balanced
 from cl_lightning.strategy import PhaseOptions
 from cl_lightning.stream import ClassIncremental, Online, RotatedDomains
 from cl_lightning.testing import Subject, small
@@ -22,8 +22,7 @@ SUBJECTS = {
     "GDumb": Subject(
         small(GDumb, memory_size=60, memory_options=TWO),
         first_task_is_finetuning=False,
-        matches_single_process=False,
-        reason="it trains on the memory alone, and a process mixes its own images",
+        reason="it trains on the memory alone, with mixed images",
     ),
 }
 
@@ -93,45 +92,11 @@ def test_dropped_samples_are_drawn_from_the_largest_class():
     assert dropped[:6].min() > 25  # 50 each are expected
 
 
-def test_a_box_has_the_area_that_is_replaced_and_ends_at_the_border():
-    assert cut_box(16, 8, 0.75, (0.5, 0.5)) == (slice(4, 12), slice(2, 6))  # half of each side
-    assert cut_box(16, 8, 0.75, (0.0, 0.99)) == (slice(0, 4), slice(5, 8))
-    assert cut_box(16, 8, 0.0, (0.5, 0.5)) == (slice(0, 16), slice(0, 8))
-    rows, columns = cut_box(16, 8, 1.0, (0.5, 0.5))
-    assert (rows.stop - rows.start, columns.stop - columns.start) == (0, 0)
-
-
-def mixed(probability, key=0, **options):
-    images = torch.arange(4.0)[:, None, None, None].expand(4, 2, 8, 8)
-    batch = batch_of(torch.tensor([5, 6, 7, 8]), images=images).replace(draw=Draw.of(4, key))
-    return batch, GDumb(mix_probability=probability, **options).prepare_batch(batch)
-
-
-def test_mixed_images_have_a_box_of_the_next_image_and_the_share_of_their_own_pixels():
-    shares = []
-    for key in range(60):
-        before, after = mixed(1.0, key)
-        assert torch.equal(after.labels, before.labels)
-        assert after.extra["partner"].tolist() == [8, 5, 6, 7]
-        own = after.images == before.images
-        other = after.images == before.images.roll(1, dims=0)
-        assert (own | other).all()
-        share = own.double().mean(dim=(1, 2, 3))
-        torch.testing.assert_close(share, after.extra["remains"].double())
-        assert torch.equal(own[:, 0], own[:, 1])
-        shares.append(float(share[0]))
-        assert torch.equal(before.images[:, 0, 0, 0], torch.arange(4.0))
-    assert len(set(shares)) > 10
-    assert 0.5 < sum(shares) / 60 < 0.85  # u is uniform; boxes are cut at the border
-
-
-def test_images_are_mixed_with_the_given_probability():
-    assert not mixed(0.0)[1].extra
-    hits = sum(bool(mixed(0.3, key)[1].extra) for key in range(300))
-    assert 60 < hits < 120
-    wide = [float(mixed(1.0, key, mix_alpha=50.0)[1].extra["remains"][0]) for key in range(40)]
-    narrow = [float(mixed(1.0, key, mix_alpha=0.1)[1].extra["remains"][0]) for key in range(40)]
-    assert torch.tensor(wide).std() < torch.tensor(narrow).std()
+def test_images_are_mixed_with_the_given_probability_and_share():
+    batch = batch_of(torch.tensor([5, 6]), images=normal(2, 1, 8, 8))
+    assert GDumb(mix_probability=0.0).prepare_batch(batch) is batch
+    found = GDumb(mix_probability=1.0, mix_alpha=7.0).prepare_batch(batch)
+    assert torch.equal(found.images, cutmix(batch, 1.0, 7.0).images)
 
 
 def test_the_loss_of_mixed_images_weighs_both_labels_by_their_pixels():
