@@ -253,6 +253,7 @@ CLOSED = {
     "RanPAC without phase 1": Method("ranpac_vit32", "--model.adapt false --model.projection 2000"),
     "G-ACIL": Method("gacil_vit32", "--model.projection 2000"),
     "SLDA": Method("slda"),
+    "Kalman filter, no drift": Method("kalman"),
     "Mahalanobis": Method("mahalanobis_vit32"),
     "FeCAM": Method("fecam_vit32", FECAM),
     "FeCAM, common covariance": Method("fecam_vit32", f"{FECAM} --model.covariance common"),

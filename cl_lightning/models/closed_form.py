@@ -81,7 +81,8 @@ def recursive_ridge(inverse: Tensor, weight: Tensor, inputs: Tensor, targets: Te
     """
     gain = inputs @ inverse  # (n, E)
     system = torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device) + gain @ inputs.T
-    step = torch.cholesky_solve(gain, torch.linalg.cholesky(system))  # K X R, which is (R X^T)^T with the new R
+    factor = torch.linalg.cholesky_ex(system).L  # positive definite; without a check, which waits for the device
+    step = torch.cholesky_solve(gain, factor)  # K X R, which is (R X^T)^T with the new R
     inverse = inverse - gain.T @ step
     return (inverse + inverse.T) / 2, weight + step.T @ (targets - inputs @ weight)
 
