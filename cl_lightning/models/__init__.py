@@ -80,6 +80,7 @@ from cl_lightning.models.peft.base import Peft, PeftFactory, Site, WholeModel, b
 from cl_lightning.models.peft.lora import LoRA
 from cl_lightning.models.peft.parallel import ParallelAdapters
 from cl_lightning.models.peft.scale_shift import SSF, FiLM
+from cl_lightning.models.peft.sets import PeftSets, SideBySide
 from cl_lightning.models.peft.tokens import VPT, Prefix, PrefixSite, PromptSite
 from cl_lightning.models.prompts import (
     DecomposedPrompts,
@@ -140,6 +141,7 @@ __all__ = [
     "Peft",
     "PeftFactory",
     "PeftPair",
+    "PeftSets",
     "Prefix",
     "PrefixSite",
     "PromptPool",
@@ -153,6 +155,7 @@ __all__ = [
     "ResNet32",
     "ResNet56",
     "RidgeHead",
+    "SideBySide",
     "SimplexHead",
     "Site",
     "SlimResNet18",
