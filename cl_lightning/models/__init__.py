@@ -72,7 +72,13 @@ from cl_lightning.models.network import (
     perceptron,
     uncompiled,
 )
-from cl_lightning.models.normalization import AdaptiveBatchNorm, adapt_norms, norm_parameters, set_statistics
+from cl_lightning.models.normalization import (
+    AdaptiveBatchNorm,
+    adapt_norms,
+    norm_parameters,
+    refit_norms,
+    set_statistics,
+)
 from cl_lightning.models.null_space import NullSpaceHead, SolutionSet
 from cl_lightning.models.peft.adapter import Adapter
 from cl_lightning.models.peft.backbone import AdaptedBackbone, PeftPair
@@ -199,6 +205,7 @@ __all__ = [
     "positions",
     "recurring",
     "recursive_ridge",
+    "refit_norms",
     "risen_scale",
     "set_statistics",
     "shortfall",

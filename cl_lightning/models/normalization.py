@@ -13,6 +13,7 @@ gradient. If a channel has a single value in the batch (one image with a map of 
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, Self
 
 import torch
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cl_lightning.batch import Batch
 from cl_lightning.distributed import is_distributed, sum_over_processes
 from cl_lightning.losses import full_precision
+from cl_lightning.models.network import in_eval_mode
 
 Statistics = Literal["running", "batch", "mix", "collect"]
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -149,6 +152,46 @@ def set_statistics(module: nn.Module, statistics: Statistics, **options: Any) ->
             layer.statistics = statistics
             for name, value in options.items():
                 setattr(layer, name, value)
+
+
+@torch.no_grad()
+def refit_norms(network: nn.Module, batches: Iterable[Batch], frozen: Iterable[nn.Module] = ()) -> None:
+    """Compute the running statistics of batch normalisation again, for weights that were merged, not trained.
+
+    A running statistic is the mean over the batches, weighted by their sizes, of the mean or the unbiased variance of a
+    batch, over all processes. Layers normalise by the statistics of the batch, as in training; all other layers are in
+    eval mode. Batches of one sample are left out. Without such layers nothing is read.
+
+    Args:
+        network: Maps images to anything; not wrapped for distributed training.
+        batches: This process's share of each batch, as many on every process.
+        frozen: Modules whose layers keep their statistics.
+    """
+    kept = {id(layer) for module in frozen for layer in module.modules()}
+    places = [
+        (parent, name, child)
+        for parent in network.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, _BatchNorm) and child.track_running_stats and id(child) not in kept
+    ]
+    if not places:
+        return
+    layers = [AdaptiveBatchNorm.of(child) for _, _, child in places]
+    for (parent, name, _), layer in zip(places, layers, strict=True):
+        setattr(parent, name, layer)
+    count = 0
+    try:
+        with in_eval_mode(network):
+            for batch in batches:
+                if batch.draw.total < 2:
+                    continue
+                count += batch.draw.total
+                for layer in layers:
+                    layer.statistics, layer.rate = "collect", batch.draw.total / count
+                network(batch.images)
+    finally:
+        for parent, name, child in places:
+            setattr(parent, name, child)
 
 
 def norm_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from support.fakes import normal
+from support.fakes import batch_of, normal
 from torch import Tensor, nn
 
 from cl_lightning.distributed import sum_over_processes
-from cl_lightning.models import AdaptiveBatchNorm, adapt_norms, norm_parameters, set_statistics
+from cl_lightning.models import AdaptiveBatchNorm, adapt_norms, norm_parameters, refit_norms, set_statistics
 
 
 def layer(maps: int = 2) -> nn.Module:
@@ -107,6 +107,36 @@ def test_all_layers_are_exchanged_under_their_names_and_keep_what_timm_puts_in_t
     found = norm_parameters(net)
     assert list(found) == ["1.weight", "1.bias", "2.weight", "2.bias", "3.0.weight", "3.0.bias"]
     assert found["1.weight"] is net[1].weight
+
+
+def test_statistics_are_computed_again_as_means_over_batches_of_what_layers_see_in_training():
+    net = nn.Sequential(layer(), nn.Dropout(), nn.Conv2d(3, 3, 1).double(), layer()).train()
+    batches = [normal(n, 3, 4, 4, seed=n) for n in (5, 3, 1)]
+    sums = []
+    for x in batches[:2]:
+        var = x.var((0, 2, 3), unbiased=False)
+        hidden = net[2](by_hand(x, net[0], x.mean((0, 2, 3)), var))
+        sums.append([len(x) * v for y in (x, hidden) for v in (y.mean((0, 2, 3)), y.var((0, 2, 3)))])
+    expected = [(first + second) / 8 for first, second in zip(*sums, strict=True)]
+    norms, before = [net[0], net[3]], {name: value.clone() for name, value in net.named_parameters()}
+    refit_norms(net, [batch_of(torch.zeros(len(x), dtype=torch.int64), images=x) for x in batches])
+    assert [net[0], net[3]] == norms
+    assert all(module.training for module in net.modules())
+    found = [value for norm in norms for value in (norm.running_mean, norm.running_var)]
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted)
+    assert all(torch.equal(value, before[name]) for name, value in net.named_parameters())
+
+
+def test_statistics_of_frozen_layers_are_kept_and_without_layers_nothing_is_read():
+    net, plain = nn.Sequential(layer(), layer()), layer()
+    refit_norms(net, iter([batch_of(torch.zeros(5, dtype=torch.int64), images=normal(5, 3, 4, 4))]), [net[0]])
+    assert torch.equal(net[0].running_mean, plain.running_mean)
+    assert not torch.equal(net[1].running_mean, plain.running_mean)
+    for nothing, frozen in ((nn.Linear(2, 2), []), (net, [net])):
+        unread = iter([None])
+        refit_norms(nothing, unread, frozen)
+        assert list(unread) == [None]
 
 
 def _in_two(rank: int, folder: str, statistics: str) -> None:
