@@ -275,6 +275,7 @@ ADAPTED = {
     "SLCA": Method("slca_vit32", "--trainer.max_epochs {epochs}"),
     "LAE": Method("lae_vit32", "--trainer.max_epochs {epochs}"),
     "EASE": Method("ease_vit32", "--trainer.max_epochs {epochs}"),
+    "MagMax": Method("magmax_vit32", "--trainer.max_epochs {epochs}"),
     "L2P": Method("l2p_vit32", "--trainer.max_epochs {epochs}"),
     "DualPrompt": Method("dual_prompt_vit32", "--trainer.max_epochs {epochs}"),
     "CODA-Prompt": Method("coda_prompt_vit32", "--trainer.max_epochs {epochs}"),

@@ -1,11 +1,11 @@
 """Passes over data outside of training steps (statistics, features), and access to the data module."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl_lightning.batch import Batch
 from cl_lightning.data import FeatureCache, FeatureStore
@@ -13,7 +13,7 @@ from cl_lightning.data.balance import class_weight_table
 from cl_lightning.data.feature_cache import KEYS, STORED
 from cl_lightning.distributed import all_gather_together
 from cl_lightning.memory import Memory
-from cl_lightning.models import Network, in_eval_mode
+from cl_lightning.models import Network, in_eval_mode, refit_norms
 from cl_lightning.strategies.base.host import Host
 from cl_lightning.stream import Stream
 
@@ -207,6 +207,16 @@ class Passes:
             return torch.zeros(0, width, device=strategy.device), nothing, nothing
         features, labels, indices = (torch.cat(column) for column in zip(*parts, strict=True))
         return features, labels, indices
+
+    def refit_norms(self, frozen: Iterable[nn.Module] = ()) -> None:
+        """Compute the running statistics of batch normalisation again from the task, for weights that were merged.
+
+        Args:
+            frozen: Layers that keep theirs; see :func:`cl_lightning.models.refit_norms`.
+        """
+        strategy = self._strategy
+        with strategy.trainer.precision_plugin.forward_context():
+            refit_norms(strategy.network, self.batches(), frozen)
 
     def features_of(self, batch: Batch, network: Network, store: FeatureStore | None) -> Tensor:
         """Features of a finished batch: the stored features if the batch holds them, else computed and stored.
