@@ -80,8 +80,8 @@ class ContinualDataModule(StreamDataModule):
         self._loaders = {}
         stream = super().make_stream(seed, earlier)
         if self.class_weights is not None:  # raises errors before training
-            source, name = self.samples(train=True), type(self).__name__
-            class_weight_table(name, self.class_weights, stream, source.labels, source.class_names)
+            names, owner = self.samples(train=True).class_names, type(self).__name__
+            class_weight_table(owner, self.class_weights, stream, self.train_labels(), names)
         return stream
 
     def shuffles(self, task: int) -> bool:
@@ -348,7 +348,7 @@ class ContinualDataModule(StreamDataModule):
         pool = torch.as_tensor(self.stream.train[task].copy())
         if task != self.task.index or self._left_out == 0:
             return pool
-        labels = torch.as_tensor(self.samples(train=True).labels)[pool]
+        labels = torch.as_tensor(self.train_labels())[pool]
         return pool[~left_out(labels, self._left_out, mix(self.seed or 0, 0x1E0, task))]
 
     def _loader(self, kind: str) -> StreamLoader:
@@ -359,6 +359,7 @@ class ContinualDataModule(StreamDataModule):
             self._loaders[kind] = StreamLoader(
                 source,
                 columns,
+                labels=self.train_labels() if kind in ("train", "statistics") else None,
                 hidden=self._hidden() if kind == "train" else None,  # in training batches only
                 shift=Shifts(self.stream) if shifted else None,
                 workers=self.workers,

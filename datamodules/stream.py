@@ -15,6 +15,7 @@ from cl_lightning.data import Compose, Context, FileSource, Normalize, SampleSou
 from cl_lightning.data.feature_cache import KEYS, STORED
 from cl_lightning.data.scaling import InputSize, measured
 from cl_lightning.data.sources import checked, decoded
+from cl_lightning.hashing import IntArray
 from cl_lightning.recorded import options_of
 from cl_lightning.stream import ClassIncremental, DatasetInfo, Scenario, Segment, Stream
 
@@ -231,14 +232,25 @@ class StreamDataModule(LightningDataModule):
             )
         return self.stream
 
+    def train_labels(self) -> IntArray:
+        """Raw labels of the training samples as training sees them, int64 ``(N,)``: noisy where the stream makes noise.
+
+        Whatever trains reads labels here or from batches; the labels of ``samples`` are the labels of the data.
+        """
+        return self.stream.given_labels(self.samples(train=True).labels)
+
     def fingerprint(self, task: int) -> str:
-        """Hash of a task: names of its classes, and its training, validation and test samples with their classes."""
+        """Hash of a task: names of its classes, and its training, validation and test samples with their labels."""
         stream, digest = self.stream, hashlib.blake2b(digest_size=16)
         digest.update("\0".join(stream.names_of(stream.tasks[task])).encode("utf-8", "surrogatepass"))
-        for train, indices in ((True, stream.train[task]), (True, stream.val[task]), (False, stream.test[task])):
-            source = self.samples(train=train)
+        train, test = self.samples(train=True), self.samples(train=False)
+        for source, labels, indices in (
+            (train, self.train_labels(), stream.train[task]),
+            (train, train.labels, stream.val[task]),
+            (test, test.labels, stream.test[task]),
+        ):
             digest.update(source.digest(indices))
-            digest.update(stream.columns_of(source.labels[indices]).astype("<i8").tobytes())
+            digest.update(stream.columns_of(labels[indices]).astype("<i8").tobytes())
         return digest.hexdigest()
 
     def finish(self, batch: Batch, *, augment: bool, epoch: int | None = None) -> Batch:

@@ -17,6 +17,7 @@ from cl_lightning.data.balance import balanced_order
 from cl_lightning.data.feature_cache import KEYS, STORED, FeatureStore
 from cl_lightning.data.feature_pool import FeaturePool
 from cl_lightning.data.sources import SampleSource
+from cl_lightning.hashing import IntArray
 from cl_lightning.memory import Memory
 
 
@@ -139,6 +140,7 @@ class StreamLoader:
         source: Source of the images.
         columns: Column of each raw label, int64; -1 for classes that never occur in the stream. Labels beyond its end
             have column -1 as well.
+        labels: Raw labels that batches have, int64 ``(N,)``; None for the labels of the source.
         hidden: Samples whose label is hidden (-1), bool ``(N,)``, or None.
         shift: Domain shift of raw images, ``(images, tasks) -> images``, or None.
         workers: Number of worker processes for files.
@@ -150,14 +152,15 @@ class StreamLoader:
         source: SampleSource,
         columns: Tensor,
         *,
+        labels: IntArray | None = None,
         hidden: Tensor | None = None,
         shift: Callable[[Tensor, Tensor], Tensor] | None = None,
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        raw = torch.as_tensor(source.labels)
-        labels = torch.where(raw < len(columns), columns[raw.clamp(max=len(columns) - 1)], -1)
-        self.labels = labels if hidden is None else labels.masked_fill(hidden, -1)
+        raw = torch.as_tensor(source.labels if labels is None else labels)
+        known = torch.where(raw < len(columns), columns[raw.clamp(max=len(columns) - 1)], -1)
+        self.labels = known if hidden is None else known.masked_fill(hidden, -1)
         self.pin_memory, self.shifted = pin_memory, shift is not None
         self._images = _Images(source, shift)
         self._steps = _Steps()

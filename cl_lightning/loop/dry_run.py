@@ -30,7 +30,7 @@ from cl_lightning.measures import CostMeter
 from cl_lightning.models import AdaptedBackbone, Backbone, Head, joined_rows
 from cl_lightning.strategies.base.evaluation import check_monitor
 from cl_lightning.strategy import ContinualStrategy, Phase
-from cl_lightning.stream import Stream, Task
+from cl_lightning.stream import Task
 from cl_lightning.stream.draws import rank_in_group
 
 _IMAGES = 2
@@ -308,7 +308,7 @@ def _few(datamodule: ContinualDataModule, count: int) -> ContinualDataModule:
     """A data module over the same sources, with at most ``count`` samples of each task, of as many classes as
     possible, and as many further samples without a label."""
     stream = datamodule.stream
-    labels = {train: datamodule.samples(train=train).labels for train in (True, False)}
+    labels = {True: datamodule.train_labels(), False: datamodule.samples(train=False).labels}
 
     def chosen(indices: np.ndarray, *, train: bool = True) -> np.ndarray:
         places, _ = rank_in_group(labels[train][indices])
@@ -316,20 +316,17 @@ def _few(datamodule: ContinualDataModule, count: int) -> ContinualDataModule:
 
     hidden = tuple(chosen(part) for part in stream.unlabelled)
     labelled = [np.setdiff1d(part, out) for part, out in zip(stream.train, stream.unlabelled, strict=True)]
+    train = tuple(np.concatenate([chosen(part), out]) for part, out in zip(labelled, hidden, strict=True))
+    left = [np.isin(noisy, part) for noisy, part in zip(stream.noisy, train, strict=True)]
     few = copy.copy(datamodule)
-    few.stream = Stream(
-        tasks=stream.tasks,
-        train=tuple(np.concatenate([chosen(part), out]) for part, out in zip(labelled, hidden, strict=True)),
+    few.stream = replace(
+        stream,
+        train=train,
         val=tuple(chosen(part) for part in stream.val),
         test=tuple(chosen(part, train=False) for part in stream.test),
-        order=stream.order,
-        class_names=stream.class_names,
         unlabelled=hidden,
-        parts=stream.parts,
-        one_pass=stream.one_pass,
-        batch_size=stream.batch_size,
-        passes=stream.passes,
-        scenario=stream.scenario,
+        noisy=tuple(part[rows] for part, rows in zip(stream.noisy, left, strict=True)),
+        given=tuple(part[rows] for part, rows in zip(stream.given, left, strict=True)),
     )
     few._loaders, few.workers, few.drop_last, few.pin_memory = {}, 0, False, False
     return few

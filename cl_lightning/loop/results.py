@@ -203,6 +203,7 @@ def protocol(loop: Run) -> dict[str, Any]:
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "one_pass": stream.one_pass,
         "passes": stream.passes,
+        **({"wrong_labels": [len(part) for part in stream.noisy]} if any(map(len, stream.noisy)) else {}),
         "val_fraction": data.val_fraction,
         "augmentation": [type(transform).__name__ for transform in data.augmentation.transforms],
         "mean": [float(value) for value in data.normalize.mean],

@@ -100,7 +100,8 @@ class DatasetInfo:
         return hash64(seed, purpose, self._sample_ids[indices])
 
 
-_ARRAYS = ("train", "val", "test", "unlabelled")
+_ARRAYS = ("train", "val", "test", "unlabelled", "noisy", "given")
+_OPTIONAL = ("noisy", "given")  # in manifests and hashes only where they are not empty
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +117,8 @@ class Stream:
         order: Raw label of each column.
         class_names: Name of each column.
         unlabelled: Indices of the samples of ``train`` whose labels are hidden.
+        noisy: Indices of the samples of ``train`` whose given label is not the label of the data.
+        given: Raw labels that these samples have in training, classes of the same task; see :meth:`given_labels`.
         parts: Segments of tasks that were made at once, with their seeds.
         one_pass: Whether each sample is seen once, in a stream, instead of in epochs.
         batch_size: Batch size of a one-pass stream; None for the batch size of the data module.
@@ -133,6 +136,8 @@ class Stream:
     order: tuple[int, ...]
     class_names: tuple[str, ...]
     unlabelled: tuple[IntArray, ...] = ()
+    noisy: tuple[IntArray, ...] = ()
+    given: tuple[IntArray, ...] = ()
     parts: tuple[Segment, ...] = ()
     one_pass: bool = False
     batch_size: int | None = None
@@ -143,8 +148,9 @@ class Stream:
         count = len(self.tasks)
         if not count:
             raise ValueError("Stream: it has no tasks; give at least one")
-        if not self.unlabelled:
-            object.__setattr__(self, "unlabelled", (np.empty(0, np.int64),) * count)
+        for name in ("unlabelled", *_OPTIONAL):
+            if not getattr(self, name):
+                object.__setattr__(self, name, (np.empty(0, np.int64),) * count)
         if not self.parts:
             object.__setattr__(self, "parts", (Segment(count, 0, 0.0),))
         for name in _ARRAYS:
@@ -156,7 +162,7 @@ class Stream:
             for task, array in enumerate(arrays):
                 if array.size and array.min() < 0:
                     raise ValueError(f"task {task}: {name} has the negative index {array.min()}")
-                if len(np.unique(array)) != len(array):
+                if name != "given" and len(np.unique(array)) != len(array):
                     raise ValueError(f"task {task}: {name} has an index twice")
         for task, (train, val, hidden) in enumerate(zip(self.train, self.val, self.unlabelled, strict=True)):
             if not train.size:
@@ -165,6 +171,7 @@ class Stream:
                 raise ValueError(f"task {task}: val shares samples with train")
             if hidden.size and not np.isin(hidden, train).all():
                 raise ValueError(f"task {task}: unlabelled has samples that are not in train")
+        self._check_given()
         tasks, order = number_tasks([t.classes for t in self.tasks], [t.name for t in self.tasks], self.shifts)
         if tasks != self.tasks or order != self.order:
             raise ValueError("order: the columns are not the classes of the tasks in order of arrival")
@@ -178,6 +185,24 @@ class Stream:
             )
         if self.passes < 1 or (self.batch_size is not None and self.batch_size < 1):
             raise ValueError(f"passes {self.passes} and batch_size {self.batch_size} must be at least 1")
+
+    def _check_given(self) -> None:
+        for task, (noisy, given) in enumerate(zip(self.noisy, self.given, strict=True)):
+            if len(noisy) != len(given):
+                raise ValueError(f"task {task}: given has {len(given)} labels for {len(noisy)} samples of noisy")
+            if noisy.size and not np.isin(noisy, self.train[task]).all():
+                raise ValueError(f"task {task}: noisy has samples that are not in train")
+            if noisy.size and np.isin(noisy, self.unlabelled[task]).any():
+                raise ValueError(f"task {task}: noisy has samples whose label is hidden")
+            if given.size and not np.isin(given, self.tasks[task].classes).all():
+                raise ValueError(f"task {task}: given has labels that are no classes of the task")
+        noisy, given = np.concatenate(self.noisy), np.concatenate(self.given)
+        samples, first, inverse = np.unique(noisy, return_index=True, return_inverse=True)
+        for task, (train, its) in enumerate(zip(self.train, self.noisy, strict=True)):
+            if samples.size and np.isin(train, samples).sum() != len(its):
+                raise ValueError(f"task {task}: noisy lacks samples of train that are noisy in another task")
+        if (given[first][inverse] != given).any():
+            raise ValueError("given: a sample of several tasks has different labels in them; give it one")
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -223,6 +248,23 @@ class Stream:
         known = (labels >= 0) & (labels < len(self.column_table))
         return np.where(known, self.column_table[np.where(known, labels, 0)], -1)
 
+    def given_labels(self, labels: IntArray) -> IntArray:
+        """Labels of the training samples as training sees them.
+
+        Everything that trains reads its labels here. Validation and test samples have the labels of the data.
+
+        Args:
+            labels: Raw labels of the data, int64 ``(N,)``.
+
+        Returns:
+            Raw labels, int64 ``(N,)``, with the given labels of the samples of ``noisy``.
+        """
+        if not any(part.size for part in self.noisy):
+            return labels
+        changed = np.array(labels, np.int64)
+        changed[np.concatenate(self.noisy)] = np.concatenate(self.given)
+        return changed
+
     def names_of(self, task: Task) -> tuple[str, ...]:
         """Names of the classes of a task."""
         return tuple(self.class_names[column] for column in task.columns)
@@ -236,6 +278,8 @@ class Stream:
             digest = blake2b(dumps([task.name, self.names_of(task), task.columns, shift]).encode(), digest_size=16)
             for name in _ARRAYS:
                 array = getattr(self, name)[task.index]
+                if name in _OPTIONAL and not array.size:
+                    continue
                 digest.update(f"{name} {len(array)} ".encode() + array.astype("<i8").tobytes())
             digests.append(digest.hexdigest())
         return tuple(digests)
@@ -256,6 +300,8 @@ class Stream:
                 )
         for task in self.tasks:
             for name in _ARRAYS:
+                if name == "given":
+                    continue  # checked by the constructor
                 labels = info.test_labels if name == "test" else info.train_labels
                 array = getattr(self, name)[task.index]
                 if array.size and array.max() >= len(labels):
@@ -283,6 +329,7 @@ class Stream:
                 "val": self.val[task.index].tolist(),
                 "test": self.test[task.index].tolist(),
                 "unlabelled": self.unlabelled[task.index].tolist(),
+                **{name: array.tolist() for name in _OPTIONAL if (array := getattr(self, name)[task.index]).size},
                 "hash": digest,
             }
             for task, digest in zip(self.tasks, self.hashes, strict=True)

@@ -85,7 +85,9 @@ class _Fields:
             self.fail(name, f"must hold {kind.__name__} only, got {sorted(w.__name__ for w in wrong)[0]}")
         return values
 
-    def indices(self, name: str) -> IntArray:
+    def indices(self, name: str, *, optional: bool = False) -> IntArray:
+        if optional and name not in self.data:
+            return np.empty(0, np.int64)
         values = self.many(name, int)
         try:
             return np.array(values, np.int64)
@@ -145,6 +147,8 @@ def _read(data: Any, make: Callable[..., S]) -> S:
         order=order,
         class_names=tuple(top.many("class_names", str)),
         unlabelled=tuple(item.indices("unlabelled") for item in items),
+        noisy=tuple(item.indices("noisy", optional=True) for item in items),
+        given=tuple(item.indices("given", optional=True) for item in items),
         parts=tuple(parts),
         one_pass=top.take("one_pass", bool),
         batch_size=None if top.take("batch_size", int, type(None)) is None else top.natural("batch_size", 1),

@@ -77,6 +77,7 @@ class LabelFraction(Modifier):
             self.fail(f"per_class must be at least 1, got {self.per_class}")
 
     def change(self, stream: Stream, info: DatasetInfo) -> Stream:
+        _refuse_noise(self, stream)
         task = np.repeat(np.arange(len(stream)), [len(indices) for indices in stream.train])
         indices = np.concatenate(stream.train)
         seeds = seed_array(part.seed for part in stream.task_parts)[task]
@@ -88,6 +89,81 @@ class LabelFraction(Modifier):
             kept = np.full_like(size, self.per_class)
         hidden = split(np.where(place < kept, -1, task), len(stream))
         return replace(stream, unlabelled=tuple(indices[rows] for rows in hidden))
+
+
+@dataclass(frozen=True)
+class NoisyLabels(Modifier):
+    """Continual learning with noisy labels: some training samples have the label of another class of their task.
+
+    In each class of a task, ``rate`` times the number of labelled samples is rounded to the number of wrong labels; at
+    least one label stays correct. Validation and test samples keep their labels, and samples whose label is hidden are
+    not counted. A sample of several tasks has one label, drawn among the classes of the first of them.
+
+    Args:
+        base: Scenario whose labels are changed.
+        rate: Fraction of the labelled samples of a class that get a wrong label, at least 0 and below 1. It counts
+            wrong labels only: no label is drawn that happens to be the correct one.
+        kind: ``symmetric``: the wrong label is drawn uniformly among the other classes of the task; ``asymmetric``: it
+            is the next class of the task in order of columns, and the first class after the last one.
+
+    Raises:
+        ValueError: If a task has one class only, or labels are already noisy.
+    """
+
+    base: Scenario
+    rate: float
+    kind: Literal["symmetric", "asymmetric"] = "symmetric"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate < 1:
+            self.fail(f"rate must be at least 0 and below 1, got {self.rate}")
+        if self.kind not in ("symmetric", "asymmetric"):
+            self.fail(f"kind {self.kind!r}; use symmetric or asymmetric")
+
+    def change(self, stream: Stream, info: DatasetInfo) -> Stream:
+        _refuse_noise(self, stream)
+        counts = np.array([len(task.classes) for task in stream.tasks])
+        if self.rate and counts.min() < 2:
+            single = stream.tasks[int(counts.argmin())]
+            self.fail(
+                f"task {single.index} ({single.name}) has one class, and no other label to give; use larger tasks"
+            )
+        labelled = [np.setdiff1d(*pair) for pair in zip(stream.train, stream.unlabelled, strict=True)]
+        indices, first = np.unique(np.concatenate(labelled), return_index=True)
+        task = np.repeat(np.arange(len(stream)), [len(rows) for rows in labelled])[first]
+        hidden = np.isin(indices, np.concatenate(stream.unlabelled))
+        indices, task = indices[~hidden], task[~hidden]
+
+        seeds = seed_array(part.seed for part in stream.task_parts)[task]
+        group = task * info.num_classes + info.train_labels[indices]
+        rank, size = rank_in_group(group, info.keys(indices, seeds, draws.NOISE))
+        wrong = rank < np.minimum(round_half_up(size * self.rate), size - 1)
+        indices, task, seeds = indices[wrong], task[wrong], seeds[wrong]
+
+        # Classes of all tasks in one array, the classes of a task from ``start`` on in order of columns.
+        start = np.cumsum(counts) - counts
+        classes = np.concatenate([np.array(each.classes, np.int64) for each in stream.tasks])
+        place = np.zeros((len(stream), info.num_classes), np.int64)
+        for each in stream.tasks:
+            place[each.index, list(each.classes)] = np.arange(len(each.classes))
+        steps = np.ones(len(indices), np.int64)  # from the class of the data to the given class
+        if self.kind == "symmetric":
+            others = (counts[task] - 1).astype(np.uint64)
+            steps += (info.keys(indices, seeds, draws.WRONG_LABEL) % others).astype(np.int64)
+        given = classes[start[task] + (place[task, info.train_labels[indices]] + steps) % counts[task]]
+        noisy = [np.isin(indices, part) for part in stream.train]
+        for each, rows in zip(stream.tasks, noisy, strict=True):
+            if not np.isin(given[rows], each.classes).all():
+                self.fail(
+                    f"task {each.index} ({each.name}) has samples of an earlier task with labels that are no classes "
+                    f"of task {each.index}; use a base whose tasks share no samples, or share all classes"
+                )
+        return replace(stream, noisy=tuple(indices[rows] for rows in noisy), given=tuple(given[rows] for rows in noisy))
+
+
+def _refuse_noise(modifier: Modifier, stream: Stream) -> None:
+    if any(part.size for part in stream.noisy):
+        modifier.fail(f"labels are noisy already; put NoisyLabels around {type(modifier).__name__}, and only once")
 
 
 class Subsampling(Modifier):
@@ -104,6 +180,7 @@ class Subsampling(Modifier):
 
     def change(self, stream: Stream, info: DatasetInfo) -> Stream:
         name = type(self).__name__
+        _refuse_noise(self, stream)
         if any(hidden.size for hidden in stream.unlabelled):
             self.fail(
                 f"labels are already hidden, and and a class might lose all labels; put LabelFraction around {name}"

@@ -51,8 +51,7 @@ class StrategyData:
         chosen = stream.train[index]
         if stream.unlabelled:
             chosen = chosen[~np.isin(chosen, stream.unlabelled[index])]
-        raw = np.asarray(self.module.samples(train=True).labels)
-        return torch.from_numpy(stream.columns_of(raw[chosen]))
+        return torch.from_numpy(stream.columns_of(np.asarray(self.module.train_labels())[chosen]))
 
     def augment(self, batch: Batch) -> Batch:
         """Make the images of a batch from its raw images as in training: augmented, scaled and normalised."""
@@ -73,9 +72,8 @@ class StrategyData:
         if getattr(module, "class_weights", None) is None:
             return None
         if self._weights is None or self._weights[0] is not module.stream:
-            source = module.samples(train=True)
-            name = type(module).__name__
-            table = class_weight_table(name, module.class_weights, module.stream, source.labels, source.class_names)
+            names, owner = module.samples(train=True).class_names, type(module).__name__
+            table = class_weight_table(owner, module.class_weights, module.stream, module.train_labels(), names)
             self._weights = module.stream, table.to(self._strategy.device)
         return self._weights[1][batch.tasks, batch.labels.clamp(min=0)]
 

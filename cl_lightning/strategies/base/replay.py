@@ -234,7 +234,7 @@ class ExemplarReplay(ContinualStrategy):
         module, task = self.data.module, self.task.index + 1
         if task == len(module.stream.train):
             return 0
-        labels = torch.as_tensor(module.samples(train=True).labels)[torch.as_tensor(module.stream.train[task].copy())]
+        labels = torch.as_tensor(module.train_labels())[torch.as_tensor(module.stream.train[task].copy())]
         share: float = self.traits.data_options(task)["left_out"]
         return int(left_out(labels, share, 0).sum())
 
