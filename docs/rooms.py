@@ -73,14 +73,14 @@ ROOMS = (
         "memory",
         "samples, prototypes, networks and importances kept from earlier tasks",
         "replay, herding, prototypes, class_statistics, drift, teacher, importance, paths, sensitivity, "
-        "consolidation, owners, input_spaces, growing, accounting, mean_covariance, budget, slots",
+        "consolidation, owners, input_spaces, growing, accounting, mean_covariance, budget, slots, weight_space",
     ),
     Room(
         "models",
         "modules with parameters: backbones, heads, adapters",
         "backbones, weights, convnet, heads, growing, text_head, closed_form, network, normalization, prompts, "
-        "expert_prompts, expansion, masks, svm, consolidated_head, cut, energy_head, kmeans, max_margin, null_space, "
-        "random_layer, simplex_head, vae, `peft/` (a file per mechanism)",
+        "expert_prompts, expansion, masks, svm, consolidated_head, cut, energy_head, kmeans, max_margin, "
+        "null_space, random_layer, simplex_head, vae, mean_head, `peft/` (a file per mechanism)",
     ),
     Room("losses", "functions of logits, features, labels", "classification, distillation, contrastive"),
     Room(
