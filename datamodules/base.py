@@ -14,6 +14,7 @@ from cl_lightning.batch import Batch, mix
 from cl_lightning.checks import one_of
 from cl_lightning.data import FeatureLoader, FeaturePool, FeatureStore, Plan, PlannedLoader, StreamLoader
 from cl_lightning.data.balance import ClassWeights, check_class_weights, class_weight_table, left_out
+from cl_lightning.data.labels import training_labels
 from cl_lightning.data.loaders import Stored
 from cl_lightning.data.shifts import Shifts
 from cl_lightning.data.transforms import described
@@ -81,7 +82,7 @@ class ContinualDataModule(StreamDataModule):
         stream = super().make_stream(seed, earlier)
         if self.class_weights is not None:  # raises errors before training
             names, owner = self.samples(train=True).class_names, type(self).__name__
-            class_weight_table(owner, self.class_weights, stream, self.train_labels(), names)
+            class_weight_table(owner, self.class_weights, stream, training_labels(self), names)
         return stream
 
     def shuffles(self, task: int) -> bool:
@@ -348,7 +349,7 @@ class ContinualDataModule(StreamDataModule):
         pool = torch.as_tensor(self.stream.train[task].copy())
         if task != self.task.index or self._left_out == 0:
             return pool
-        labels = torch.as_tensor(self.train_labels())[pool]
+        labels = torch.as_tensor(training_labels(self))[pool]
         return pool[~left_out(labels, self._left_out, mix(self.seed or 0, 0x1E0, task))]
 
     def _loader(self, kind: str) -> StreamLoader:
@@ -359,7 +360,7 @@ class ContinualDataModule(StreamDataModule):
             self._loaders[kind] = StreamLoader(
                 source,
                 columns,
-                labels=self.train_labels() if kind in ("train", "statistics") else None,
+                labels=training_labels(self) if kind in ("train", "statistics") else None,
                 hidden=self._hidden() if kind == "train" else None,  # in training batches only
                 shift=Shifts(self.stream) if shifted else None,
                 workers=self.workers,

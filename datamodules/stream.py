@@ -13,9 +13,9 @@ from cl_lightning.batch import Batch, ImageShape, RowDraw
 from cl_lightning.checks import at_least
 from cl_lightning.data import Compose, Context, FileSource, Normalize, SampleSource, Transform
 from cl_lightning.data.feature_cache import KEYS, STORED
+from cl_lightning.data.labels import training_labels
 from cl_lightning.data.scaling import InputSize, measured
 from cl_lightning.data.sources import checked, decoded
-from cl_lightning.hashing import IntArray
 from cl_lightning.recorded import options_of
 from cl_lightning.stream import ClassIncremental, DatasetInfo, Scenario, Segment, Stream
 
@@ -232,20 +232,13 @@ class StreamDataModule(LightningDataModule):
             )
         return self.stream
 
-    def train_labels(self) -> IntArray:
-        """Raw labels of the training samples as training sees them, int64 ``(N,)``: noisy where the stream makes noise.
-
-        Whatever trains reads labels here or from batches; the labels of ``samples`` are the labels of the data.
-        """
-        return self.stream.given_labels(self.samples(train=True).labels)
-
     def fingerprint(self, task: int) -> str:
         """Hash of a task: names of its classes, and its training, validation and test samples with their labels."""
         stream, digest = self.stream, hashlib.blake2b(digest_size=16)
         digest.update("\0".join(stream.names_of(stream.tasks[task])).encode("utf-8", "surrogatepass"))
         train, test = self.samples(train=True), self.samples(train=False)
         for source, labels, indices in (
-            (train, self.train_labels(), stream.train[task]),
+            (train, training_labels(self), stream.train[task]),
             (train, train.labels, stream.val[task]),
             (test, test.labels, stream.test[task]),
         ):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -251,3 +251,20 @@ def _from_rows(array: np.ndarray, name: str) -> np.ndarray:
 
 def _some(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(map(str, names[:limit])) + (", ..." if len(names) > limit else "") or "none"
+
+
+class HasStream(Protocol):
+    """A data module, with what :func:`training_labels` reads."""
+
+    stream: Any
+
+    def samples(self, *, train: bool) -> Any: ...
+
+
+def training_labels(module: HasStream) -> IntArray:
+    """Raw labels of the training samples as training sees them, int64 ``(N,)``: noisy where the stream makes noise.
+
+    Whatever trains reads labels here or from batches; the labels of ``samples`` are the labels of the data.
+    """
+    labels: IntArray = module.stream.given_labels(module.samples(train=True).labels)
+    return labels

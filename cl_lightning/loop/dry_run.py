@@ -24,6 +24,7 @@ from cl_lightning import distributed
 from cl_lightning.callback import AddsLosses, ContinualCallback
 from cl_lightning.checks import origin
 from cl_lightning.data import Transform
+from cl_lightning.data.labels import training_labels
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.loop.run import begin_task
 from cl_lightning.measures import CostMeter
@@ -308,7 +309,7 @@ def _few(datamodule: ContinualDataModule, count: int) -> ContinualDataModule:
     """A data module over the same sources, with at most ``count`` samples of each task, of as many classes as
     possible, and as many further samples without a label."""
     stream = datamodule.stream
-    labels = {True: datamodule.train_labels(), False: datamodule.samples(train=False).labels}
+    labels = {True: training_labels(datamodule), False: datamodule.samples(train=False).labels}
 
     def chosen(indices: np.ndarray, *, train: bool = True) -> np.ndarray:
         places, _ = rank_in_group(labels[train][indices])

@@ -11,6 +11,7 @@ from support import ROOT
 from support.runs import assert_resumes, assert_same_run, plain_net, run
 
 from cl_lightning.data import TensorSource
+from cl_lightning.data.labels import training_labels
 from cl_lightning.datamodules.digits import Digits
 from cl_lightning.loop.dry_run import _few
 from cl_lightning.loop.results import protocol
@@ -93,7 +94,7 @@ def test_no_path_leads_from_the_labels_of_the_data_to_training(name, monkeypatch
 
 
 def test_no_other_code_reads_the_labels_of_the_training_data():
-    """``train_labels`` is the one place; the length of the labels is no label."""
+    """``training_labels`` is the one place; the length of the labels is no label."""
     reads = re.compile(r"(?<!len\(self)(?<!len\(data)[.]samples\(train=True\)\.labels")
     found = {
         path.relative_to(ROOT).as_posix(): lines
@@ -101,7 +102,7 @@ def test_no_other_code_reads_the_labels_of_the_training_data():
         for path in (ROOT / folder).rglob("*.py")
         if (lines := reads.findall(path.read_text()))
     }
-    assert found == {"datamodules/stream.py": [".samples(train=True).labels"]}
+    assert found == {"cl_lightning/data/labels.py": [".samples(train=True).labels"]}
 
 
 def test_training_and_statistics_have_the_given_labels_and_evaluation_the_labels_of_the_data():
@@ -141,12 +142,12 @@ def test_the_dry_run_has_the_given_labels_of_as_many_classes_as_possible():
     data = Noisy()
     data.make_stream(0)
     few = _few(data, 4)
-    labels = few.train_labels()
+    labels = training_labels(few)
     for task in few.stream.tasks:
         chosen = few.stream.train[task.index]
         assert len(chosen) == 4
         assert set(labels[chosen].tolist()) == set(task.classes)
-        assert np.array_equal(labels[chosen], data.train_labels()[chosen])
+        assert np.array_equal(labels[chosen], training_labels(data)[chosen])
         assert np.array_equal(
             np.sort(few.stream.noisy[task.index]), np.intersect1d(chosen, data.stream.noisy[task.index])
         )

@@ -11,6 +11,7 @@ from cl_lightning.batch import Batch
 from cl_lightning.data import FeatureCache, FeatureStore
 from cl_lightning.data.balance import class_weight_table
 from cl_lightning.data.feature_cache import KEYS, STORED
+from cl_lightning.data.labels import training_labels
 from cl_lightning.distributed import all_gather_together
 from cl_lightning.memory import Memory
 from cl_lightning.models import Network, in_eval_mode, refit_norms
@@ -51,7 +52,7 @@ class StrategyData:
         chosen = stream.train[index]
         if stream.unlabelled:
             chosen = chosen[~np.isin(chosen, stream.unlabelled[index])]
-        return torch.from_numpy(stream.columns_of(np.asarray(self.module.train_labels())[chosen]))
+        return torch.from_numpy(stream.columns_of(np.asarray(training_labels(self.module))[chosen]))
 
     def augment(self, batch: Batch) -> Batch:
         """Make the images of a batch from its raw images as in training: augmented, scaled and normalised."""
@@ -73,7 +74,7 @@ class StrategyData:
             return None
         if self._weights is None or self._weights[0] is not module.stream:
             names, owner = module.samples(train=True).class_names, type(module).__name__
-            table = class_weight_table(owner, module.class_weights, module.stream, module.train_labels(), names)
+            table = class_weight_table(owner, module.class_weights, module.stream, training_labels(module), names)
             self._weights = module.stream, table.to(self._strategy.device)
         return self._weights[1][batch.tasks, batch.labels.clamp(min=0)]
 

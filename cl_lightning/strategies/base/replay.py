@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from cl_lightning.batch import Batch, join
 from cl_lightning.checks import at_least, one_of
 from cl_lightning.data.balance import left_out
+from cl_lightning.data.labels import training_labels
 from cl_lightning.memory import (
     ClassBalanced,
     HerdingPolicy,
@@ -234,7 +235,7 @@ class ExemplarReplay(ContinualStrategy):
         module, task = self.data.module, self.task.index + 1
         if task == len(module.stream.train):
             return 0
-        labels = torch.as_tensor(module.train_labels())[torch.as_tensor(module.stream.train[task].copy())]
+        labels = torch.as_tensor(training_labels(module))[torch.as_tensor(module.stream.train[task].copy())]
         share: float = self.traits.data_options(task)["left_out"]
         return int(left_out(labels, share, 0).sum())
 
