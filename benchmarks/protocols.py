@@ -186,6 +186,7 @@ METHODS = {
     "MIR": Method("mir", MEMORY),
     "SCR": Method("scr", MEMORY),
     "GSS": Method("gss", MEMORY),
+    "ER-AML": Method("er_aml", MEMORY),
     "iCaRL": Method("icarl", MEMORY, online=False),
     "BiC": Method("bic", MEMORY, online=False),
     "ER by the loader": Method("er_loader", MEMORY, online=False),
