@@ -187,6 +187,7 @@ METHODS = {
     "SCR": Method("scr", MEMORY),
     "GSS": Method("gss", MEMORY),
     "ER-AML": Method("er_aml", MEMORY),
+    "CLIB": Method("clib", MEMORY),
     "iCaRL": Method("icarl", MEMORY, online=False),
     "BiC": Method("bic", MEMORY, online=False),
     "ER by the loader": Method("er_loader", MEMORY, online=False),
@@ -334,7 +335,7 @@ PROTOCOLS = {
         "classes that have arrived, mean of evaluations every 1,000 samples on 200 test images of each task.",
         f"{FASHION} {online(BLURRY)} {MLP} --trainer.max_epochs 1 --trainer.callbacks+=ContinualEvaluation "
         "--trainer.callbacks.every_n_samples 1000 --trainer.callbacks.samples 200",
-        methods={name: METHODS[name] for name in ("Finetune", "ER", "ER-ACE", "MIR", "PCR")},
+        methods={name: METHODS[name] for name in ("Finetune", "ER", "ER-ACE", "MIR", "PCR", "CLIB")},
         columns=ANYTIME,
     ),
     "fashion_mlp_tasks": Protocol(

@@ -33,6 +33,7 @@ from cl_lightning.memory.replay import (
     rank_in_group,
     valid_columns,
 )
+from cl_lightning.memory.sample_importance import ImportanceMemory, credited, least_important, mean_decrease
 from cl_lightning.memory.sensitivity import fisher_diagonal, output_norm
 from cl_lightning.memory.slots import SlotMemory
 from cl_lightning.memory.teacher import Teacher, Teachers
@@ -67,6 +68,7 @@ __all__ = [
     "Held",
     "HerdingPolicy",
     "Importance",
+    "ImportanceMemory",
     "InputSpaces",
     "KeepsBytes",
     "MaxMagnitude",
@@ -98,6 +100,7 @@ __all__ = [
     "check_replay",
     "class_means",
     "class_statistics",
+    "credited",
     "dense_columns",
     "exemplars_within",
     "fisher_average",
@@ -107,8 +110,10 @@ __all__ = [
     "herding_per_class",
     "input_grams",
     "kernel_drift",
+    "least_important",
     "linear_maps",
     "move_towards",
+    "mean_decrease",
     "nearest_mean_scores",
     "network_tensors",
     "output_norm",

@@ -22,9 +22,10 @@ WAITS = {
     "LODE": {"pick"},
     "CoTTA": {"_target"},
     "EATA": {"edit_gradients"},
+    "CLIB": {"after_step"},
 }
 """For what else a step of a strategy waits: the projection of GEM, the rows of past tasks, whether CoTTA looks at
-further views, whether EATA keeps a sample."""
+further views, whether EATA keeps a sample, the decrease of the loss after which CLIB changes its learning rate."""
 
 
 @pytest.mark.parametrize("check", [check for check in CHECKS if check != "processes"])

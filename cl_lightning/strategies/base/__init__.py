@@ -1,5 +1,6 @@
 """The base class of all continual-learning methods, and its components."""
 
+from cl_lightning.strategies.base.alternating_rate import AlternatingRate
 from cl_lightning.strategies.base.exemplars import (
     BALANCED,
     BalancedSet,
@@ -37,6 +38,7 @@ from cl_lightning.strategies.base.virtual import (
 __all__ = [
     "BALANCED",
     "AddsLosses",
+    "AlternatingRate",
     "BackboneFactory",
     "BalancedSet",
     "Classifier",
