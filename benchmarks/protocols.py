@@ -201,6 +201,7 @@ METHODS = {
     "EEIL": Method("eeil", MEMORY, online=False),
     "iCaRL + RMM": Method("rmm_icarl", MEMORY, online=False),
     "GDumb": Method("gdumb", MEMORY),
+    "Rainbow Memory": Method("rainbow_memory", MEMORY, online=False),
     "IL2M": Method(  # diverges with the learning rate of the others, 0.05
         "il2m",
         f"{MEMORY} --model.optimizer torch.optim.SGD --model.optimizer.lr 0.02 --model.optimizer.momentum 0.9",

@@ -14,7 +14,13 @@ from cl_lightning.strategies.base.expanding import ExpandingReplay
 from cl_lightning.strategies.base.gradients import flat_gradient, set_gradient, without_conflict
 from cl_lightning.strategies.base.optimizers import refuse_weight_decay, separate_group
 from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer, sigmoid_optimizer
-from cl_lightning.strategies.base.rehearse import finetune_on_memory, module_of, norms_and_head, sensitivities
+from cl_lightning.strategies.base.rehearse import (
+    finetune_on_memory,
+    module_of,
+    norms_and_head,
+    of_memory,
+    sensitivities,
+)
 from cl_lightning.strategies.base.replay import ExemplarReplay, MemoryReplay, Replay, TaskEndReplay, check_loss_classes
 from cl_lightning.strategies.base.strategy import (
     BackboneFactory,
@@ -67,6 +73,7 @@ __all__ = [
     "mean_gradient",
     "module_of",
     "norms_and_head",
+    "of_memory",
     "output_at",
     "refuse_weight_decay",
     "relative_step",

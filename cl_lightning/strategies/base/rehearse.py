@@ -1,18 +1,18 @@
-"""A short training of some weights of a network on the memory of a strategy, outside of the training steps."""
+"""A short training on the memory of a strategy, and a function of its samples, outside of the training steps."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cl_lightning.batch import Draw, mix
-from cl_lightning.distributed import alone
+from cl_lightning.batch import Batch, Draw, mix
+from cl_lightning.distributed import all_gather_rows, alone, rank, world_size
 from cl_lightning.losses import cross_entropy, logit_matching
 from cl_lightning.memory import Memory
-from cl_lightning.models import Network, uncompiled
+from cl_lightning.models import Network, in_eval_mode, uncompiled
 
 _NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -87,6 +87,27 @@ def finetune_on_memory(
                 value.grad = gradients_before[name]
         for module, training in modes.items():
             module.training = training
+
+
+@torch.no_grad()
+def of_memory(strategy: Any, memory: Memory, function: Callable[[Batch], Tensor]) -> Tensor:
+    """A function of each sample of a memory, ``(held, ...)``, the same on every process.
+
+    Each process computes the function of its share; the network is in eval mode. Every process must call this.
+
+    Args:
+        strategy: Strategy whose data module finishes the images, without augmentation, and gives the size of batches.
+        memory: Memory, on the device of the strategy, with a sample at least.
+        function: Called with a batch of samples, which may have no rows; returns a tensor with one row per sample. The
+            forward pass is in the precision of the Trainer.
+    """
+    size = max(strategy.data.module.eval_batch_size // world_size(), 1)
+    mine = torch.arange(len(memory), device=memory.labels.device).tensor_split(world_size())[rank()]
+    found = []
+    with in_eval_mode(strategy.network), strategy.trainer.precision_plugin.forward_context():
+        for rows in torch.split(mine, size):
+            found.append(function(strategy.data.finish(memory.at(rows, Draw.of(len(rows), 0)))))
+    return all_gather_rows(torch.cat(found))
 
 
 def norms_and_head(network: Network) -> list[str]:

@@ -25,7 +25,6 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,8 +34,7 @@ from cl_lightning.data import cutmix, mixed_loss
 from cl_lightning.distributed import all_gather_rows, rank, world_size
 from cl_lightning.losses import full_precision
 from cl_lightning.memory import ImportanceMemory
-from cl_lightning.models import in_eval_mode
-from cl_lightning.strategies.base import AlternatingRate, MemoryReplay, check_loss_classes
+from cl_lightning.strategies.base import AlternatingRate, MemoryReplay, check_loss_classes, of_memory
 from cl_lightning.strategy import Output, Traits
 
 
@@ -128,19 +126,14 @@ class CLIB(MemoryReplay):
             for optimizer in self.trainer.optimizers:
                 self.rate.set(optimizer)
 
-    @torch.no_grad()
     def sample_losses(self) -> Tensor:
         """Cross-entropy of each sample of the memory, float32 ``(held,)``, in nats, the same on every process.
 
         Images are un-augmented, and the network is in eval mode.
         """
-        size = max(self.data.module.eval_batch_size // world_size(), 1)
-        mine = torch.arange(len(self.memory), device=self.memory.labels.device).tensor_split(world_size())[rank()]
-        found = [torch.zeros(0, device=self.device)]
-        with in_eval_mode(self.network):
-            for rows in torch.split(mine, size) if len(mine) else ():
-                samples = self.data.finish(self.memory.at(rows, Draw.of(len(rows), 0)))
-                with self.trainer.precision_plugin.forward_context():
-                    output = self.network(samples.images)
-                found.append(F.cross_entropy(full_precision(output.logits), samples.labels, reduction="none"))
-        return all_gather_rows(torch.cat(found))
+
+        def losses(samples: Batch) -> Tensor:
+            logits = full_precision(self.network(samples.images).logits)
+            return F.cross_entropy(logits, samples.labels, reduction="none")
+
+        return of_memory(self, self.memory, losses)

@@ -1,5 +1,6 @@
 import copy
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from cl_lightning.batch import Draw
 from cl_lightning.memory import Memory
 from cl_lightning.models import LinearHead, Network
-from cl_lightning.strategies.base import finetune_on_memory, module_of, norms_and_head, sensitivities
+from cl_lightning.strategies.base import finetune_on_memory, module_of, norms_and_head, of_memory, sensitivities
 
 HEAD = ["head.blocks.0.weight", "head.blocks.0.bias"]
 
@@ -103,3 +104,26 @@ def test_after_a_step_of_plain_sgd_the_sensitivity_is_the_learning_rate_times_th
     found = sensitivities(start, dict(network.named_parameters()))
     slopes = torch.cat([value.grad.flatten() for value in network.backbone.layers[1].parameters()])
     assert found["backbone.layers.1"] == pytest.approx(0.2 * float(slopes.abs().mean()))
+
+
+@pytest.mark.parametrize("size", [3, 100])
+def test_a_function_of_a_memory_has_a_row_for_each_sample(size):
+    strategy, network, memory = case()
+    strategy.network = network
+    strategy.data.finish, strategy.data.augment = strategy.data.augment, None
+    strategy.data.module = SimpleNamespace(eval_batch_size=size)
+    strategy.trainer = SimpleNamespace(precision_plugin=SimpleNamespace(forward_context=nullcontext))
+    network.train()
+    lengths = []
+
+    def logits(samples):
+        assert not network.training
+        lengths.append(len(samples))
+        return network(samples.images).logits
+
+    found = of_memory(strategy, memory, logits)
+    assert network.training
+    assert not found.requires_grad
+    assert lengths == ([3, 3, 3, 1] if size == 3 else [10])
+    network.eval()
+    torch.testing.assert_close(found, network(memory.images.double() / 255).logits)
