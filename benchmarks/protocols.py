@@ -272,6 +272,7 @@ LONG_TAILED = {
 }
 ADAPTED = {
     "linear head": Method("linear_vit32", "--trainer.max_epochs {epochs}"),
+    "DE&E": Method("dee", "--trainer.max_epochs 1"),
     "FSA": Method("fsa_vit32"),
     "APER": Method("aper_vit32"),
     "RanPAC": Method("ranpac_vit32", "--model.projection 2000"),
