@@ -280,6 +280,7 @@ ADAPTED = {
     "LAE": Method("lae_vit32", "--trainer.max_epochs {epochs}"),
     "EASE": Method("ease_vit32", "--trainer.max_epochs {epochs}"),
     "MagMax": Method("magmax_vit32", "--trainer.max_epochs {epochs}"),
+    "CL-LoRA": Method("cl_lora_vit32", "--trainer.max_epochs {epochs}"),
     "L2P": Method("l2p_vit32", "--trainer.max_epochs {epochs}"),
     "DualPrompt": Method("dual_prompt_vit32", "--trainer.max_epochs {epochs}"),
     "CODA-Prompt": Method("coda_prompt_vit32", "--trainer.max_epochs {epochs}"),

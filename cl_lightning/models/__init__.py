@@ -83,6 +83,7 @@ from cl_lightning.models.null_space import NullSpaceHead, SolutionSet
 from cl_lightning.models.peft.adapter import Adapter
 from cl_lightning.models.peft.backbone import AdaptedBackbone, PeftPair
 from cl_lightning.models.peft.base import Peft, PeftFactory, Site, WholeModel, blocks_of, layers_of
+from cl_lightning.models.peft.branches import PeftBranches
 from cl_lightning.models.peft.lora import LoRA
 from cl_lightning.models.peft.parallel import ParallelAdapters
 from cl_lightning.models.peft.scale_shift import SSF, FiLM
@@ -145,6 +146,7 @@ __all__ = [
     "Pairs",
     "ParallelAdapters",
     "Peft",
+    "PeftBranches",
     "PeftFactory",
     "PeftPair",
     "PeftSets",

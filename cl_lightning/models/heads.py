@@ -5,7 +5,7 @@ averages that refer to them stay valid. A head is resized to the shape of the st
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, cast
 
@@ -57,6 +57,17 @@ class Head(nn.Module):
         """Append a block of ``num_new`` columns; no effect for 0."""
         if num_new > 0:
             self._append(self.new_block(num_new))
+
+    @torch.no_grad()
+    def reset_shared(self, build: Callable[[int], "Head"]) -> None:
+        """Set the parameters outside the blocks, such as a learnt scale, to the initial values of a new head.
+
+        Args:
+            build: Builds a head of the same kind for a number of features.
+        """
+        initial = build(self.num_features).parameters(recurse=False)
+        for own, value in zip(self.parameters(recurse=False), initial, strict=True):
+            own.copy_(value)
 
     def block_sizes(self) -> list[int]:
         return [weight.shape[0] for weight in self._weights()]

@@ -255,3 +255,20 @@ def test_a_distance_head_compares_distances_in_training_and_directions_in_predic
     torch.testing.assert_close(head(features), -torch.tensor([[4.0, math.sqrt(9 + 3.5**2)]]).double())
     expected = -torch.tensor([[math.sqrt(2 - 2 * 0.6), math.sqrt(2 - 2 * 0.8)]]).double()
     torch.testing.assert_close(head.classify(features), expected)  # the other class
+
+
+def test_parameters_outside_the_blocks_are_reset_to_initial_values():
+    build = partial(CosineHead, scale=3.0, learn_scale=True)
+    head = build(4)
+    head.grow(2)
+    rows, scale = head.weight().detach().clone(), head.scale
+    with torch.no_grad():
+        head.scale.fill_(7.0)
+    head.reset_shared(build)
+    assert head.scale is scale
+    assert float(scale.detach()) == 3.0
+    assert torch.equal(head.weight(), rows)
+    linear = LinearHead(4)
+    linear.grow(2)
+    linear.reset_shared(LinearHead)
+    assert linear.num_columns == 2

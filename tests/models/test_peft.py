@@ -515,3 +515,51 @@ def test_a_model_without_blocks_is_reported(make):
 def test_a_model_without_norms_is_reported():
     with pytest.raises(ValueError, match="FiLM: no layer"):
         FiLM(MLP((1, 8, 8)))
+
+
+def test_orthonormal_rows_that_are_not_trained():
+    peft = LoRA(model(), rank=5, parts="qv", orthonormal=True, train_down=False).double()
+    for site in peft.sites:
+        for matrix in site.down:
+            torch.testing.assert_close(matrix @ matrix.T, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert {name.rpartition(".")[2] for name, _ in peft.named_parameters()} == {"up"}
+    other = LoRA(model(), rank=5, parts="qv", orthonormal=True, train_down=False).double()
+    assert not torch.equal(other.sites[0].down, peft.sites[0].down)
+    other.load_state_dict(peft.state_dict())
+    assert torch.equal(other.sites[0].down, peft.sites[0].down)
+    trained = LoRA(model(), rank=5, parts="qv", orthonormal=True)
+    assert trained.sites[0].down.requires_grad
+    torch.testing.assert_close(trained.sites[0].down[1] @ trained.sites[0].down[1].T, torch.eye(5))
+    with pytest.raises(ValueError, match="rank is 25, but a layer has 24 inputs"):
+        LoRA(model(), rank=25, orthonormal=True)
+
+
+def test_learnt_scales_are_drawn_around_their_centre():
+    torch.manual_seed(0)
+    scales = LoRA(tiny_vit(depth=40), parts="qkv", scale=2.0, learn_scale=True, scale_spread=0.5).scales().detach()
+    assert scales.shape == (40, 3)
+    assert 1.5 <= float(scales.min()) < 1.6
+    assert 2.4 < float(scales.max()) <= 2.5
+    assert abs(float(scales.mean()) - 2) < 0.1
+    with pytest.raises(ValueError, match=r"scale_spread is 0\.5, but learn_scale is False"):
+        LoRA(tiny_vit(), scale_spread=0.5)
+
+
+def test_scaled_gradients_are_of_the_rows_of_b_and_the_output_is_the_same(images):
+    net = model()
+    peft = disturbed(partial(LoRA, parts="qv", learn_scale=True), net)
+    plain = net(images)
+    plain.square().sum().backward()
+    expected = [(site.up.grad.clone(), site.down.grad.clone()) for site in peft.sites]
+    peft.zero_grad()
+    factors = [torch.rand(2, 24, dtype=torch.float64) for _ in peft.sites]
+    with peft.scaled_gradients(factors):
+        scaled = net(images)
+    assert torch.equal(scaled, plain)
+    scaled.square().sum().backward()
+    for site, (up, down), factor in zip(peft.sites, expected, factors, strict=True):
+        torch.testing.assert_close(site.up.grad, factor[:, :, None] * up)
+        torch.testing.assert_close(site.down.grad, down)
+    peft.zero_grad()
+    net(images).square().sum().backward()
+    torch.testing.assert_close(peft.sites[0].up.grad, expected[0][0])

@@ -116,12 +116,8 @@ class PeftPair(Backbone):
 
     def offline_features(self, images: Tensor) -> Tensor:
         """Features ``(B, d)`` with the offline module, of images ``(B, C, H, W)``."""
-        with self.online.disabled():
-            self.offline._enable(True)
-            try:
-                features: Tensor = self.base(images)
-            finally:
-                self.offline._enable(False)
+        with self.online.replaced_by(self.offline):
+            features: Tensor = self.base(images)
         return features
 
     def copy_online(self) -> None:

@@ -82,6 +82,16 @@ class Peft(nn.Module):
             for site, enabled in zip(self._sites(), before, strict=True):
                 site.enabled = enabled
 
+    @contextmanager
+    def replaced_by(self, other: "Peft") -> Iterator[None]:
+        """Context manager: inside, this module is disabled and ``other``, otherwise disabled, is enabled."""
+        with self.disabled():
+            other._enable(True)
+            try:
+                yield
+            finally:
+                other._enable(False)
+
     def remove(self) -> None:
         """Remove all hooks; the model then computes its original function."""
         for site in self._sites():

@@ -1,6 +1,7 @@
 """Low-rank adaptation of linear layers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -14,23 +15,45 @@ from cl_lightning.models.peft.base import Peft, Site, layers_of
 class _LowRank(Site):
     """``output + s B A x`` on chosen parts of the output of a linear layer; all parts have equal size."""
 
-    def __init__(self, host: nn.Linear, rank: int, parts: list[bool], scale: float, learn_scale: bool) -> None:
+    def __init__(
+        self,
+        host: nn.Linear,
+        rank: int,
+        parts: list[bool],
+        scale: float,
+        learn_scale: bool,
+        scale_spread: float,
+        orthonormal: bool,
+        train_down: bool,
+    ) -> None:
         super().__init__()
         size, count = host.out_features // len(parts), sum(parts)
         self.parts, self.host = parts, (host,)  # in a tuple, so that it is not registered as a submodule
-        self.down = nn.Parameter(torch.empty(count, rank, host.in_features))
+        down = torch.empty(count, rank, host.in_features)
+        for matrix in down:
+            nn.init.orthogonal_(matrix) if orthonormal else nn.init.kaiming_uniform_(matrix, a=5**0.5)
+        self.down: Tensor
+        if train_down:
+            self.down = nn.Parameter(down)
+        else:
+            self.register_buffer("down", down)
         self.up = nn.Parameter(torch.zeros(count, size, rank))
-        for matrix in self.down:
-            nn.init.kaiming_uniform_(matrix, a=5**0.5)
+        self.up_gradient: Tensor | None = None  # factors of the gradient of the rows of B, (count, size)
         self.factor: Tensor  # one for each part
         if learn_scale:
             self.factor = nn.Parameter(torch.full((count,), float(scale)))
+            if scale_spread:
+                nn.init.uniform_(self.factor, scale - scale_spread, scale + scale_spread)
         else:
             self.register_buffer("factor", torch.full((count,), float(scale)), persistent=False)
         self.hook_output(host, self.add)
 
     def add(self, inputs: Tensor, output: Tensor) -> Tensor:
-        maps = iter(zip(self.factor, self.down, self.up, strict=True))
+        ups: Tensor = self.up
+        if self.up_gradient is not None:
+            still = self.up.detach()
+            ups = still + self.up_gradient[..., None] * (self.up - still)  # the value is B, exactly
+        maps = iter(zip(self.factor, self.down, ups, strict=True))
         pieces = list(output.chunk(len(self.parts), dim=-1))
         for number, chosen in enumerate(self.parts):
             if chosen:
@@ -67,6 +90,10 @@ class LoRA(Peft):
         rank: r, at least 1.
         scale: s.
         learn_scale: Whether s is a parameter, one for each adapted part of each layer.
+        scale_spread: Initial learnt scales are drawn from U(s - spread, s + spread); at least 0, and 0 without
+            ``learn_scale``.
+        orthonormal: Whether the initial rows of A are orthonormal; r is then at most d_in.
+        train_down: Whether A is trained.
         targets: Patterns of names of linear layers.
         parts: ``qkv`` or some of its letters, for layers with ``d_out = 3 d``; None to adapt the whole output.
 
@@ -81,11 +108,17 @@ class LoRA(Peft):
         rank: int = 4,
         scale: float = 1.0,
         learn_scale: bool = False,
+        scale_spread: float = 0.0,
+        orthonormal: bool = False,
+        train_down: bool = True,
         targets: Sequence[str] = ("*.attn.qkv",),
         parts: str | None = None,
     ) -> None:
         super().__init__()
         at_least(self, 1, rank=rank)
+        at_least(self, 0, scale_spread=scale_spread)
+        if scale_spread and not learn_scale:
+            raise ValueError(f"LoRA: scale_spread is {scale_spread}, but learn_scale is False; use learn_scale, or 0")
         if parts is not None and (not parts or set(parts) - set("qkv")):
             raise ValueError(f"LoRA: parts is {parts!r}; give letters of qkv, or null for the whole output")
         places = [True] if parts is None else [letter in parts for letter in "qkv"]
@@ -95,7 +128,35 @@ class LoRA(Peft):
                 raise ValueError(
                     f"LoRA: a layer with {host.out_features} outputs cannot be split into q, k and v; remove parts"
                 )
-            self.sites.append(_LowRank(host, rank, places, scale, learn_scale))
+            if orthonormal and rank > host.in_features:
+                raise ValueError(
+                    f"LoRA: rank is {rank}, but a layer has {host.in_features} inputs, which have no more orthonormal "
+                    "rows; use a smaller rank"
+                )
+            self.sites.append(_LowRank(host, rank, places, scale, learn_scale, scale_spread, orthonormal, train_down))
+
+    def scales(self) -> Tensor:
+        """Scales s of all layers, ``(layers, adapted parts)``."""
+        return torch.stack([cast(_LowRank, site).factor for site in self.sites])
+
+    def up_weights(self) -> list[Tensor]:
+        """B of each layer, ``(adapted parts, d_out / number of parts, r)``."""
+        return [cast(_LowRank, site).up for site in self.sites]
+
+    @contextmanager
+    def scaled_gradients(self, factors: Sequence[Tensor]) -> Iterator[None]:
+        """Context manager: a forward pass inside computes the same, but its gradient of B is multiplied row by row.
+
+        Args:
+            factors: Factors of the rows of B for each layer, ``(adapted parts, d_out / number of parts)``.
+        """
+        for site, factor in zip(self._sites(), factors, strict=True):
+            cast(_LowRank, site).up_gradient = factor
+        try:
+            yield
+        finally:
+            for site in self._sites():
+                cast(_LowRank, site).up_gradient = None
 
     @torch.no_grad()
     def merge(self) -> None:

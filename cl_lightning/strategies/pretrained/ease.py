@@ -191,11 +191,7 @@ class EASE(ContinualStrategy):
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
         self._sets.add()
-        head = self.network.head
-        fresh = self.build_head(head.num_features)
-        with torch.no_grad():
-            for own, initial in zip(head.parameters(recurse=False), fresh.parameters(recurse=False), strict=True):
-                own.copy_(initial)  # the scale
+        self.network.head.reset_shared(self.build_head)
 
     def frozen(self) -> Iterable[nn.Module]:
         return [self._sets.base, *self._sets.sets[:-1]]
