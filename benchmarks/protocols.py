@@ -279,6 +279,8 @@ ADAPTED = {
     "SLCA": Method("slca_vit32", "--trainer.max_epochs {epochs}"),
     "LAE": Method("lae_vit32", "--trainer.max_epochs {epochs}"),
     "EASE": Method("ease_vit32", "--trainer.max_epochs {epochs}"),
+    "CoFiMA": Method("cofima_vit32", "--trainer.max_epochs {epochs}"),
+    "CoMA": Method("cofima_vit32", "--trainer.max_epochs {epochs} --model.importance equal"),
     "MagMax": Method("magmax_vit32", "--trainer.max_epochs {epochs}"),
     "CL-LoRA": Method("cl_lora_vit32", "--trainer.max_epochs {epochs}"),
     "L2P": Method("l2p_vit32", "--trainer.max_epochs {epochs}"),
