@@ -286,6 +286,8 @@ ADAPTED = {
     "L2P": Method("l2p_vit32", "--trainer.max_epochs {epochs}"),
     "DualPrompt": Method("dual_prompt_vit32", "--trainer.max_epochs {epochs}"),
     "CODA-Prompt": Method("coda_prompt_vit32", "--trainer.max_epochs {epochs}"),
+    "OnePrompt": Method("one_prompt_vit32", "--trainer.max_epochs {epochs}"),
+    "OVOR": Method("ovor_vit32", "--trainer.max_epochs {epochs}"),
 }
 STEPLESS = {"prototypes (ProtoCosine)": Method("proto_cosine"), "TEEN": Method("teen")}
 ADAPTING = {
@@ -428,7 +430,7 @@ PROTOCOLS = {
         "CIFAR-100, 10 tasks, a small ViT for 32 x 32 pixels",
         "200 training images of each class and 50 test images; 2.75 M parameters, pretrained on Tiny-ImageNet, "
         "class orders drawn by the seed, bf16-mixed, batches of 32. Methods that train in each task have 3 epochs "
-        "per task (LAE one more, for the head only), methods that train only in the first task have 20 epochs "
+        "per task (LAE and OVOR one more, for the head only), methods that train only in the first task have 20 epochs "
         "there. The linear head on frozen features has the loss of L2P, CODA-Prompt and LAE, cross-entropy over the "
         "classes of the task, and nothing in the backbone. In L2P the same 4 of 10 prompts are selected for all images "
         "from the first epoch on (`prompts/used` is 4.0).",

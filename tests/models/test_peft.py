@@ -20,6 +20,7 @@ from cl_lightning.models import (
     ParallelAdapters,
     PeftPair,
     Prefix,
+    PrefixSite,
     SlimResNet18,
     Timm,
     WholeModel,
@@ -243,6 +244,18 @@ def test_a_prefix_is_more_keys_and_values(fused):
     q, k, v = (part.unflatten(2, (3, 8)).transpose(1, 2) for part in (q, k, v))
     mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(attention(x), attention.proj(mixed))
+
+
+def test_a_prefix_may_have_another_length_in_each_block(images):
+    net = model()
+    peft = disturbed(partial(Prefix, length=[4, 1], blocks=[1, 0]), net)
+    assert [len(site.keys) for site in peft.sites] == [4, 1]
+    together = net(images)
+    peft.remove()
+    for site, block in zip(peft.sites, (net.blocks[1], net.blocks[0]), strict=True):
+        place = PrefixSite(block.attn)
+        place.keys, place.values = site.keys, site.values
+    torch.testing.assert_close(net(images), together)
 
 
 @pytest.mark.parametrize("compensate", [False, True])
@@ -499,6 +512,11 @@ def test_layers_whose_windows_have_no_centre_get_no_parallel_adapter():
         (partial(SSF, spread=-1.0), "SSF: spread is -1"),
         (partial(VPT, length=0), "VPT: length is 0"),
         (partial(Prefix, low=2.0), "low is 2.0"),
+        (partial(Prefix, length=0), "length is 0"),
+        (partial(Prefix, length=[3, 0], blocks=[0, 1]), "length is 0"),
+        (partial(Prefix, length=[3]), "length has 1 numbers for blocks None; give one number for each"),
+        (partial(Prefix, length=[3], blocks=[0, 1]), r"length has 1 numbers for blocks \[0, 1\]"),
+        (partial(Prefix, length=[3, 4], blocks=[1, -1]), r"length has 2 numbers for blocks \[1, -1\]"),
     ],
 )
 def test_options_out_of_range_are_errors(make, words):

@@ -176,7 +176,7 @@ class Prefix(Peft):
 
     Args:
         model: Contains the blocks of a ViT of timm.
-        length: Number of keys, and of values.
+        length: Number of keys, and of values; or a number for each of ``blocks``, in their order.
         low: Lower bound of the uniform initialisation.
         high: Upper bound of the uniform initialisation.
         blocks: Indices of blocks; None for all.
@@ -191,7 +191,7 @@ class Prefix(Peft):
         self,
         model: nn.Module,
         *,
-        length: int = 5,
+        length: int | Sequence[int] = 5,
         low: float = -1.0,
         high: float = 1.0,
         blocks: Sequence[int] | None = None,
@@ -199,8 +199,17 @@ class Prefix(Peft):
         learn_scale: bool = False,
     ) -> None:
         super().__init__()
-        at_least(self, 1, length=length)
         if low > high:
             raise ValueError(f"Prefix: low is {low}; it must be at most high, which is {high}")
-        for block in blocks_of(model, blocks, "Prefix"):
-            self.sites.append(_Prefix(_part(block, "attn"), length, low, high, compensate, learn_scale))
+        chosen = blocks_of(model, blocks, "Prefix")
+        lengths = [length] * len(chosen) if isinstance(length, int) else list(length)
+        at_least(self, 1, length=min(lengths, default=0))
+        if not isinstance(length, int):
+            if blocks is None or not len(lengths) == len(blocks) == len(chosen):
+                raise ValueError(
+                    f"Prefix: length has {len(lengths)} numbers for blocks {None if blocks is None else list(blocks)}; "
+                    "give one number for each of blocks, or one for all"
+                )
+            chosen = [blocks_of(model, [index], "Prefix")[0] for index in blocks]
+        for block, size in zip(chosen, lengths, strict=True):
+            self.sites.append(_Prefix(_part(block, "attn"), size, low, high, compensate, learn_scale))
