@@ -208,6 +208,7 @@ METHODS = {
         online=False,
     ),
     "LUCIR": Method("lucir", MEMORY, online=False),
+    "AER-ABS": Method("aer_abs", MEMORY, online=False),
 }
 WITH_MLP = {  # with methods whose config names layers or sizes of this network
     **METHODS,
