@@ -51,7 +51,7 @@ ROOMS = (
         "strategies.base",
         "the base class of methods and its parts",
         "strategy, replay, task_incremental, phases, schedules, optimizers, terms, passes, evaluation, traits, "
-        "host, gradients, exemplars, expanding, virtual, rehearse",
+        "host, gradients, exemplars, expanding, virtual, rehearse, alternating_rate",
     ),
     Room(
         "data",
@@ -73,7 +73,8 @@ ROOMS = (
         "memory",
         "samples, prototypes, networks and importances kept from earlier tasks",
         "replay, herding, prototypes, class_statistics, drift, teacher, importance, paths, sensitivity, "
-        "consolidation, owners, input_spaces, growing, accounting, mean_covariance, budget, slots, weight_space",
+        "consolidation, owners, input_spaces, growing, accounting, mean_covariance, budget, slots, weight_space, "
+        "sample_importance",
     ),
     Room(
         "models",
