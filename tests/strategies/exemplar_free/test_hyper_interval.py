@@ -21,6 +21,7 @@ from cl_lightning.testing import Subject, small
 
 ADAM = partial(torch.optim.Adam, lr=3e-3)
 SMALL = partial(HyperInterval, backbone=plain_net, size=12, hidden=(24,), optimizer=ADAM)
+SLOW = "both kinds of intervals pass the suite"
 REASON = "a hypernetwork makes the weights"
 
 SUBJECTS = {
