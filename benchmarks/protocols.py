@@ -188,6 +188,7 @@ METHODS = {
     "GSS": Method("gss", MEMORY),
     "ER-AML": Method("er_aml", MEMORY),
     "CLIB": Method("clib", MEMORY),
+    "La-MAML": Method("la_maml", f"{MEMORY} --model.optimizer torch.optim.SGD --model.optimizer.lr 0.1"),
     "iCaRL": Method("icarl", MEMORY, online=False),
     "BiC": Method("bic", MEMORY, online=False),
     "ER by the loader": Method("er_loader", MEMORY, online=False),

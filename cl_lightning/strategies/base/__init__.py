@@ -12,7 +12,7 @@ from cl_lightning.strategies.base.exemplars import (
 )
 from cl_lightning.strategies.base.expanding import ExpandingReplay
 from cl_lightning.strategies.base.gradients import flat_gradient, set_gradient, without_conflict
-from cl_lightning.strategies.base.optimizers import refuse_weight_decay, separate_group
+from cl_lightning.strategies.base.optimizers import refuse_weight_decay, require_plain_sgd, separate_group
 from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer, sigmoid_optimizer
 from cl_lightning.strategies.base.rehearse import (
     finetune_on_memory,
@@ -77,6 +77,7 @@ __all__ = [
     "output_at",
     "refuse_weight_decay",
     "relative_step",
+    "require_plain_sgd",
     "routed",
     "sensitivities",
     "separate_group",

@@ -120,6 +120,27 @@ def refuse_weight_decay(owner: object, made: OptimizerLRScheduler, kinds: tuple[
         )
 
 
+def require_plain_sgd(owner: object, made: OptimizerLRScheduler, reason: str) -> None:
+    """Check the result of ``configure_optimizers`` of a method whose own steps reach the weights as gradients.
+
+    Args:
+        owner: Strategy, for the error.
+        made: An optimizer, or a dict with the key ``optimizer``.
+        reason: Why, as a relative clause for the error, such as "which moves the weights under Reptile".
+
+    Raises:
+        ValueError: If the optimizer is not SGD, or a group has momentum or weight decay.
+    """
+    optimizer = cast(torch.optim.Optimizer, made["optimizer"] if isinstance(made, dict) else made)
+    added = {name for group in optimizer.param_groups for name in ("momentum", "weight_decay") if group.get(name)}
+    if type(optimizer) is not torch.optim.SGD or added:
+        what = f"{type(optimizer).__name__}{' with ' + ' and '.join(sorted(added)) if added else ''}"
+        raise ValueError(
+            f"{type(owner).__name__}: optimizer is {what}, {reason}; use torch.optim.SGD without momentum and weight "
+            "decay"
+        )
+
+
 _FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 _DEVICES = ("cpu", "cuda")
 

@@ -27,7 +27,14 @@ from torch import Tensor
 from cl_lightning.batch import join
 from cl_lightning.checks import above, at_least, within
 from cl_lightning.distributed import world_size
-from cl_lightning.strategies.base import check_loss_classes, mean_gradient, output_at, trained_weights, virtual_step
+from cl_lightning.strategies.base import (
+    check_loss_classes,
+    mean_gradient,
+    output_at,
+    require_plain_sgd,
+    trained_weights,
+    virtual_step,
+)
 from cl_lightning.strategy import Batch, Replay, Traits
 
 _LIST = 0x3E2  # salt of the draws from the memory
@@ -69,14 +76,7 @@ class MER(Replay):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         made = super().configure_optimizers()
-        optimizer: Any = made["optimizer"] if isinstance(made, dict) else made
-        added = {name for group in optimizer.param_groups for name in ("momentum", "weight_decay") if group.get(name)}
-        if type(optimizer) is not torch.optim.SGD or added:
-            what = f"{type(optimizer).__name__}{' with ' + ' and '.join(sorted(added)) if added else ''}"
-            raise ValueError(
-                f"MER: optimizer is {what}, which moves the weights under Reptile; use torch.optim.SGD without "
-                "momentum and weight decay"
-            )
+        require_plain_sgd(self, made, "which moves the weights under Reptile")
         return made
 
     def edit_gradients(self, batch: Batch) -> None:

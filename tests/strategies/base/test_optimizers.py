@@ -7,7 +7,12 @@ from support.runs import loop, plain_net
 from torch import nn
 
 from cl_lightning.models import MLP
-from cl_lightning.strategies.base.optimizers import apply_lr_factors, separate_group, with_lr_factors
+from cl_lightning.strategies.base.optimizers import (
+    apply_lr_factors,
+    require_plain_sgd,
+    separate_group,
+    with_lr_factors,
+)
 from cl_lightning.strategies.base.schedules import StepsOverPhase
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.lwf import LwF
@@ -123,3 +128,17 @@ def test_the_sum_of_sigmoid_losses_over_classes_has_the_learning_rate_of_the_mea
     assert isinstance(built, torch.optim.SGD)
     assert built.defaults["lr"] == rate
     assert built.defaults["momentum"] == 0.9
+
+
+def test_a_method_can_require_plain_sgd():
+    named, owner = list(parameters().values()), LwF()
+    plain = torch.optim.SGD(named, lr=0.1)
+    require_plain_sgd(owner, plain, "which is a reason")
+    require_plain_sgd(owner, {"optimizer": plain, "lr_scheduler": None}, "which is a reason")
+    for optimizer, what in (
+        (torch.optim.SGD(named, lr=0.1, momentum=0.9), "SGD with momentum"),
+        (torch.optim.SGD([{"params": named[:1]}, {"params": named[1:], "weight_decay": 0.1}]), "SGD with weight_decay"),
+        (torch.optim.Adam(named), "Adam"),
+    ):
+        with pytest.raises(ValueError, match=f"LwF: optimizer is {what}, which is a reason; use torch.optim.SGD"):
+            require_plain_sgd(owner, optimizer, "which is a reason")
