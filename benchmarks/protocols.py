@@ -189,6 +189,9 @@ METHODS = {
     "ER-AML": Method("er_aml", MEMORY),
     "CLIB": Method("clib", MEMORY),
     "La-MAML": Method("la_maml", f"{MEMORY} --model.optimizer torch.optim.SGD --model.optimizer.lr 0.1"),
+    "CoPE": Method(  # its loss is a sum over pairs, which needs a small learning rate
+        "cope", f"{MEMORY} --model.optimizer torch.optim.SGD --model.optimizer.lr 0.01"
+    ),
     "iCaRL": Method("icarl", MEMORY, online=False),
     "BiC": Method("bic", MEMORY, online=False),
     "ER by the loader": Method("er_loader", MEMORY, online=False),
@@ -344,7 +347,7 @@ PROTOCOLS = {
         "classes that have arrived, mean of evaluations every 1,000 samples on 200 test images of each task.",
         f"{FASHION} {online(BLURRY)} {MLP} --trainer.max_epochs 1 --trainer.callbacks+=ContinualEvaluation "
         "--trainer.callbacks.every_n_samples 1000 --trainer.callbacks.samples 200",
-        methods={name: METHODS[name] for name in ("Finetune", "ER", "ER-ACE", "MIR", "PCR", "CLIB")},
+        methods={name: METHODS[name] for name in ("Finetune", "ER", "ER-ACE", "MIR", "PCR", "CLIB", "CoPE")},
         columns=ANYTIME,
     ),
     "fashion_mlp_tasks": Protocol(
