@@ -3,7 +3,8 @@
 A strategy is found by itself. Its test file, ``tests/strategies/<family>/test_<stem>.py``, may have a module-level dict
 ``SUBJECTS`` of what is tested, by name: the strategies of the file with options that take seconds, variants whose code
 is not the code of the defaults, and what does not hold for them. A strategy that no test file lists is tested as
-``small(cls)``.
+``small(cls)``. ``WAITS = {"GEM": {"gem_projection"}}`` gives, by the names of subjects, the functions in which a step
+waits for the device.
 """
 
 import importlib
@@ -19,12 +20,16 @@ from cl_lightning.testing import Subject, small
 from support import ROOT
 
 TESTS = ROOT / "tests" / "strategies"
+WAITS: dict[str, set[str]] = {}
+"""Functions in which a step of a subject waits for the device."""
 
 
 def _found() -> Iterator[tuple[str, Subject, str]]:
     """Name, subject and method (``<family>/<stem>`` of the test file) of all that is tested."""
     known: set[type[ContinualStrategy]] = set()
     for path in sorted(TESTS.glob("*/test_*.py")):
+        if re.search(r"^WAITS\b", path.read_text(encoding="utf-8"), re.MULTILINE):
+            WAITS.update(_module(path).WAITS)
         if re.search(r"^SUBJECTS\b", path.read_text(encoding="utf-8"), re.MULTILINE):
             for name, subject in _module(path).SUBJECTS.items():
                 held = subject.first_task_is_finetuning and subject.matches_single_process

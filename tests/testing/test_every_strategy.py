@@ -10,22 +10,12 @@ from lightning.pytorch.plugins import MixedPrecision
 from support import remote_device
 from support.cases import case
 from support.remote_device import MAY_WAIT, assert_like, running, trainer_options, waits
-from support.subjects import SUBJECTS
+from support.subjects import SUBJECTS, WAITS
 
 from cl_lightning.testing import CHECKS, run
 
 HIGH = 2.0**40
 """A scale under which the first gradients overflow, so that steps are skipped."""
-WAITS = {
-    "GEM": {"gem_projection", "pick"},
-    "AGEM": {"pick"},
-    "LODE": {"pick"},
-    "CoTTA": {"_target"},
-    "EATA": {"edit_gradients"},
-    "CLIB": {"after_step"},
-}
-"""For what else a step of a strategy waits: the projection of GEM, the rows of past tasks, whether CoTTA looks at
-further views, whether EATA keeps a sample, the decrease of the loss after which CLIB changes its learning rate."""
 
 
 @pytest.mark.parametrize("check", [check for check in CHECKS if check != "processes"])

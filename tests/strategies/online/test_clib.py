@@ -21,6 +21,7 @@ SUBJECTS = {
         reason="it trains on the memory alone",
     ),
 }
+WAITS = {"CLIB": {"after_step"}}  # the decrease of the loss after which the learning rate changes
 
 PUBLISHED = {
     "clib_cifar10": {

@@ -17,6 +17,7 @@ from cl_lightning.strategies.rehearsal.gem import AGEM, GEM, gem_projection, non
 from cl_lightning.stream import ClassIncremental, RotatedDomains
 from cl_lightning.testing import check_strategy, small
 
+WAITS = {"GEM": {"gem_projection", "pick"}, "AGEM": {"pick"}}  # the projection, and the rows of past tasks
 SLOW = "two methods, GEM and A-GEM, with a variant of each"
 
 PUBLISHED = {

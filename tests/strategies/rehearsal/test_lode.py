@@ -24,6 +24,7 @@ SUBJECTS = {
         reason="the memory is replayed from the second step on",
     ),
 }
+WAITS = {"LODE": {"pick"}}  # the rows of past tasks
 
 PUBLISHED = {
     "lode_cifar10": {

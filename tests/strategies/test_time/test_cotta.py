@@ -27,6 +27,7 @@ from cl_lightning.testing import Subject, small
 SUBJECTS = {
     "CoTTA": Subject(small(CoTTA, backbone=tiny_resnet, views=2, teacher_momentum=0.9)),
 }
+WAITS = {"CoTTA": {"_target"}}  # whether further views are needed
 
 PUBLISHED = {
     "cotta": {

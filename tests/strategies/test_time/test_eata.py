@@ -21,6 +21,7 @@ from cl_lightning.testing import Subject, small
 SUBJECTS = {
     "EATA": Subject(small(EATA, backbone=tiny_resnet, margin=0.8, diversity=0.9, fisher_weight=1.0)),
 }
+WAITS = {"EATA": {"edit_gradients"}}  # whether a sample is kept
 
 PUBLISHED = {
     "eata": {
