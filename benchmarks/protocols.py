@@ -192,6 +192,7 @@ METHODS = {
     "CoPE": Method(  # its loss is a sum over pairs, which needs a small learning rate
         "cope", f"{MEMORY} --model.optimizer torch.optim.SGD --model.optimizer.lr 0.01"
     ),
+    "TAME": Method("tame", f"{MEMORY} --model.max_experts 5"),
     "iCaRL": Method("icarl", MEMORY, online=False),
     "BiC": Method("bic", MEMORY, online=False),
     "ER by the loader": Method("er_loader", MEMORY, online=False),

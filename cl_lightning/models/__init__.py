@@ -60,6 +60,7 @@ from cl_lightning.models.max_margin import (
     weakly_regularised,
 )
 from cl_lightning.models.mean_head import NearestMeanHead
+from cl_lightning.models.mixture import Mixture
 from cl_lightning.models.network import (
     Network,
     Output,
@@ -138,6 +139,7 @@ __all__ = [
     "LoRA",
     "MaxMarginHead",
     "NearestMeanHead",
+    "Mixture",
     "Network",
     "Nonlinearity",
     "NullSpaceHead",
