@@ -285,6 +285,7 @@ ADAPTED = {
     "SLCA": Method("slca_vit32", "--trainer.max_epochs {epochs}"),
     "LAE": Method("lae_vit32", "--trainer.max_epochs {epochs}"),
     "EASE": Method("ease_vit32", "--trainer.max_epochs {epochs}"),
+    "MomentumInterpolation": Method("mom_interp_vit32", "--trainer.max_epochs {epochs}"),
     "CoFiMA": Method("cofima_vit32", "--trainer.max_epochs {epochs}"),
     "CoMA": Method("cofima_vit32", "--trainer.max_epochs {epochs} --model.importance equal"),
     "MagMax": Method("magmax_vit32", "--trainer.max_epochs {epochs}"),

@@ -12,6 +12,7 @@ from cl_lightning.callback import ContinualCallback
 from cl_lightning.callbacks._swap import Swap, live_tensors
 from cl_lightning.checks import at_least, within
 from cl_lightning.distributed import all_sum, is_distributed, world_size
+from cl_lightning.memory import move_towards
 from cl_lightning.stream import Task
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ class EMAEnsemble(ContinualCallback):
     Args:
         momentum: m, in [0, 1); with 0 phi is theta.
         warmup_momentum: m at first, in [0, 1); ignored where ``momentum`` is smaller.
-        warmup_steps: Number of optimizer steps with ``warmup_momentum``, at least 0; None for the steps of the first
-            task.
+        warmup_steps: Number of updates with ``warmup_momentum``, at least 0; None for the first task.
         restart: Whether the average starts again from theta at each task. Needed for a strategy that builds a new
             network for each task.
+        interval: Number of optimizer steps from one update of the average to the next, at least 1.
     """
 
     paper: str = "Soutif-Cormerais et al., CoLLAs 2023, arXiv:2306.16817"
@@ -54,11 +55,13 @@ class EMAEnsemble(ContinualCallback):
         warmup_momentum: float = 0.9,
         warmup_steps: int | None = None,
         restart: bool = False,
+        interval: int = 1,
     ) -> None:
         within(self, "[0, 1)", momentum=momentum, warmup_momentum=warmup_momentum)
         at_least(self, 0, warmup_steps=warmup_steps, optional=True)
+        at_least(self, 1, interval=interval)
         self.momentum, self.warmup_momentum = momentum, warmup_momentum
-        self.warmup_steps, self.restart = warmup_steps, restart
+        self.warmup_steps, self.restart, self.interval = warmup_steps, restart, interval
         self.average: dict[str, Tensor] = {}
         """phi: tensors by the names of the network's parameters and buffers, at least float32."""
         self.updates = 0
@@ -96,10 +99,9 @@ class EMAEnsemble(ContinualCallback):
         if trainer.global_step == self._global_step:  # gradients are being accumulated
             return
         self._global_step = trainer.global_step
-        averages = list(self.average.values())
-        theta = [value.to(average.dtype) for value, average in zip(self._theta, averages, strict=True)]
-        torch._foreach_lerp_(averages, theta, 1 - self._momentum(pl_module))
-        self.updates += 1
+        if trainer.global_step % self.interval == 0:
+            move_towards(list(self.average.values()), self._theta, self._momentum(pl_module))
+            self.updates += 1
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not is_distributed():
