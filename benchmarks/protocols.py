@@ -113,6 +113,7 @@ RESNET56 = (
     "--model.source_head {data}/models/cifar10_resnet56.pt"
 )
 STREAM = "--config cifar10c_npz --data.base.path {data}/cifar10_test.npz --data.samples 1000"
+ROTATED = "--data.scenario RotatedDomains --data.scenario.tasks 4 --data.scenario.share split"
 FIVE = "--data.scenario ClassIncremental --data.scenario.tasks 5"
 BLURRY = "--data.scenario Blurry --data.scenario.tasks 5"
 OFFLINE = f"{FASHION} {FIVE} --data.batch_size 128"
@@ -293,6 +294,7 @@ ADAPTED = {
     "L2P": Method("l2p_vit32", "--trainer.max_epochs {epochs}"),
     "DualPrompt": Method("dual_prompt_vit32", "--trainer.max_epochs {epochs}"),
     "CODA-Prompt": Method("coda_prompt_vit32", "--trainer.max_epochs {epochs}"),
+    "S-Prompts": Method("s_prompts_vit32", "--trainer.max_epochs {epochs}"),
     "OnePrompt": Method("one_prompt_vit32", "--trainer.max_epochs {epochs}"),
     "OVOR": Method("ovor_vit32", "--trainer.max_epochs {epochs}"),
 }
@@ -446,6 +448,13 @@ PROTOCOLS = {
             **{name: CLOSED[name] for name in ("SimpleCIL", "LDA", "G-ACIL")},
             **ADAPTED,
         },
+    ),
+    "cifar100_vit_rotated": Protocol(
+        "CIFAR-100 rotated by 0, 45, 90 and 135 degrees as 4 domains, a small ViT for 32 x 32 pixels",
+        "50 training images of each class and domain and 10 test images of each class, the same in all domains; "
+        "network, precision, batches and epochs as in the table of 10 tasks.",
+        f"{VIT} {subset(ROTATED, 200, 10)} --data.batch_size 32 --trainer.precision bf16-mixed",
+        methods={name: ADAPTED[name] for name in ("linear head", "L2P", "DualPrompt", "S-Prompts", "OnePrompt")},
     ),
     "cifar100_few_shot": Protocol(
         "CIFAR-100, 60 classes and 8 sessions of 5 classes with 5 images, ResNet-20",
