@@ -22,6 +22,7 @@ SUBJECTS = {
         reason="the network has several experts",
     ),
 }
+WAITS = {"TAME": {"choose_expert"}}  # whether the expert changes
 
 
 def fed(losses, experts=2, **options):
