@@ -194,6 +194,7 @@ METHODS = {
         "cope", f"{MEMORY} --model.optimizer torch.optim.SGD --model.optimizer.lr 0.01"
     ),
     "TAME": Method("tame", f"{MEMORY} --model.max_experts 5"),
+    "OnPro": Method("onpro", MEMORY),
     "iCaRL": Method("icarl", MEMORY, online=False),
     "BiC": Method("bic", MEMORY, online=False),
     "ER by the loader": Method("er_loader", MEMORY, online=False),
