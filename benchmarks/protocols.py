@@ -189,6 +189,7 @@ METHODS = {
     "GSS": Method("gss", MEMORY),
     "ER-AML": Method("er_aml", MEMORY),
     "CLIB": Method("clib", MEMORY),
+    "CBA": Method("cba", MEMORY),
     "La-MAML": Method("la_maml", f"{MEMORY} --model.optimizer torch.optim.SGD --model.optimizer.lr 0.1"),
     "CoPE": Method(  # its loss is a sum over pairs, which needs a small learning rate
         "cope", f"{MEMORY} --model.optimizer torch.optim.SGD --model.optimizer.lr 0.01"
