@@ -16,6 +16,23 @@ from cl_lightning.strategies.exemplar_free.lwf import LwF
 from cl_lightning.strategies.rehearsal.er import ER
 from cl_lightning.stream import ClassIncremental, Online
 
+PUBLISHED = {
+    "er_ema_cifar100": {
+        "source": "AlbinSou/online_ema: src/config/cifar100/er.yml, src/online_factories.py (lmb2, step_rampup)",
+        "memory_size": 2000,
+        "replay_size": 32,
+        "optimizer": "SGD(lr=0.1)",
+        "data.scenario": "Online(base=ClassIncremental(tasks=20), batch_size=32, passes=3)",
+        "data.batch_size": 32,
+        "data.drop_last": True,
+        "data.val_fraction": 0.05,
+        "trainer.callbacks": [
+            "EMAEnsemble(momentum=0.99, warmup_momentum=0.9)",
+            "ContinualEvaluation(every_n_steps=1, samples=None, split=val)",
+        ],
+    },
+}
+
 
 def finetune(**options):
     return Finetune(**{"backbone": NormNet, "optimizer": sgd, **options})

@@ -13,6 +13,7 @@ memory, T the temperature, and q a prototype or another sample in its place,
 T -> temperature, m -> momentum. All q are constants of the gradient. k runs over the classes of which a sample has
 arrived; other classes are never predicted. Prototypes are random unit vectors at first. With several passes over a
 batch of an online stream, prototypes move once, to the mean over all passes, samples of the memory included.
+In the authors' code the x_i of repel_ij is no constant, and is repelled too; ``released=True`` does the same.
 Departs from the paper: the memory is balanced by ``ClassBalanced``. With a single class so far the loss is 0, where the
 authors' code divides 0 by 0.
 """
@@ -38,7 +39,13 @@ _NONE = -1e4  # in place of the logit of a class without samples; not infinite, 
 
 
 def pseudo_prototypical(
-    embeddings: Tensor, labels: Tensor, prototypes: Tensor, known: Tensor, temperature: float = 0.1
+    embeddings: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    known: Tensor,
+    temperature: float = 0.1,
+    *,
+    released: bool = False,
 ) -> Tensor:
     """Pseudo-prototypical proxy loss L of a batch, in nats, a sum over pairs divided by the number of samples.
 
@@ -48,10 +55,14 @@ def pseudo_prototypical(
         prototypes: p, unit vectors, ``(C, d)``.
         known: Classes that count, bool ``(C,)``; those of the batch among them.
         temperature: T, above 0.
+        released: Whether q has a gradient in the second sum, as in the authors' code.
     """
     x = full_precision(embeddings)
+    same = labels[:, None] == labels
     with torch.autocast(x.device.type, enabled=False):
         samples = x @ x.detach().T / temperature  # (B, B): x_i of the row, q of the column
+        if released:
+            samples = torch.where(same, samples, x @ x.T / temperature)
         proxies = x @ prototypes.detach().to(x.dtype).T / temperature  # (B, C)
     proxies = proxies.masked_fill(~known, _NONE)
     columns = torch.arange(len(prototypes), device=x.device)
@@ -60,7 +71,6 @@ def pseudo_prototypical(
     others = proxies[:, None, :].masked_fill(own, _NONE).logsumexp(dim=2)  # (B, B)
     by_sample = samples - others  # logit of Pr(y_j | x_i; x_j)
     by_proxy = proxies[:, labels] - others  # logit of Pr(y_j | x_i; p_{y_j})
-    same = labels[:, None] == labels
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
 
     positive = F.logsigmoid(by_sample).masked_fill(~same | itself, -torch.inf)
@@ -160,6 +170,7 @@ class CoPE(Replay):
         temperature: T, above 0.
         momentum: m, in [0, 1]; 1 leaves the prototypes where they are.
         dim: Size of an embedding, at least 1.
+        released: Whether samples in the place of a prototype are repelled too, as in the authors' code.
         policy: Policy that decides which samples a full memory keeps; None for equal numbers of each class.
         kwargs: Options of ``Replay``, apart from ``head``.
     """
@@ -178,6 +189,7 @@ class CoPE(Replay):
         temperature: float = 0.1,
         momentum: float = 0.99,
         dim: int = 100,
+        released: bool = False,
         policy: Policy | None = None,
         **kwargs: Any,
     ) -> None:
@@ -196,7 +208,7 @@ class CoPE(Replay):
             raise ValueError(
                 f"CoPE: loss_classes is {self.loss_classes!r}, but the loss is over all classes so far; use 'all'"
             )
-        self.temperature, self.momentum = temperature, momentum
+        self.temperature, self.momentum, self.released = temperature, momentum, released
         self._embedded: tuple[Tensor, Tensor] | None = None  # of this process, in the present step
 
     @property
@@ -219,7 +231,9 @@ class CoPE(Replay):
         if batch.draw.total >= world_size():  # a process without rows takes no part in an exchange
             x, labels = gather_rows(x), all_gather_rows(labels)
             share = batch.weight  # the base class multiplies by the weight
-        loss = pseudo_prototypical(x, labels, space.weight(), space.pool.known, self.temperature)
+        loss = pseudo_prototypical(
+            x, labels, space.weight(), space.pool.known, self.temperature, released=self.released
+        )
         return {"ppp": loss / share}
 
     def after_step(self, batch: Batch) -> None:

@@ -1,15 +1,17 @@
 """Continual Prototype Evolution."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.baselines import finetuning
-from support.fakes import normal
+from support.fakes import batch_of, normal
 from support.runs import plain_net, run
 from torch.nn import functional as F
 
 from cl_lightning.memory import ClassBalanced
+from cl_lightning.models import Output
 from cl_lightning.strategies.online.cope import CoPE, PrototypeSpace, pseudo_prototypical
 from cl_lightning.stream import ClassIncremental, Online, Subset
 from cl_lightning.testing import Subject, small
@@ -29,6 +31,7 @@ PUBLISHED = {
         "temperature": 0.1,
         "momentum": 0.99,
         "dim": 256,
+        "released": True,
         "optimizer": "SGD(lr=0.005)",
         "data.scenario": "Online(base=ClassIncremental(tasks=5), batch_size=10)",
         "data.batch_size": 10,
@@ -59,9 +62,10 @@ def pr(c, x, q, prototypes, known, temperature):
     return mine / (mine + others)
 
 
-def pair_by_pair(x, labels, prototypes, known, temperature):
+def pair_by_pair(x, labels, prototypes, known, temperature, released):
     """The loss as it is written."""
     fixed, total = x.detach(), 0.0
+    place = x if released else fixed
     for c in labels.unique().tolist():
         inside = [i for i in range(len(x)) if labels[i] == c]
         for i in inside:
@@ -70,23 +74,23 @@ def pair_by_pair(x, labels, prototypes, known, temperature):
         for j in range(len(x)):
             for i in inside:
                 if labels[j] != c:
-                    both = [pr(c, x[j], q, prototypes, known, temperature) for q in (fixed[i], prototypes[c])]
+                    both = [pr(c, x[j], q, prototypes, known, temperature) for q in (place[i], prototypes[c])]
                     total -= (1 - sum(both) / 2).log()
     return total / len(x)
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.5])
-def test_the_loss_and_its_gradient_are_those_of_all_pairs(temperature):
+@pytest.mark.parametrize(("temperature", "released"), [(0.1, False), (0.5, False), (0.5, True)])
+def test_the_loss_and_its_gradient_are_those_of_all_pairs(temperature, released):
     labels, known = torch.tensor([0, 2, 2, 4, 0, 0]), torch.tensor([True, True, True, False, True])
     x, prototypes = unit(6, 4).requires_grad_(), unit(5, 4, seed=1)
-    found = pseudo_prototypical(x, labels, prototypes, known, temperature)
-    expected = pair_by_pair(x, labels, prototypes, known, temperature)
+    found = pseudo_prototypical(x, labels, prototypes, known, temperature, released=released)
+    expected = pair_by_pair(x, labels, prototypes, known, temperature, released)
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in (found, expected)]
     torch.testing.assert_close(*gradients)
     other = prototypes.clone()
     other[3] = -other[3]  # of no sample so far
-    assert torch.equal(found, pseudo_prototypical(x, labels, other, known, temperature))
+    assert torch.equal(found, pseudo_prototypical(x, labels, other, known, temperature, released=released))
 
 
 def test_one_sample_per_class_is_the_cross_entropy_to_the_prototypes_and_the_repulsion():
@@ -226,6 +230,19 @@ def test_prototypes_move_once_per_batch_to_the_mean_over_its_passes(passes):
     assert isinstance(strategy.memory.policy, ClassBalanced)
     counts = strategy.memory.counts(10)
     assert counts.tolist() == [6] * 10
+
+
+def test_the_released_form_reaches_the_loss():
+    gradients = []
+    for released in (False, True):
+        strategy = CoPE(released=released, dim=4)
+        head = space((3,))
+        object.__setattr__(strategy, "network", SimpleNamespace(head=head))
+        head.pool.known[:] = True
+        labels, features = torch.tensor([0, 1, 1, 2]), normal(4, 6).requires_grad_()
+        strategy.losses(batch_of(labels), Output(features, features))["ppp"].backward()
+        gradients.append(features.grad)
+    assert not torch.allclose(*gradients)
 
 
 def test_only_classes_of_which_a_sample_has_arrived_count():
