@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from cl_lightning.batch import ImageShape
-from cl_lightning.checks import above, at_least, within
+from cl_lightning.checks import above, within
 from cl_lightning.data import GaussianFeatures
 from cl_lightning.losses import cross_entropy, full_precision
-from cl_lightning.memory import GaussianPrototypes
 from cl_lightning.models import Head, LinearHead
 from cl_lightning.strategies.base.schedules import CosineOverPhase
-from cl_lightning.strategy import Batch, ContinualStrategy, HeadFactory, Output, Phase, PhaseOptions, Task, Traits
+from cl_lightning.strategies.pretrained.alignment import AlignedClassifier, last_tasks
+from cl_lightning.strategy import Batch, HeadFactory, Output, PhaseOptions, Task, Traits
 
 
 def normalised_logits(logits: Tensor, sizes: Sequence[int], temperature: float = 0.1) -> Tensor:
@@ -64,12 +64,10 @@ def mean_scales(tasks: Tensor, shrink: float = 0.1) -> Tensor:
     Returns:
         ``(C,)``, float32.
     """
-    numbers = torch.arange(1, len(tasks) + 1, device=tasks.device)
-    last = (tasks * numbers[:, None]).amax(dim=0)  # t_c + 1
-    return 1 - shrink * (1 - last / len(tasks))
+    return 1 - shrink * (1 - (last_tasks(tasks) + 1) / len(tasks))
 
 
-class SLCA(ContinualStrategy):
+class SLCA(AlignedClassifier):
     """A small learning rate for the backbone, and classifier alignment on features drawn from class-wise Gaussians.
 
     Args:
@@ -100,30 +98,26 @@ class SLCA(ContinualStrategy):
         head: HeadFactory | None = None,
         **kwargs: Any,
     ) -> None:
+        sgd = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4)
         super().__init__(
             head=head or functools.partial(LinearHead, init_std=0.02),
             lr_factors={"backbone.*": 0.01} if lr_factors is None else lr_factors,
             loss_classes="current",
+            align_options=align_options.filled(sgd, CosineOverPhase),
+            align_samples=align_samples,
+            jitter=jitter,
             **kwargs,
         )
-        at_least(self, 1, align_samples=align_samples)
         above(self, 0, align_temperature=align_temperature)
         within(self, "[0, 1]", mean_shrink=mean_shrink)
-        GaussianPrototypes(1, jitter=jitter)  # so that a jitter out of range raises here
-        self.align_samples, self.align_temperature = align_samples, align_temperature
-        self.mean_shrink, self.jitter, self.fresh_norm = mean_shrink, jitter, fresh_norm
-        sgd = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4)
-        self.align_options = align_options.filled(sgd, CosineOverPhase)
-        self.gaussians: GaussianPrototypes
+        self.align_temperature, self.mean_shrink, self.fresh_norm = align_temperature, mean_shrink, fresh_norm
         self.unaligned_head: Head  # head before the alignment; without columns until the first task ends
 
     def build(self, image_shape: ImageShape) -> None:
         super().build(image_shape)
-        num_features = self.network.head.num_features
         if self.fresh_norm:
             self._reset_last_norm()
-        self.gaussians = GaussianPrototypes(num_features, jitter=self.jitter)
-        self.unaligned_head = self.build_head(num_features)
+        self.unaligned_head = self.build_head(self.network.head.num_features)
 
     def _reset_last_norm(self) -> None:
         norms = [module for module in self.network.backbone.modules() if isinstance(module, nn.LayerNorm)]
@@ -138,12 +132,6 @@ class SLCA(ContinualStrategy):
             self.network.head.load_state_dict(self.unaligned_head.state_dict())
         super().begin_task(task)
 
-    def phases(self, task: Task) -> list[Phase]:
-        if task.is_first or self.align_options.epochs == 0:
-            return [Phase()]
-        head = self.network.head
-        return [Phase(), Phase("align", self.align_options, trains=head.parameters, features=self.drawn_features)]
-
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
         if self.phase.features is not None:
             sizes = self.network.head.block_sizes()
@@ -154,13 +142,10 @@ class SLCA(ContinualStrategy):
     def drawn_features(self) -> GaussianFeatures:
         return GaussianFeatures(self.gaussians, self.align_samples, mean_scales(self.task_columns, self.mean_shrink))
 
-    def end_phase(self, phase: Phase) -> None:
-        if phase.features is not None or self.align_options.epochs == 0:
+    def learn_statistics(self) -> None:
+        if self.align_options.epochs == 0:
             return
-        self.eval()
-        features, labels = self.passes.features()
-        self.train()
-        self.gaussians.update(features, labels, num_classes=self.task.num_seen, replace=True)
+        super().learn_statistics()
         self.unaligned_head.load_state_dict(self.network.head.state_dict())
 
     def bytes_kept(self) -> dict[str, int]:
