@@ -105,3 +105,16 @@ def test_the_whole_model_exists_only_once():
     made = PeftSets((1, 8, 8), backbone=TinyViT, peft=WholeModel)
     with pytest.raises(ValueError, match="PeftSets: WholeModel trains the model itself"):
         made.add()
+
+
+def test_the_mean_of_earlier_sets_leaves_out_the_newest():
+    made = with_sets(3)
+    found = made.mean_of_earlier()
+    first, second = (list(one.parameters()) for one in list(made.sets)[:2])
+    for own, one, other in zip(found, first, second, strict=True):
+        torch.testing.assert_close(own, (one + other).detach() / 2)
+        assert not own.requires_grad
+    single = with_sets(2)
+    for own, one in zip(single.mean_of_earlier(), single.sets[0].parameters(), strict=True):
+        assert torch.equal(own, one)
+        assert own.data_ptr() != one.data_ptr()

@@ -76,6 +76,11 @@ class PeftSets(Backbone):
                 parts.append(self.base(images))
         return torch.stack(parts)
 
+    def mean_of_earlier(self) -> list[Tensor]:
+        """Mean of each parameter over all sets apart from the newest, at least one, as new tensors."""
+        *earlier, _ = (list(one.parameters()) for one in self.sets)
+        return [torch.stack([value.detach() for value in values]).mean(dim=0) for values in zip(*earlier, strict=True)]
+
     @contextmanager
     def active(self, number: int | None) -> Iterator[None]:
         """Context manager: inside, set ``number`` is active, or none for None; at its end the newest one."""
