@@ -217,6 +217,7 @@ METHODS = {
     ),
     "LUCIR": Method("lucir", MEMORY, online=False),
     "AER-ABS": Method("aer_abs", MEMORY, online=False),
+    "RER": Method("rer", MEMORY, online=False),
 }
 WITH_MLP = {  # with methods whose config names layers or sizes of this network
     **METHODS,

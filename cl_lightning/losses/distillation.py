@@ -130,13 +130,18 @@ def logit_matching(logits: Tensor, stored: Tensor, *, new_class_targets: NewClas
     Returns:
         A scalar.
     """
+    return mean_over_rows(logit_errors(logits, stored, new_class_targets=new_class_targets))
+
+
+def logit_errors(logits: Tensor, stored: Tensor, *, new_class_targets: NewClassTargets = "lowest") -> Tensor:
+    """The terms of :func:`logit_matching` for each row, ``(B,)``: means over the classes; arguments as there."""
     target = F.pad(full_precision(stored.detach()), (0, logits.shape[1] - stored.shape[1]), value=torch.nan)
     known = ~target.isnan()
     lowest = target.masked_fill(~known, torch.inf).amin(dim=1, keepdim=True)
     target = target.where(known, lowest if new_class_targets == "lowest" else 0.0)
     counted = known if new_class_targets == "free" else torch.ones_like(known)
     error = (full_precision(logits) - target).square().where(counted, 0.0)
-    return mean_over_rows(error.sum(dim=1) / counted.sum(dim=1).clamp(min=1))
+    return error.sum(dim=1) / counted.sum(dim=1).clamp(min=1)
 
 
 def _take(logits: Tensor, columns: Sequence[int]) -> Tensor:

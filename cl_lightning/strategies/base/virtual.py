@@ -44,7 +44,9 @@ def output_at(network: nn.Module, weights: Weights, images: Tensor, *, update_st
     return output
 
 
-def mean_gradient(loss: Tensor | None, weights: Weights, weight: float = 1.0) -> dict[str, Tensor]:
+def mean_gradient(
+    loss: Tensor | None, weights: Weights, weight: float = 1.0, *, retain_graph: bool = False
+) -> dict[str, Tensor]:
     """Gradient of the mean loss over the samples of all processes, the same on every process.
 
     The gradients of the parameters (``.grad``) do not change. Every process must call this, with the same weights.
@@ -53,6 +55,7 @@ def mean_gradient(loss: Tensor | None, weights: Weights, weight: float = 1.0) ->
         loss: Mean over the samples of this process, a scalar with a graph; None if this process has no samples.
         weights: Weights with respect to which the gradient is taken, by name.
         weight: Weight of the mean of this process, ``Batch.weight`` of its samples.
+        retain_graph: Whether further gradients of the loss are computed after this one.
 
     Returns:
         Gradients by name, without a graph; 0 for weights on which the loss does not depend.
@@ -62,7 +65,8 @@ def mean_gradient(loss: Tensor | None, weights: Weights, weight: float = 1.0) ->
         found = [torch.zeros_like(value) for value in values]
     else:
         factor = torch.full_like(loss, weight)
-        found = list(torch.autograd.grad(loss, values, factor, allow_unused=True, materialize_grads=True))
+        options = {"retain_graph": retain_graph, "allow_unused": True, "materialize_grads": True}
+        found = list(torch.autograd.grad(loss, values, factor, **options))  # type: ignore[arg-type]
     if is_distributed() and values:
         flat = all_sum(torch.cat([gradient.flatten() for gradient in found])) / world_size()
         parts = torch.split(flat, [value.numel() for value in values])
