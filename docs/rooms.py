@@ -51,7 +51,7 @@ ROOMS = (
         "strategies.base",
         "the base class of methods and its parts",
         "strategy, replay, task_incremental, phases, schedules, optimizers, terms, passes, evaluation, traits, "
-        "host, gradients, exemplars, expanding, virtual, rehearse, alternating_rate",
+        "host, gradients, exemplars, expanding, virtual, rehearse, alternating_rate, inner_adam",
     ),
     Room(
         "data",

@@ -12,6 +12,7 @@ from cl_lightning.strategies.base.exemplars import (
 )
 from cl_lightning.strategies.base.expanding import ExpandingReplay
 from cl_lightning.strategies.base.gradients import flat_gradient, set_gradient, without_conflict
+from cl_lightning.strategies.base.inner_adam import adam_step
 from cl_lightning.strategies.base.optimizers import refuse_weight_decay, require_plain_sgd, separate_group
 from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer, sigmoid_optimizer
 from cl_lightning.strategies.base.rehearse import (
@@ -64,6 +65,7 @@ __all__ = [
     "TaskEndReplay",
     "TaskIncremental",
     "Traits",
+    "adam_step",
     "balanced_phase",
     "check_loss_classes",
     "default_optimizer",

@@ -20,7 +20,6 @@ without dropout give the features of the outer step in training mode, without a 
 variants on DER++ and CLS-ER are not part of it.
 """
 
-import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -34,12 +33,11 @@ from cl_lightning.distributed import all_gather_together, alone
 from cl_lightning.losses import full_precision
 from cl_lightning.memory import NamedBuffers
 from cl_lightning.models import Output
-from cl_lightning.strategies.base import output_at, trained_weights
+from cl_lightning.strategies.base import adam_step, output_at, trained_weights
 from cl_lightning.strategies.rehearsal.er import ER
 from cl_lightning.strategy import Task, Traits
 
 _OUTER, _INIT = 0xCBA, 0xCBB  # salts of the draw of R', and of the initial weights of the adaptor
-_BETAS, _EPS = (0.9, 0.999), 1e-8  # of Adam
 
 Tensors = dict[str, Tensor]
 
@@ -87,17 +85,10 @@ class BiasAdaptor(NamedBuffers):
                 held = self._get(kind).get(name)
                 self._set(kind, name, value if held is None else torch.cat([held, value], dim=axis))
 
-    @torch.no_grad()
     def step(self, gradients: Tensors, lr: float) -> None:
-        """A step of Adam (Kingma & Ba, ICLR 2015, arXiv:1412.6980, algorithm 1)."""
-        self.steps += 1
-        omega, first, second = self.omega, self._get("first"), self._get("second")
-        weights = [-torch.expm1(self.steps * math.log(beta)) for beta in _BETAS]  # 1 - beta^steps
-        for name, gradient in gradients.items():
-            first[name].lerp_(gradient, 1 - _BETAS[0])
-            second[name].mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
-            unbiased = second[name] / weights[1]
-            omega[name].sub_(lr * first[name] / weights[0] / (unbiased.sqrt() + _EPS))
+        """A step of Adam."""
+        values, *moments = ([self._get(kind)[name] for name in gradients] for kind in ("omega", "first", "second"))
+        adam_step(values, gradients.values(), (moments[0], moments[1]), self.steps, lr)
 
 
 class CBA(ER):

@@ -37,7 +37,7 @@ from cl_lightning.batch import Batch, Draw, join, mix
 from cl_lightning.checks import above, at_least, one_of
 from cl_lightning.distributed import all_sum
 from cl_lightning.losses import full_precision, logit_errors
-from cl_lightning.strategies.base import mean_gradient, output_at, trained_weights, virtual_step
+from cl_lightning.strategies.base import adam_step, mean_gradient, output_at, trained_weights, virtual_step
 from cl_lightning.strategies.base.replay import UpdateMemory
 from cl_lightning.strategies.rehearsal.derpp import DERpp
 from cl_lightning.strategy import Output, Replay, Task, Traits
@@ -104,19 +104,13 @@ class RelationNet(nn.Module):
             total = (slopes * functional_call(self, leaves, (losses, norms))).sum()
             found = torch.autograd.grad(total, list(leaves.values()))
         gradient = all_sum(torch.cat([value.flatten() for value in found]))
-        with torch.no_grad():
-            values = nn.utils.parameters_to_vector(self.parameters())
-            gradient = gradient + self.weight_decay * values
-            self.steps += 1
-            self.moments[0].lerp_(gradient, 0.1)
-            self.moments[1].lerp_(gradient.square(), 0.001)
-            steps = self.steps.double()
-            first, second = self.moments[0] / (1 - 0.9**steps), self.moments[1] / (1 - 0.999**steps)
-            moved = values - self.lr * first / (second.sqrt() + 1e-8)
-            parameters = list(self.parameters())
-            parts = torch.split(moved, [value.numel() for value in parameters])
-            for value, part in zip(parameters, parts, strict=True):
-                value.copy_(part.view_as(value))
+        gradients, first, second = (self._like_parameters(flat) for flat in (gradient, *self.moments))
+        adam_step(list(self.parameters()), gradients, (first, second), self.steps, self.lr, self.weight_decay)
+
+    def _like_parameters(self, flat: Tensor) -> list[Tensor]:
+        """Views of a vector with a number for each parameter, in the shapes of the parameters."""
+        parts = torch.split(flat, [value.numel() for value in self.parameters()])
+        return [part.view_as(value) for part, value in zip(parts, self.parameters(), strict=True)]
 
 
 def slopes_of(losses: Tensor, parameters: Iterable[Tensor], direction: Iterable[Tensor]) -> Tensor:
