@@ -183,6 +183,7 @@ METHODS = {
     "A-GEM": Method("agem", MEMORY),
     "GEM": Method("gem", f"{MEMORY} --model.replay_size 100"),
     "PCR": Method("pcr", MEMORY),
+    "HPCR": Method("hpcr", MEMORY),
     "ER-ACE": Method("er_ace", MEMORY),
     "MIR": Method("mir", MEMORY),
     "SCR": Method("scr", MEMORY),
