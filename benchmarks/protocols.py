@@ -219,6 +219,7 @@ METHODS = {
     "LUCIR": Method("lucir", MEMORY, online=False),
     "AER-ABS": Method("aer_abs", MEMORY, online=False),
     "RER": Method("rer", MEMORY, online=False),
+    "mix-cd": Method("mixcd", MEMORY),
 }
 WITH_MLP = {  # with methods whose config names layers or sizes of this network
     **METHODS,
