@@ -30,6 +30,7 @@ SUBJECTS = {
         reason="the first task also learns rotations",
     ),
 }
+SLOW = "other options and batch normalisation pass the suite too"
 
 PUBLISHED = {
     "efc": {

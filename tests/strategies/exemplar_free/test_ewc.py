@@ -16,6 +16,7 @@ SUBJECTS = {
     "EWC": Subject(small(EWC)),
     "EWC(online)": Subject(small(EWC, online=True)),
 }
+SLOW = "separate and online importances pass the suite"
 
 EWC_SMALL = partial(EWC, backbone=plain_net, optimizer=sgd)
 

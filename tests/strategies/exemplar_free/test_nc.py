@@ -2,7 +2,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.fakes import normal
+from support.fakes import normal, task_of
 from support.runs import plain_net, run, sgd
 from torch.nn import functional as F
 
@@ -65,7 +65,7 @@ def test_the_loss_of_the_fit_by_hand():
 
 def test_a_quadratic_loss_is_fitted_near_the_parameters():
     strategy = NC(radius=1.5, points=32, steps=400, units=24, consolidator_decay=0.0)
-    strategy.task = type("First", (), {"index": 0})()
+    strategy.task = task_of()
     centre, curve = normal(2), torch.tensor([1.0, 4.0]).double()
     made = consolidator(2, units=24)
     strategy._fit(made, lambda at: 3 + ((at - centre).square() * curve).sum(1), centre)
@@ -144,7 +144,7 @@ def test_with_few_parameters_the_minimum_of_the_fit_is_nearly_that_of_both_tasks
 
     theta = minimised(first, torch.zeros(6).double())
     strategy = NC(radius=4.0, points=32, steps=200, units=32, consolidator_decay=1e-3)
-    strategy.task = type("First", (), {"index": 0})()
+    strategy.task = task_of()
     kappa = consolidator(6, units=32)
     strategy._fit(kappa, torch.vmap(first), theta)
     kappa.requires_grad_(False)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from cl_lightning.batch import Draw, mix
 from cl_lightning.data import RandomCrop
+from cl_lightning.models import MLP, LinearHead, Network
 from cl_lightning.strategies.rehearsal.bic import BiC, correct, fit_pair, held_out
 from cl_lightning.strategy import PhaseOptions
 from cl_lightning.stream import ClassIncremental, RotatedDomains
@@ -152,8 +153,9 @@ def test_each_sample_of_a_class_is_held_out_equally_often():
 
 def test_the_loss_is_that_of_corrected_logits_and_of_the_corrected_teacher():
     strategy = BiC()
-    strategy.network = torch.nn.Module()
-    strategy.network.head = type("Head", (torch.nn.Module,), {"block_sizes": lambda self: [2, 1, 2]})()
+    strategy.network = Network(MLP((1, 2, 2), hidden=()), LinearHead(4))
+    for size in (2, 1, 2):
+        strategy.network.head.grow(size)
     strategy.phase = strategy.phases(task_of())[0]
     for _ in range(3):
         strategy.pairs.grow()
