@@ -297,6 +297,7 @@ ADAPTED = {
     "MagMax": Method("magmax_vit32", "--trainer.max_epochs {epochs}"),
     "CL-LoRA": Method("cl_lora_vit32", "--trainer.max_epochs {epochs}"),
     "MOS": Method("mos_vit32", "--trainer.max_epochs {epochs}"),
+    "TUNA": Method("tuna_vit32", "--trainer.max_epochs {epochs}"),
     "L2P": Method("l2p_vit32", "--trainer.max_epochs {epochs}"),
     "DualPrompt": Method("dual_prompt_vit32", "--trainer.max_epochs {epochs}"),
     "CODA-Prompt": Method("coda_prompt_vit32", "--trainer.max_epochs {epochs}"),

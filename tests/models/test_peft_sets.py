@@ -118,3 +118,25 @@ def test_the_mean_of_earlier_sets_leaves_out_the_newest():
     for own, one in zip(single.mean_of_earlier(), single.sets[0].parameters(), strict=True):
         assert torch.equal(own, one)
         assert own.data_ptr() != one.data_ptr()
+
+
+@torch.no_grad()
+def test_a_merged_module_is_none_of_the_sets():
+    torch.manual_seed(1)
+    made = PeftSets((1, 8, 8), backbone=TinyViT, peft=KINDS[0], merged=True).eval()
+    assert torch.equal(made(IMAGES), TinyViT((1, 8, 8)).eval()(IMAGES))
+    disturb(made.merged)
+    assert torch.equal(made(IMAGES), TinyViT((1, 8, 8)).eval()(IMAGES))
+    made.add()
+    disturb(made.sets[0])
+    made.eval()
+    backbone = TinyViT((1, 8, 8)).eval()
+    own = KINDS[0](backbone).eval()
+    own.load_state_dict(made.merged.state_dict())
+    assert torch.equal(made.features(IMAGES, [0, "merged"]), torch.stack([alone(made, 0), backbone(IMAGES)]))
+    assert torch.equal(made(IMAGES), alone(made, 0))
+    twin = PeftSets((1, 8, 8), backbone=TinyViT, peft=KINDS[0], merged=True).eval()
+    twin.load_state_dict(made.state_dict())
+    assert torch.equal(twin.eval().features(IMAGES, ["merged", None]), made.features(IMAGES, ["merged", None]))
+    with pytest.raises(ValueError, match="PeftSets: WholeModel trains the model itself"):
+        PeftSets((1, 8, 8), backbone=TinyViT, peft=WholeModel, merged=True)

@@ -1,7 +1,7 @@
 """Bottleneck adapters."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,3 +99,7 @@ class Adapter(Peft):
             else:
                 site.hook_output(_part(block, "mlp"), site.add_of_output)
             self.sites.append(site)
+
+    def up_weights(self) -> list[Tensor]:
+        """W_up of each block, ``(d, bottleneck)``."""
+        return [cast(_Bottleneck, site).up.weight for site in self.sites]

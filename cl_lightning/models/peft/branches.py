@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cl_lightning.batch import ImageShape
 from cl_lightning.models.backbones import Backbone
 from cl_lightning.models.peft.base import Peft, blocks_of
-from cl_lightning.models.peft.sets import PeftSets
+from cl_lightning.models.peft.sets import PeftSets, SetNumber
 
 BlockPeft = Callable[[nn.Module, list[int]], Peft]
 """Builds a PEFT module for a model and the indices of its blocks that are adapted."""
@@ -88,7 +88,7 @@ class PeftBranches(PeftSets):
             with self.shared.replaced_by(self.previous):
                 return cast(Tensor, self.base(images))
 
-    def features(self, images: Tensor, numbers: Sequence[int | None]) -> Tensor:
+    def features(self, images: Tensor, numbers: Sequence[SetNumber]) -> Tensor:
         """Features with each of several sets, as in ``PeftSets``; the first blocks are computed once.
 
         Args:

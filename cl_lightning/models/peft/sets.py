@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from cl_lightning.batch import ImageShape
 from cl_lightning.models.backbones import Backbone
 from cl_lightning.models.peft.base import Peft, PeftFactory
+
+SetNumber = int | Literal["merged"] | None
+"""A set of a ``PeftSets``, its merged module, or none of them."""
 
 
 class PeftSets(Backbone):
@@ -19,20 +22,33 @@ class PeftSets(Backbone):
         image_shape: Channels, height, width.
         backbone: Builds the backbone.
         peft: Builds a PEFT module for a backbone; called for each set.
+        merged: Whether there is a further module of the same kind, for parameters that are merged from all sets.
 
     Attributes:
         base: The backbone.
         sets: The PEFT modules, in order of their creation; empty until :meth:`add` is called.
+        merged: The further module, or None.
+
+    Raises:
+        ValueError: If the PEFT module trains the model itself (``WholeModel``); raised by :meth:`add` without
+            ``merged``.
     """
 
     def __init__(
-        self, image_shape: ImageShape, *, backbone: Callable[[ImageShape], Backbone], peft: PeftFactory
+        self,
+        image_shape: ImageShape,
+        *,
+        backbone: Callable[[ImageShape], Backbone],
+        peft: PeftFactory,
+        merged: bool = False,
     ) -> None:
         super().__init__(image_shape)
         self.base = backbone(image_shape)
         self.num_features = self.base.num_features
         self.build_peft = peft
         self.sets = nn.ModuleList()
+        self.merged = self._made() if merged else None
+        self._activate(None)
 
     def add(self, *, copied: bool = False) -> None:
         """Append a set, which is active from now on.
@@ -44,28 +60,32 @@ class PeftSets(Backbone):
         Raises:
             ValueError: If the PEFT module trains the model itself (``WholeModel``).
         """
+        made = self._made()
+        if copied and len(self.sets):
+            made.load_state_dict(self.sets[-1].state_dict())
+        self.sets.append(made)
+        self._activate(len(self.sets) - 1)
+
+    def _made(self) -> Peft:
         made = self.build_peft(self.base)
         if made.trains_model:
             raise ValueError(
                 f"PeftSets: {type(made).__name__} trains the model itself, of which there is only one; use Adapter, "
                 "LoRA, Prefix or SSF"
             )
-        like = next(self.base.parameters(), torch.empty(0))
-        if copied and len(self.sets):
-            made.load_state_dict(self.sets[-1].state_dict())
-        self.sets.append(made.to(like.device))
-        self._activate(len(self.sets) - 1)
+        return made.to(next(self.base.parameters(), torch.empty(0)).device)
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.base(images)
         return features
 
-    def features(self, images: Tensor, numbers: Sequence[int | None]) -> Tensor:
+    def features(self, images: Tensor, numbers: Sequence[SetNumber]) -> Tensor:
         """Features with each of several sets: one forward pass for each.
 
         Args:
             images: ``(B, C, H, W)``.
-            numbers: Numbers of sets, from 0, negative from the end; None for the backbone without a set. At least one.
+            numbers: Numbers of sets, from 0, negative from the end; None for the backbone without a set, ``merged`` for
+                the merged module. At least one.
 
         Returns:
             ``(len(numbers), B, d)``.
@@ -82,17 +102,21 @@ class PeftSets(Backbone):
         return [torch.stack([value.detach() for value in values]).mean(dim=0) for values in zip(*earlier, strict=True)]
 
     @contextmanager
-    def active(self, number: int | None) -> Iterator[None]:
-        """Context manager: inside, set ``number`` is active, or none for None; at its end the newest one."""
+    def active(self, number: SetNumber) -> Iterator[None]:
+        """Context manager: inside, set ``number`` is active, as in :meth:`features`; at its end the newest one."""
         self._activate(number)
         try:
             yield
         finally:
             self._activate(len(self.sets) - 1)
 
-    def _activate(self, number: int | None) -> None:
-        chosen = None if number is None or not len(self.sets) else self.sets[number]
-        for one in self.sets:
+    def _activate(self, number: SetNumber) -> None:
+        chosen: nn.Module | None = None
+        if number == "merged":
+            chosen = self.merged
+        elif number is not None and len(self.sets):
+            chosen = self.sets[number]
+        for one in [*self.sets, *([] if self.merged is None else [self.merged])]:
             cast(Peft, one)._enable(one is chosen)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -119,7 +143,7 @@ class SideBySide(nn.Module):
         numbers: Numbers of sets, as in ``PeftSets.features``.
     """
 
-    def __init__(self, sets: PeftSets, numbers: Sequence[int | None]) -> None:
+    def __init__(self, sets: PeftSets, numbers: Sequence[SetNumber]) -> None:
         super().__init__()
         self.sets, self.numbers = sets, tuple(numbers)
         self.num_features = len(self.numbers) * sets.num_features
