@@ -198,7 +198,10 @@ class GaussianPrototypes(Prototypes):
 
     def _keep_covariances(self, columns: Tensor, covariances: Tensor) -> None:
         identity = torch.eye(self.num_features, dtype=torch.float64, device=covariances.device)
-        self.factors[columns] = torch.linalg.cholesky(covariances + self.jitter * identity).to(self.factors.dtype)
+        # The rounding of large covariances makes eigenvalues of 0 negative by about this much.
+        rounding = torch.finfo(torch.float64).eps * covariances.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+        added = (self.jitter + rounding)[:, None, None] * identity
+        self.factors[columns] = torch.linalg.cholesky(covariances + added).to(self.factors.dtype)
 
 
 class PrototypeHead(LinearHead):

@@ -301,3 +301,12 @@ def test_with_the_metric_of_efc_no_drift_is_none_and_a_shift_is_exact():
     assert torch.equal(kernel_drift(old, old, prototypes, **options), torch.zeros(3, 5, dtype=torch.float64))
     shift = normal(1, 5, seed=3)
     torch.testing.assert_close(kernel_drift(old, old + shift, prototypes, **options), shift.expand(3, 5))
+
+
+def test_covariances_of_a_few_large_features_are_factorised():
+    for seed in range(20):
+        features = 1e7 * normal(3, 16, seed=seed)
+        store = GaussianPrototypes(16, jitter=1e-5).double()
+        store.update(features, torch.zeros(3, dtype=torch.int64), num_classes=1)
+        found = store.factors[0] @ store.factors[0].T
+        torch.testing.assert_close(found, features.T.cov(), rtol=1e-10, atol=1.0)

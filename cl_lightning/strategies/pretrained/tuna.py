@@ -58,7 +58,10 @@ def elected(values: Tensor) -> Tensor:
 
 
 def row_overlap(first: Tensor, second: Tensor) -> Tensor:
-    """Absolute mean of the cosines of all pairs of rows of two matrices, ``|mean of U V^T|``; rows of 0 count as 0.
+    """Absolute mean of the cosines of all pairs of rows of two matrices, ``|mean of U V^T|``.
+
+    Rows shorter than 1e-3 count less, in proportion to their length: the gradient of a cosine is inverse to the length
+    of the row, and rows that have hardly been trained would be thrown far away.
 
     Args:
         first: ``(..., n, r)``.
@@ -67,7 +70,7 @@ def row_overlap(first: Tensor, second: Tensor) -> Tensor:
     Returns:
         A scalar in [0, 1].
     """
-    means = (F.normalize(rows, dim=-1).mean(dim=-2) for rows in (first, second))
+    means = (F.normalize(rows, dim=-1, eps=1e-3).mean(dim=-2) for rows in (first, second))
     return functools.reduce(torch.mul, means).sum(dim=-1).mean().abs()
 
 

@@ -107,6 +107,16 @@ def test_the_overlap_is_the_mean_cosine_of_all_pairs_of_rows():
     torch.testing.assert_close(row_overlap(torch.stack([first, first]), torch.stack([second, -second])), 0 * expected)
 
 
+def test_short_rows_have_bounded_gradients():
+    second = torch.tensor([[0.6, 0.8]], dtype=torch.float64)
+    for length, expected in ((1e-8, 0.6e-5), (5e-4, 0.3), (1e-3, 0.6), (3.0, 0.6)):
+        first = torch.tensor([[length, 0.0]], dtype=torch.float64, requires_grad=True)
+        overlap = row_overlap(first, second)
+        assert overlap.item() == pytest.approx(expected)
+        overlap.backward()
+        assert first.grad.abs().max() <= 800.0 + 1e-9
+
+
 def test_the_adapter_with_the_smallest_entropy_is_chosen_for_each_sample():
     logits = torch.tensor([[[1.0, 2.0, 3.0], [0.0, 0.0, 9.0]], [[5.0, 0.0, 0.0], [0.0, 8.0, 8.0]]])
     assert torch.equal(most_certain(logits), torch.stack([logits[1, 0], logits[0, 1]]))
