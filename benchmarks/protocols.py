@@ -184,6 +184,7 @@ METHODS = {
     "GEM": Method("gem", f"{MEMORY} --model.replay_size 100"),
     "PCR": Method("pcr", MEMORY),
     "HPCR": Method("hpcr", MEMORY),
+    "UER": Method("uer", MEMORY),
     "ER-ACE": Method("er_ace", MEMORY),
     "MIR": Method("mir", MEMORY),
     "SCR": Method("scr", MEMORY),
