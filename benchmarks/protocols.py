@@ -192,6 +192,7 @@ METHODS = {
     "ER-AML": Method("er_aml", MEMORY),
     "CLIB": Method("clib", MEMORY),
     "CBA": Method("cba", MEMORY),
+    "RAR": Method("rar", MEMORY),
     "La-MAML": Method("la_maml", f"{MEMORY} --model.optimizer torch.optim.SGD --model.optimizer.lr 0.1"),
     "CoPE": Method(  # its loss is a sum over pairs, which needs a small learning rate
         "cope", f"{MEMORY} --model.optimizer torch.optim.SGD --model.optimizer.lr 0.01"

@@ -38,6 +38,7 @@ from cl_lightning.strategies.base.virtual import (
     mean_gradient,
     output_at,
     relative_step,
+    step_on,
     trained_weights,
     virtual_step,
 )
@@ -85,6 +86,7 @@ __all__ = [
     "separate_group",
     "set_gradient",
     "sigmoid_optimizer",
+    "step_on",
     "sum_of_zeros",
     "trained_weights",
     "virtual_step",

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cl_lightning.batch import Batch
+from cl_lightning.batch import Batch, Draw
 from cl_lightning.data import FeatureCache, FeatureStore
 from cl_lightning.data.balance import class_weight_table
 from cl_lightning.data.feature_cache import KEYS, STORED
@@ -63,6 +63,18 @@ class StrategyData:
         """Make the images of a batch from its raw images without augmentation: scaled and normalised."""
         finished: Batch = self.module.finish(batch, augment=False)
         return finished
+
+    def pixel_range(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Finished images whose pixels all have the smallest and the largest value, ``(C, H, W)`` each.
+
+        Args:
+            raw: Raw images, uint8 ``(n, C, H, W)``; only their shape and device are used.
+        """
+        ends = torch.zeros(2, *raw.shape[1:], dtype=torch.uint8, device=raw.device)
+        ends[1] = 255
+        nothing = torch.zeros(2, dtype=torch.int64, device=raw.device)
+        low, high = self.finish(Batch(ends, nothing, nothing, nothing, ends, Draw.of(2, 0))).images
+        return low, high
 
     def weights_of(self, batch: Batch) -> Tensor | None:
         """Weight of the loss of each sample by ``class_weights`` of the data module, float32 ``(B,)``; None without."""

@@ -9,11 +9,13 @@ of the loss may use ``output_at(network, theta', x)``.
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cl_lightning.batch import Batch
 from cl_lightning.distributed import all_sum, is_distributed, world_size
 from cl_lightning.models import Output, uncompiled
 
@@ -83,6 +85,23 @@ def virtual_step(weights: Weights, gradient: Weights, lr: float) -> dict[str, Te
         lr: Learning rate; a negative one is a step of ascent.
     """
     return {name: value - lr * gradient[name].detach() for name, value in weights.items()}
+
+
+def step_on(strategy: Any, batch: Batch, lr: float | None = None) -> dict[str, Tensor]:
+    """Weights of the network after a virtual step on the classification loss of a batch, the same on every process.
+
+    In training mode the loss takes the statistics of the batch. Every process must call this.
+
+    Args:
+        strategy: Strategy; its network does not change.
+        batch: This process's rows of the batch, with finished images.
+        lr: Learning rate; None for the present one of the optimizer.
+    """
+    weights, loss = trained_weights(strategy.network), None
+    if len(batch):
+        loss = strategy.classification_loss(output_at(strategy.network, weights, batch.images), batch)
+    gradient = mean_gradient(loss, weights, batch.weight)
+    return virtual_step(weights, gradient, strategy.trainer.optimizers[0].param_groups[0]["lr"] if lr is None else lr)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from cl_lightning.checks import at_least, one_of
 from cl_lightning.distributed import all_gather_rows
 from cl_lightning.losses import full_precision
 from cl_lightning.models import in_eval_mode
-from cl_lightning.strategies.base import mean_gradient, output_at, trained_weights, virtual_step
+from cl_lightning.strategies.base import output_at, step_on, trained_weights
 from cl_lightning.strategies.rehearsal.er import ER
 from cl_lightning.strategy import Traits
 
@@ -93,17 +93,13 @@ class MIR(ER):
             samples: This process's rows of the candidates, with raw images.
         """
         network, weights = self.network, trained_weights(self.network)
-        loss = None
-        if len(batch):
-            loss = self.classification_loss(output_at(network, weights, batch.images), batch)
-        gradient = mean_gradient(loss, weights, batch.weight)
-        lr = self.trainer.optimizers[0].param_groups[0]["lr"] if self.virtual_lr is None else self.virtual_lr
+        moved = step_on(self, batch, self.virtual_lr)
         images = self.data.finish(samples).images
         with torch.no_grad(), in_eval_mode(network):
             before, after = (
                 F.cross_entropy(
                     full_precision(output_at(network, values, images).logits), samples.labels, reduction="none"
                 )
-                for values in (weights, virtual_step(weights, gradient, lr))
+                for values in (weights, moved)
             )
         return after - before

@@ -37,10 +37,8 @@ from cl_lightning.models import Network, frozen_copy
 from cl_lightning.strategies.base import (
     check_loss_classes,
     finetune_on_memory,
-    mean_gradient,
     output_at,
-    trained_weights,
-    virtual_step,
+    step_on,
 )
 from cl_lightning.strategy import Output, Replay, Task, Traits
 
@@ -185,11 +183,7 @@ class HAL(Replay):
     def prepare_batch(self, batch: Batch) -> Batch:
         joint, self._target, self._features = super().prepare_batch(batch), None, None
         if len(self.anchors.labels) and self.anchor_weight > 0:
-            weights, loss = trained_weights(self.network), None
-            if len(joint):
-                loss = self.classification_loss(output_at(self.network, weights, joint.images), joint)
-            lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-            moved = virtual_step(weights, mean_gradient(loss, weights, joint.weight), lr)
+            moved = step_on(self, joint)
             with torch.no_grad():
                 self._target = full_precision(output_at(self.network, moved, self.anchors.images).logits)
         return joint
@@ -233,10 +227,6 @@ class HAL(Replay):
         )
         after.eval()
         shape = self.memory.images.shape[1:]
-        raw = torch.zeros(2, *shape, dtype=torch.uint8, device=self.device)
-        raw[1] = 255
-        nothing = torch.zeros(2, dtype=torch.int64, device=self.device)
-        ends = self.data.finish(Batch(raw, nothing, nothing, nothing, raw, Draw.of(2, key))).images
         start = Draw.of(len(new), key).randn(*shape).to(self.device)
         images = hindsight(
             now,
@@ -247,6 +237,6 @@ class HAL(Replay):
             feature_weight=self.feature_weight,
             steps=self.anchor_steps,
             lr=self.anchor_lr,
-            bounds=(ends[0], ends[1]),
+            bounds=self.data.pixel_range(self.memory.images),
         )
         self.anchors.add(images, new)

@@ -304,3 +304,10 @@ def test_rows_that_the_loss_of_current_classes_reaches_are_trained_and_no_others
     assert all(trained == reached for trained, reached in seen)
     again = [sum(reached) > 1 for _, reached in seen]
     assert any(again) == isinstance(scenario, Blurry)
+
+
+def test_the_range_of_pixels_is_that_of_finished_images():
+    strategy = run(Finetune(), max_epochs=1, limit_train_batches=1, data={"mean": [0.25], "std": [0.5]}).strategy
+    low, high = strategy.data.pixel_range(torch.zeros(0, 1, 8, 8, dtype=torch.uint8))
+    torch.testing.assert_close(low, torch.full((1, 8, 8), -0.5))
+    torch.testing.assert_close(high, torch.full((1, 8, 8), 1.5))

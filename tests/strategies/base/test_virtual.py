@@ -1,14 +1,22 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
-from support.fakes import normal
+from support.fakes import batch_of, normal
 from support.runs import NormNet
 from torch import nn
 from torch.nn import functional as F
 
 from cl_lightning.models import LinearHead, Network
-from cl_lightning.strategies.base import mean_gradient, output_at, relative_step, trained_weights, virtual_step
+from cl_lightning.strategies.base import (
+    mean_gradient,
+    output_at,
+    relative_step,
+    step_on,
+    trained_weights,
+    virtual_step,
+)
 
 
 @pytest.fixture
@@ -112,3 +120,23 @@ def test_half_precision_that_needs_a_loss_scale_is_not_used():
     for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
         with torch.autocast("cpu", dtype=dtype):
             assert output_at(network, trained_weights(network), images).logits.dtype == expected
+
+
+def test_a_virtual_step_on_a_batch_is_a_step_of_gradient_descent(network):
+    group = {"lr": 0.3}
+    strategy = SimpleNamespace(
+        network=network,
+        classification_loss=lambda output, batch: F.cross_entropy(output.logits, batch.labels),
+        trainer=SimpleNamespace(optimizers=[SimpleNamespace(param_groups=[group])]),
+    )
+    before = weights_of(network)
+    for lr in (None, 0.7):
+        other = copy.deepcopy(network)
+        optimizer = torch.optim.SGD(other.parameters(), lr=lr or 0.3)
+        F.cross_entropy(other(IMAGES).logits, LABELS).backward()
+        optimizer.step()
+        found = step_on(strategy, batch_of(LABELS, images=IMAGES), lr)
+        for name, value in other.named_parameters():
+            torch.testing.assert_close(found[name], value)
+    assert all(torch.equal(value, before[name]) for name, value in network.named_parameters())
+    assert all(value.grad is None for value in network.parameters())
