@@ -15,9 +15,9 @@ g_omega(p) = W_2 max(0, W_1 p + b_1) + b_2 with ``hidden`` units. lr is the pres
 ``adaptor_lr`` the rate of Adam. The outer step is taken every ``interval`` steps. 5 is what the authors' code intends;
 its counter stands still, so that it takes the step always, which ``interval=1`` does.
 Departs from the authors' code: there g has an output for each class of the stream from the start; here it grows with
-the head, and new entries are drawn with the deviation of Xavier's normal initialisation for the new size. Networks
-without dropout give the features of the outer step in training mode, without a change of running statistics. The
-variants on DER++ and CLS-ER are not part of it.
+the head, and new entries are drawn with the deviation of Xavier's normal initialisation for the new size. Batch and R
+are one forward pass, there two. The features of the outer step are computed in training mode, without a change of the
+running statistics. The variants on DER++ and CLS-ER are not part of it.
 """
 
 from typing import Any, ClassVar, Literal
