@@ -17,8 +17,10 @@ A step follows each batch of the stream: k steps per sample of the paper are ``O
 
 The authors' code has I_U + (1 - m) (d + mean(I_U) / |U|), by which importances grow at a constant loss;
 ``released=True`` does the same. Departs from it: the head has the classes of a task from its start, not from their
-first sample; the samples of a batch arrive together, so that all of them count for the size of their classes; an
-optimizer begins again with each task.
+first sample; the samples of a batch arrive together, so that all of them count for the size of their classes; of two
+classes of equal size the least important sample leaves, not a sample of the first class; a sample that takes the place
+of another one is not credited for it; the first period knows no decrease, and credits nobody; the high rate is the
+first one after a shift; an optimizer begins again with each task.
 """
 
 from collections.abc import Iterable
