@@ -197,6 +197,7 @@ METHODS = {
     "CoPE": Method(  # its loss is a sum over pairs, which needs a small learning rate
         "cope", f"{MEMORY} --model.optimizer torch.optim.SGD --model.optimizer.lr 0.01"
     ),
+    "Evolved mixture": Method("evolved_mixture", MEMORY),
     "TAME": Method("tame", f"{MEMORY} --model.max_experts 5"),
     "OnPro": Method("onpro", MEMORY),
     "iCaRL": Method("icarl", MEMORY, online=False),

@@ -27,6 +27,7 @@ from cl_lightning.models.closed_form import (
 from cl_lightning.models.consolidated_head import ConsolidatedHead, consolidate
 from cl_lightning.models.convnet import ConvNet
 from cl_lightning.models.cut import Cut, joined_rows
+from cl_lightning.models.dependence import gaussian_kernel, hsic, square_distances, two_sample_distance
 from cl_lightning.models.energy_head import EnergyHead
 from cl_lightning.models.expansion import ExpandableBackbone, feature_map, map_stage, positions
 from cl_lightning.models.expert_prompts import ExpertPrompts
@@ -189,7 +190,9 @@ __all__ = [
     "forgetting",
     "frozen_copy",
     "gaussian_classifier",
+    "gaussian_kernel",
     "head_as",
+    "hsic",
     "in_eval_mode",
     "joined",
     "joined_rows",
@@ -215,6 +218,8 @@ __all__ = [
     "shortfall",
     "simplex",
     "solve_positive",
+    "square_distances",
+    "two_sample_distance",
     "uncompiled",
     "validated_ridge",
     "weakly_regularised",

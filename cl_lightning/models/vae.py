@@ -66,17 +66,21 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(*decoder, nn.Linear(hidden[0], sizes[0]))
 
     def loss(self, images: Tensor, noise: Tensor) -> Tensor:
-        """L(x) above, mean over the images, in nats; 0 without images.
+        """L(x) above, mean over the images, in nats; 0 without images; arguments as in :meth:`losses`."""
+        return self.losses(images, noise).sum() / max(len(images), 1)
+
+    def losses(self, images: Tensor, noise: Tensor) -> Tensor:
+        """L(x) above of each image, the negative evidence lower bound, in nats, ``(B,)``.
 
         Args:
             images: Pixels in [0, 1], ``(B, C, H, W)``.
-            noise: eps, standard normal, ``(B, latent)``.
+            noise: eps, standard normal, ``(B, latent)``; 0 for the bound at the mean of z.
         """
         mean, log_variance = full_precision(self.encoder(images)).chunk(2, dim=1)
         logits = full_precision(self.decoder(mean + (log_variance / 2).exp() * noise))
         pixels = images.flatten(1).to(logits.dtype)
         reconstruction = F.binary_cross_entropy_with_logits(logits, pixels, reduction="none").sum(dim=1)
-        return (reconstruction + kl_to_standard_normal(mean, log_variance)).sum() / max(len(images), 1)
+        return reconstruction + kl_to_standard_normal(mean, log_variance)
 
     @torch.no_grad()
     def sample(self, noise: Tensor) -> Tensor:

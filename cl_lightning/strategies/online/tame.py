@@ -36,9 +36,9 @@ from cl_lightning.batch import Batch, ImageShape
 from cl_lightning.checks import at_least, within
 from cl_lightning.distributed import all_sum
 from cl_lightning.losses import cross_entropy, full_precision
-from cl_lightning.models import Backbone, Mixture, Network, Output, built, in_eval_mode
-from cl_lightning.strategies.base import sum_of_zeros
-from cl_lightning.strategy import BackboneFactory, Replay, Task, Traits
+from cl_lightning.models import Backbone, Network, Output, built, in_eval_mode
+from cl_lightning.strategies.online.growing import GrowingMixture
+from cl_lightning.strategy import BackboneFactory, Traits
 
 
 class LossDetector(nn.Module):
@@ -138,7 +138,7 @@ class Selector(nn.Module):
         return sum(tensor.nbytes for tensor in self.state_dict().values())
 
 
-class TAME(Replay):
+class TAME(GrowingMixture):
     """Experts that are added when the loss jumps, and a selector that is trained on a sample of the stream.
 
     Args:
@@ -166,11 +166,8 @@ class TAME(Replay):
         selector: BackboneFactory | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
         at_least(self, 1, max_experts=max_experts)
-        if self.loss_classes != "all" or self.freeze_backbone:
-            wrong = "freeze_backbone is True" if self.freeze_backbone else f"loss_classes is {self.loss_classes!r}"
-            raise ValueError(f"TAME: {wrong}, but an expert learns its part of the stream as a whole; use the default")
+        super().__init__(members=max_experts, **kwargs)
         self.detector = LossDetector(
             max_experts, smoothing=smoothing, deviations=deviations, window=window, warmup=warmup
         )
@@ -178,27 +175,13 @@ class TAME(Replay):
         self._build_selector = functools.partial(built, selector) if selector is not None else None
         self.selector: Selector
         self._drawn: Batch | None = None
-        self._trained: set[nn.Module] = set()  # modules whose loss is in the gradients of this step
-
-    @property
-    def mixture(self) -> Mixture:
-        """The network: all experts."""
-        return cast(Mixture, self.network)
 
     def build(self, image_shape: ImageShape) -> None:
         super().build(image_shape)
-        members = [self.network]
-        while len(members) < self.max_experts:
-            backbone = self.build_backbone(image_shape)
-            members.append(Network(backbone, self.build_head(backbone.num_features)))
-        self.network = Mixture(members)
         self.selector = Selector((self._build_selector or self.build_backbone)(image_shape), self.max_experts)
 
-    def begin_task(self, task: Task) -> None:
-        self.mixture.grow(task.num_new)
-
-    def trainable(self) -> Iterable[nn.Parameter]:
-        return [*self.network.parameters(), *self.selector.parameters()]
+    def parts(self) -> list[nn.Module]:
+        return [*super().parts(), self.selector]
 
     @torch.no_grad()
     def batch_losses(self, batch: Batch, experts: Iterable[int]) -> Tensor:
@@ -239,9 +222,8 @@ class TAME(Replay):
     def prepare_batch(self, batch: Batch) -> Batch:
         self.choose_expert(batch)
         self._drawn = self.replay(batch)
-        # Here, not in `losses`, which is not called on a process without rows.
-        self._trained |= {self.mixture.members[self.mixture.current]}
-        self._trained |= {self.selector} if self._drawn is not None else set()
+        selector = [self.selector] if self._drawn is not None else []
+        self.train_parts(self.mixture.members[self.mixture.current], *selector)
         return batch
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
@@ -250,14 +232,7 @@ class TAME(Replay):
             logits = self.selector(drawn.images)[:, : self.mixture.used]
             share = drawn.weight / batch.weight if batch.weight else 0.0
             terms["selector"] = share * cross_entropy(logits, drawn.extra["expert"])
-        if others := self._others():
-            terms["ce"] = terms["ce"] + sum_of_zeros(others)  # distributed training waits for each gradient
-        return terms
-
-    def edit_gradients(self, batch: Batch) -> None:
-        for parameter in self._others():
-            parameter.grad = None  # so that neither momentum nor weight decay changes an expert that is not trained
-        self._trained.clear()
+        return {**terms, "ce": self.with_all_gradients(terms["ce"])}
 
     def offer(self, batch: Batch, **extra: Tensor) -> None:
         super().offer(batch, expert=torch.full_like(batch.labels, self.mixture.current), **extra)
@@ -266,8 +241,3 @@ class TAME(Replay):
         scores = self.mixture.scores_of(images)  # (experts in use, B, columns)
         chosen = self.selector(images)[:, : len(scores)].argmax(dim=1)
         return scores[chosen, torch.arange(len(images), device=chosen.device)]
-
-    def _others(self) -> list[nn.Parameter]:
-        """Parameters that the losses since the last step do not depend on."""
-        modules = [*self.mixture.members, self.selector]
-        return [parameter for module in modules if module not in self._trained for parameter in module.parameters()]
