@@ -1,8 +1,8 @@
 """ER with asymmetric metric learning, ER-AML (Caccia et al., ICLR 2022, arXiv:2104.05025).
 
 New classes are learnt by a contrastive loss among themselves, which does not push the features of old classes away; the
-classifier of all classes is trained on a memory alone. For each sample a of the batch B, one positive p(a), of the class
-of a but not a itself, and one negative n(a), of another class that B has, are drawn uniformly from B and the memory.
+classifier of all classes is trained on a memory alone. For each sample a of the batch B, one positive p(a), of its
+class but not a itself, and one negative n(a), of another class that B has, are drawn uniformly from B and the memory.
 With f the normalised features, D the drawn samples of all a, P(a) the samples of D with the class of a, and R samples
 drawn from the memory,
 

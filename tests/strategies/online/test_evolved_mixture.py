@@ -32,6 +32,7 @@ SUBJECTS = {
         reason="the network has several components",
     ),
 }
+WAITS = {"EvolvedMixture": {"evolve", "unlike_all"}}  # whether a component is added
 
 
 def test_the_threshold_is_exceeded_by_one_in_twenty_pairs_of_equal_samples():

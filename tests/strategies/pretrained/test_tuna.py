@@ -93,8 +93,8 @@ def same(first, second):
 
 
 def test_the_sign_of_the_sum_is_elected_and_its_largest_size():
-    weights = torch.tensor([[1.0, -3.0, 2.0, 0.0], [0.5, 1.0, -2.0, 0.0], [-1.0, 1.0, 0.0, -4.0]])
-    assert elected(weights).tolist() == [1.0, -3.0, 0.0, -4.0]
+    weights = torch.tensor([[2.0, -3.0, 2.0, 0.0], [1.5, 1.0, -2.0, 0.0], [-3.0, 1.0, 0.0, -4.0]])
+    assert elected(weights).tolist() == [2.0, -3.0, 0.0, -4.0]
     assert torch.equal(elected(weights[:1]), weights[0])
     assert torch.equal(elected(torch.stack([weights[1]] * 4)), weights[1])
 
