@@ -307,6 +307,7 @@ ADAPTED = {
     "S-Prompts": Method("s_prompts_vit32", "--trainer.max_epochs {epochs}"),
     "OnePrompt": Method("one_prompt_vit32", "--trainer.max_epochs {epochs}"),
     "OVOR": Method("ovor_vit32", "--trainer.max_epochs {epochs}"),
+    "InfLoRA": Method("inflora_vit32", "--trainer.max_epochs {epochs}"),
 }
 STEPLESS = {"prototypes (ProtoCosine)": Method("proto_cosine"), "TEEN": Method("teen")}
 ADAPTING = {

@@ -13,6 +13,7 @@ from cl_lightning.memory.class_statistics import (
 )
 from cl_lightning.memory.consolidation import Consolidation
 from cl_lightning.memory.drift import calibrate_new, calibrated, kernel_drift
+from cl_lightning.memory.dual_spaces import DualSpaces
 from cl_lightning.memory.growing import GrowingBuffers, restore_shapes
 from cl_lightning.memory.herding import herding_indices, herding_per_class, random_per_class
 from cl_lightning.memory.importance import Importance, NamedBuffers
@@ -63,6 +64,7 @@ __all__ = [
     "ClassStatistics",
     "Consolidation",
     "Dare",
+    "DualSpaces",
     "GaussianPrototypes",
     "GrowingBuffers",
     "Held",

@@ -246,6 +246,18 @@ def test_a_prefix_is_more_keys_and_values(fused):
     torch.testing.assert_close(attention(x), attention.proj(mixed))
 
 
+def test_low_rank_changes_that_are_folded_begin_again_from_the_same_output(images):
+    net = model()
+    peft = disturbed(partial(LoRA, rank=2, parts="kv", scale=0.5), net)
+    before, weight = net(images), net.blocks[0].attn.qkv.weight.clone()
+    peft.fold()
+    torch.testing.assert_close(net(images), before)
+    assert not torch.equal(net.blocks[0].attn.qkv.weight, weight)
+    assert not any(site.up.any() for site in peft.sites)
+    peft.remove()
+    torch.testing.assert_close(net(images), before)
+
+
 def test_a_prefix_may_have_another_length_in_each_block(images):
     net = model()
     peft = disturbed(partial(Prefix, length=[4, 1], blocks=[1, 0]), net)

@@ -159,7 +159,12 @@ class LoRA(Peft):
                 cast(_LowRank, site).up_gradient = None
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def fold(self) -> None:
+        """Add the change to the weights of the layers and set B to 0; the output of the model is unchanged."""
         for site in self.sites:
             cast(_LowRank, site).merge()
+            cast(_LowRank, site).up.zero_()
+
+    def merge(self) -> None:
+        self.fold()
         self.remove()
