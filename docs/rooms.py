@@ -88,7 +88,7 @@ ROOMS = (
     Room(
         "stream",
         "the samples of each task; pure numpy",
-        "tasks, core, scenarios, modifiers, domains, dealing, manifest, draws",
+        "tasks, core, scenarios, modifiers, rehearsal, domains, dealing, manifest, draws",
     ),
     Room("batch", "a batch and its random numbers", "(porch)"),
     Room("distributed", "sums and rows over all processes", "(porch)"),

@@ -13,6 +13,7 @@ from cl_lightning.stream.core import DatasetInfo, Stream
 from cl_lightning.stream.dealing import Scenario, Split, Splitter
 from cl_lightning.stream.domains import DomainIncremental, PermutedDomains, RotatedDomains
 from cl_lightning.stream.modifiers import LabelFraction, LongTailed, Modifier, NoisyLabels, Online, Subsampling, Subset
+from cl_lightning.stream.rehearsal import PowerLawRehearsal
 from cl_lightning.stream.scenarios import Blurry, ClassIncremental, FewShot, FromManifest, SingleTask
 from cl_lightning.stream.tasks import Segment, Shift, Task
 
@@ -30,6 +31,7 @@ __all__ = [
     "NoisyLabels",
     "Online",
     "PermutedDomains",
+    "PowerLawRehearsal",
     "RotatedDomains",
     "Scenario",
     "Segment",
