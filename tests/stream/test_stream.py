@@ -25,8 +25,10 @@ from cl_lightning.stream import (
     FromManifest,
     LabelFraction,
     LongTailed,
+    NoisyLabels,
     Online,
     PermutedDomains,
+    PowerLawRehearsal,
     RotatedDomains,
     Scenario,
     Shift,
@@ -979,6 +981,7 @@ def test_whatever_a_manifest_holds_nothing_but_value_error_comes_of_it(draw: st.
         LabelFraction(LongTailed(Online(RotatedDomains(degrees=[0.0, 7.5])), 20.0, "shuffled"), per_class=3),
         Blurry(3, 40.0, 20.0, one_pass=False),
         FromManifest("stream.json"),
+        NoisyLabels(PowerLawRehearsal(ClassIncremental(tasks=2), 0.5, "exponential", 2.0), 0.2, "asymmetric"),
     ],
 )
 def test_a_scenario_is_configured_by_its_description(scenario: Scenario) -> None:
