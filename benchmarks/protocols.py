@@ -339,8 +339,8 @@ PROTOCOLS = {
     ),
     "fashion_mlp_online": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, MLP, online",
-        "MLP 784-400-400, one pass in batches of 10 by SGD with learning rate 0.1, no augmentation except in PCR, a "
-        "memory of 500 for methods with a memory.",
+        "MLP 784-400-400, one pass in batches of 10 by SGD with learning rate 0.1, no augmentation except in PCR, "
+        "HPCR, SCR and OnPro, a memory of 500 for methods with a memory.",
         f"{FASHION} {online(FIVE)} {MLP} --trainer.max_epochs 1",
         online=True,
     ),
