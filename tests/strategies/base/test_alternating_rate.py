@@ -65,6 +65,7 @@ def test_the_significance_is_the_bound_of_the_p_value():
     assert run_of(low, high, significance=p - 0.01).high == 1.0
     assert run_of(low, high, significance=p + 0.01).high == 0.95
     assert run_of(high, low, significance=p + 0.01).low == 1.0
+    assert run_of(high, low, significance=p - 0.01).low == 0.95
 
 
 def test_it_scales_the_rates_of_all_groups_and_of_a_resumed_optimizer():

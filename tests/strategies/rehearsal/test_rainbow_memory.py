@@ -119,7 +119,8 @@ class Watched(RainbowMemory):
             votes.append(self.network(images).logits.argmax(1))
         votes = F.one_hot(torch.stack(votes, 1), self.network.head.num_columns).sum(1)
         torch.testing.assert_close(found, 1 - votes.amax(1) / self.perturbations)
-        self.asked.append((self.task.index, [image.numpy().tobytes() for image in batch.raw], found))
+        images = [image.numpy().tobytes() for image in batch.raw]
+        self.asked += [(self.task.index, *row) for row in zip(images, found, batch.labels, strict=True)]
         return found
 
     def end_task(self, task):
@@ -132,7 +133,7 @@ class Watched(RainbowMemory):
 def test_a_memory_is_chosen_among_its_samples_and_all_of_the_task():
     made = run(Watched(**{**SMALL.keywords, "backbone": NormNet}), data={**FEW, "eval_batch_size": 11})
     strategy, source = made.strategy, made.datamodule.samples(train=True)
-    assert {task for task, _, _ in strategy.asked} == {1, 2}  # the first memory is random
+    assert {task for task, *_ in strategy.asked} == {1, 2}  # the first memory is random
     for index, (before, after, labels) in enumerate(strategy.held):
         own = {image.numpy().tobytes() for image in source.take(torch.as_tensor(made.stream.train[index].copy()))}
         assert len(after) == len(labels) == min(30, len(before | own))
@@ -141,8 +142,12 @@ def test_a_memory_is_chosen_among_its_samples_and_all_of_the_task():
         assert set(after) - before
         counts = labels.bincount()
         if index:
-            asked = {image for task, images, _ in strategy.asked if task == index for image in images}
-            assert asked == before | own
+            asked = [row for task, *row in strategy.asked if task == index]  # of the memory, then of the task
+            images, uncertain, columns = zip(*asked, strict=True)
+            assert set(images) == before | own
+            chosen = evenly_chosen(torch.stack(columns), torch.stack(uncertain), 30)
+            assert [image for image, held in zip(images, chosen, strict=True) if held] == after
+            assert len(set(uncertain)) > 2
     assert int(counts.min()) == 3  # of ten classes
     assert int(counts.max()) == 3
 
