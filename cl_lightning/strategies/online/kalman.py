@@ -18,9 +18,10 @@ and A constant:
 The likelihood is Gaussian in the update and categorical in L, as in the paper. Without a published value, the defaults
 of prior_variance (1 / m), noise_variance, samples, scale and the learning rate of u and c are ours, and so is the form
 of phi: features with the norm sqrt(d), followed by a 1.
-Departs from the paper: c is positive, c = exp(v), since its form is not known. Predictions are the largest mean, which
-is the most probable class for any c. Their scores are c f / sqrt(1 + pi c^2 v / 8) with the mean f and the variance v
-(MacKay 1992), without draws. A sample is learnt in its first pass only: further passes have the loss 0.
+Departs from the paper: log c is trained, so that c is positive; its form is not known. Predictions are the largest
+mean, which is the most probable class for any c. Their scores are c f / sqrt(1 + pi c^2 v / 8) with the mean f and
+the variance v (MacKay 1992), without draws. A sample is learnt in its first pass only: further passes have the loss
+0.
 After a step of the backbone, M and A refer to the features before it; the drift accounts for the change.
 The prediction is of the next batch: with drift, classes that have not occurred for some time are improbable. Where all
 classes of a class-incremental stream count in the same way, gamma = 1 with ``learn_gamma=False`` forgets none.
@@ -75,7 +76,7 @@ class KalmanHead(StreamedHead):
     Attributes:
         covariance: A, float64 ``(m, m)``.
         u: Parameter, a scalar; None if gamma is not learnt.
-        log_scale: Parameter v = log c, a scalar.
+        log_scale: Parameter log c, a scalar.
 
     Raises:
         ValueError: If an option is out of range.
@@ -160,7 +161,7 @@ class KalmanClassifier(ContinualStrategy):
         learn_gamma: Whether gamma is trained.
         scale: Initial c, above 0.
         samples: S, draws for the loss of each sample, at least 1.
-        dynamics_lr: Learning rate of u and of v = log c, at least 0.
+        dynamics_lr: Learning rate of u and of log c, at least 0.
         kwargs: Options of the base class: ``freeze_backbone`` for fixed features, ....
     """
 
