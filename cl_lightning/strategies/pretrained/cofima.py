@@ -122,7 +122,7 @@ class CoFiMA(SLCA):
     def _average(self, fisher: dict[str, Tensor]) -> None:
         before, trained = self.weights["before"], dict(self.network.named_parameters())
         importances = [self.weights["fisher"], fisher]
-        if self.importance == "equal":
+        if self.importance == "equal" or "fisher" not in self.weights:  # resumed after tasks of CoMA
             importances = [{name: torch.ones_like(value) for name, value in before.items()}] * 2
         merged = fisher_average([before, trained], importances, [1 - self.new_share, self.new_share])
         write_weights(self.network, merged)

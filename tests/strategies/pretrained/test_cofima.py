@@ -3,7 +3,7 @@ from functools import cache, partial
 import pytest
 import torch
 from support.fakes import batch_of
-from support.pretrained import finetuning_in_tasks, in_tasks, samples_right
+from support.pretrained import TinyViT, finetuning_in_tasks, in_tasks, samples_right
 from support.runs import NormNet, assert_same_run, loop, plain_net, run
 from torch.nn import functional as F
 
@@ -13,7 +13,7 @@ from cl_lightning.strategies.pretrained.cofima import CoFiMA, squared_mean_gradi
 from cl_lightning.strategies.pretrained.slca import SLCA
 from cl_lightning.strategy import PhaseOptions
 from cl_lightning.stream import ClassIncremental, RotatedDomains, Subset
-from cl_lightning.testing import Subject, small
+from cl_lightning.testing import Subject, check_strategy, small
 
 SHORT = {"align_options": PhaseOptions(epochs=1, batch_size=24), "align_samples": 4}
 UNALIGNED = {"align_options": PhaseOptions(epochs=0)}
@@ -205,6 +205,29 @@ def test_it_beats_fine_tuning():
     made = in_tasks(partial(CoFiMA, **options), 5, max_epochs=3)
     # Measured: 331 and 62 of 360; SLCA 326.
     assert samples_right(made.matrix) > samples_right(plain) + 160
+
+
+def test_without_importances_of_the_task_before_it_is_the_plain_average():
+    made = loop(
+        CoFiMA(backbone=plain_net, importance="equal", **UNALIGNED),
+        data={"scenario": SMALL, "batch_size": 8},
+        options={"stop_after_task": 0},
+        max_epochs=1,
+    )
+    made.fit()
+    strategy = made.strategy
+    strategy.importance, strategy.new_share = "fisher", 0.5
+    before = weights(strategy.network)
+    made._run_task(made.stream.tasks[1], None)
+    assert "fisher" in strategy.weights
+    trained = strategy.unaligned_head.state_dict()["blocks.0.weight"]
+    found = strategy.network.head.blocks[0].weight
+    torch.testing.assert_close(found, (before["head.blocks.0.weight"] + trained) / 2)
+
+
+def test_a_transformer_is_averaged_by_gradients_of_samples():
+    make = small(CoFiMA, backbone=TinyViT, fisher_samples=5, **SHORT)
+    check_strategy(make, checks=["trains", "restores"])
 
 
 @pytest.mark.parametrize(
