@@ -116,6 +116,7 @@ STREAM = "--config cifar10c_npz --data.base.path {data}/cifar10_test.npz --data.
 ROTATED = "--data.scenario RotatedDomains --data.scenario.tasks 4 --data.scenario.share split"
 FIVE = "--data.scenario ClassIncremental --data.scenario.tasks 5"
 BLURRY = "--data.scenario Blurry --data.scenario.tasks 5"
+DOMAINS = "--data.scenario RotatedDomains --data.scenario.degrees [0.0,30.0,60.0,90.0]"
 OFFLINE = f"{FASHION} {FIVE} --data.batch_size 128"
 
 
@@ -466,6 +467,19 @@ PROTOCOLS = {
         "network, precision, batches and epochs as in the table of 10 tasks.",
         f"{VIT} {subset(ROTATED, 200, 10)} --data.batch_size 32 --trainer.precision bf16-mixed",
         methods={name: ADAPTED[name] for name in ("linear head", "L2P", "DualPrompt", "S-Prompts", "OnePrompt")},
+    "cifar100_vit_domains": Protocol(
+        "CIFAR-100 in four rotations as domains, a small ViT for 32 x 32 pixels",
+        "Images rotated by 0, 30, 60 and 90 degrees, one domain after the other with all classes: 50 training images "
+        "of each class and 10 test images, 3 epochs per domain (DUCT 5 more for the rows) in bf16-mixed, batches of 32."
+        " Fine-tuning is that of MomentumInterpolation without the callback.",
+        f"{VIT} {subset(DOMAINS, 50, 10)} --data.batch_size 32 --trainer.precision bf16-mixed",
+        methods={
+            "Finetune": Method("mom_interp_vit32", "--trainer.callbacks null --trainer.max_epochs {epochs}"),
+            "MomentumInterpolation": Method("mom_interp_vit32", "--trainer.max_epochs {epochs}"),
+            "MagMax": Method("magmax_vit32", "--trainer.max_epochs {epochs}"),
+            "CoFiMA": Method("cofima_vit32", "--trainer.max_epochs {epochs}"),
+            "DUCT": Method("duct_vit32", "--trainer.max_epochs {epochs}"),
+        },
     ),
     "cifar100_few_shot": Protocol(
         "CIFAR-100, 60 classes and 8 sessions of 5 classes with 5 images, ResNet-20",
