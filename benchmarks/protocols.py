@@ -289,6 +289,8 @@ LONG_TAILED = {
 ADAPTED = {
     "linear head": Method("linear_vit32", "--trainer.max_epochs {epochs}"),
     "DE&E": Method("dee", "--trainer.max_epochs 1"),
+    "linear head": Method("linear_probe_vit32", "--trainer.max_epochs {epochs}"),
+    "linear head, all classes": Method("linear_probe_vit32", "--model.loss_classes all --trainer.max_epochs {epochs}"),
     "FSA": Method("fsa_vit32"),
     "APER": Method("aper_vit32"),
     "RanPAC": Method("ranpac_vit32", "--model.projection 2000"),
