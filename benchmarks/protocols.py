@@ -113,7 +113,6 @@ RESNET56 = (
     "--model.source_head {data}/models/cifar10_resnet56.pt"
 )
 STREAM = "--config cifar10c_npz --data.base.path {data}/cifar10_test.npz --data.samples 1000"
-ROTATED = "--data.scenario RotatedDomains --data.scenario.tasks 4 --data.scenario.share split"
 FIVE = "--data.scenario ClassIncremental --data.scenario.tasks 5"
 BLURRY = "--data.scenario Blurry --data.scenario.tasks 5"
 DOMAINS = "--data.scenario RotatedDomains --data.scenario.degrees [0.0,30.0,60.0,90.0]"
@@ -287,7 +286,6 @@ LONG_TAILED = {
     "AEF-OCL": Method("aef_ocl"),
 }
 ADAPTED = {
-    "linear head": Method("linear_vit32", "--trainer.max_epochs {epochs}"),
     "DE&E": Method("dee", "--trainer.max_epochs 1"),
     "linear head": Method("linear_probe_vit32", "--trainer.max_epochs {epochs}"),
     "linear head, all classes": Method("linear_probe_vit32", "--model.loss_classes all --trainer.max_epochs {epochs}"),
@@ -463,12 +461,6 @@ PROTOCOLS = {
             **ADAPTED,
         },
     ),
-    "cifar100_vit_rotated": Protocol(
-        "CIFAR-100 rotated by 0, 45, 90 and 135 degrees as 4 domains, a small ViT for 32 x 32 pixels",
-        "50 training images of each class and domain and 10 test images of each class, the same in all domains; "
-        "network, precision, batches and epochs as in the table of 10 tasks.",
-        f"{VIT} {subset(ROTATED, 200, 10)} --data.batch_size 32 --trainer.precision bf16-mixed",
-        methods={name: ADAPTED[name] for name in ("linear head", "L2P", "DualPrompt", "S-Prompts", "OnePrompt")},
     "cifar100_vit_domains": Protocol(
         "CIFAR-100 in four rotations as domains, a small ViT for 32 x 32 pixels",
         "Images rotated by 0, 30, 60 and 90 degrees, one domain after the other with all classes: 50 training images "
@@ -476,6 +468,7 @@ PROTOCOLS = {
         " Fine-tuning is that of MomentumInterpolation without the callback.",
         f"{VIT} {subset(DOMAINS, 50, 10)} --data.batch_size 32 --trainer.precision bf16-mixed",
         methods={
+            **{name: ADAPTED[name] for name in ("linear head", "L2P", "DualPrompt", "S-Prompts", "OnePrompt")},
             "Finetune": Method("mom_interp_vit32", "--trainer.callbacks null --trainer.max_epochs {epochs}"),
             "MomentumInterpolation": Method("mom_interp_vit32", "--trainer.max_epochs {epochs}"),
             "MagMax": Method("magmax_vit32", "--trainer.max_epochs {epochs}"),
