@@ -23,6 +23,9 @@ class Parser(LightningArgumentParser):
     """Parser whose errors are a ValueError with a message of one line."""
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is not None and len(args[0]) == 1 and re.fullmatch(r"--[\w.]+=None", args[0][0]):
+            # jsonargparse writes a null for an option of a nested class like this, and would read a text
+            args = [args[0][0].removesuffix("None") + "null"], *args[1:]
         try:
             config = super().parse_args(*args, **kwargs)
         except RecursionError as error:

@@ -55,6 +55,13 @@ def test_a_folder_that_another_run_takes_meanwhile_is_not_shared(run, monkeypatc
     assert run("fit", *SHORT).out.splitlines()[-1].endswith("runs/ER/0001")
 
 
+def test_null_takes_away_an_option_of_a_class_in_a_class(run):
+    scenario = "--data.scenario ClassIncremental --data.scenario.tasks 5 --data.scenario.sizes [4,3,3]"
+    found = config_of(run(f"fit {scenario} --data.scenario.tasks null --print_config"))["data"]["init_args"]["scenario"]
+    assert found["init_args"]["tasks"] is None
+    assert found["init_args"]["sizes"] == [4, 3, 3]
+
+
 def test_classes_go_by_their_names(run):
     config = config_of(
         run(
