@@ -86,6 +86,7 @@ from cl_lightning.models.peft.adapter import Adapter
 from cl_lightning.models.peft.backbone import AdaptedBackbone, PeftPair
 from cl_lightning.models.peft.base import Peft, PeftFactory, Site, WholeModel, blocks_of, layers_of
 from cl_lightning.models.peft.branches import PeftBranches
+from cl_lightning.models.peft.directions import DirectionSets
 from cl_lightning.models.peft.lora import LoRA
 from cl_lightning.models.peft.parallel import ParallelAdapters
 from cl_lightning.models.peft.scale_shift import SSF, FiLM
@@ -126,6 +127,7 @@ __all__ = [
     "CosineHead",
     "Cut",
     "DecomposedPrompts",
+    "DirectionSets",
     "DistanceHead",
     "EnergyHead",
     "ExpandableBackbone",

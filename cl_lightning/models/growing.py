@@ -18,6 +18,10 @@ class GrowingParameters(nn.Module):
         like = next(iter(self), value)
         self.register_parameter(str(len(self)), nn.Parameter(value.detach().to(like.device, copy=True)))
 
+    def pop(self) -> None:
+        """Remove the last parameter."""
+        del self._parameters[str(len(self) - 1)]
+
     def __len__(self) -> int:
         return len(self._parameters)
 

@@ -58,3 +58,13 @@ def test_a_copy_is_on_its_own():
         made[0].add_(1)
     assert len(twin) == 1
     assert twin[0].tolist() == [1.0, 1.0]
+
+
+def test_the_last_parameter_is_removed():
+    made = grown((2,), (3, 1))
+    first = made[0]
+    made.pop()
+    assert len(made) == 1
+    assert made[0] is first
+    made.append(torch.zeros(4))
+    assert [tuple(p.shape) for p in made] == [(2,), (4,)]
