@@ -30,6 +30,7 @@ SUBJECTS = {
         reason="contrastive losses are added to the cross-entropy",
     ),
 }
+SLOW = "each step runs the network on 16 rotations of two views"
 
 PUBLISHED = {
     "onpro_cifar10": {

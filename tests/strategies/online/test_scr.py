@@ -26,6 +26,7 @@ SUBJECTS = {
         reason="a supervised contrastive loss takes the place of cross-entropy",
     ),
 }
+SLOW = "each step runs the network on two views, and means of the memory are measured again"
 
 PUBLISHED = {
     "scr_cifar10": {

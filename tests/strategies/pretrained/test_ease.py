@@ -22,6 +22,7 @@ SUBJECTS = {
         reason="a PEFT module is trained, on a frozen backbone",
     ),
 }
+SLOW = "a transformer, which runs once for each adapter in a prediction"
 
 PUBLISHED = {
     "ease": {

@@ -20,6 +20,7 @@ SUBJECTS = {
         reason="low-rank factors are trained, in a frozen backbone",
     ),
 }
+SLOW = "a transformer, with two passes over the images of each task"
 
 PUBLISHED = {
     "inflora": {

@@ -23,6 +23,7 @@ SUBJECTS = {
         reason="prompts are trained, on a frozen backbone",
     ),
 }
+SLOW = "each prediction runs a transformer twice"
 
 PUBLISHED = {
     "s_prompts": {

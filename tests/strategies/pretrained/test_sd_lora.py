@@ -18,6 +18,7 @@ SUBJECTS = {
         reason=REASON,
     ),
 }
+SLOW = "a transformer, whose directions add up from task to task"
 
 PUBLISHED = {
     "sd_lora": {

@@ -29,6 +29,7 @@ SUBJECTS = {
         reason="the loss compares cosines, and each process has batch statistics of its own",
     ),
 }
+SLOW = "a residual network, whose maps are compared"
 
 PUBLISHED = {
     "podnet_cifar100": {
