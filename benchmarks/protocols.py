@@ -466,7 +466,7 @@ PROTOCOLS = {
         "CIFAR-100 in four rotations as domains, a small ViT for 32 x 32 pixels",
         "Images rotated by 0, 30, 60 and 90 degrees, one domain after the other with all classes: 50 training images "
         "of each class and 10 test images, 3 epochs per domain (DUCT 5 more for the rows) in bf16-mixed, batches of 32."
-        " Fine-tuning is that of MomentumInterpolation without the callback.",
+        " Fine-tuning has the config of MomentumInterpolation, without the callback.",
         f"{VIT} {subset(DOMAINS, 50, 10)} --data.batch_size 32 --trainer.precision bf16-mixed",
         methods={
             **{name: ADAPTED[name] for name in ("linear head", "L2P", "DualPrompt", "S-Prompts", "OnePrompt")},

@@ -156,7 +156,7 @@ class ImportanceMemory(Memory):
     def begin_window(self) -> Tensor:
         """Mean decrease of the losses since the last call, of the samples held since then; a float64 scalar.
 
-        nan if no sample was held since then. The losses are those of the latest :meth:`credit`.
+        nan if no sample was held since then. The losses are the losses of the latest :meth:`credit`.
         """
         fields = self.fields
         decrease = mean_decrease(fields[_MARK], fields["losses"])

@@ -110,7 +110,7 @@ def _inner(first: Weights, second: Weights) -> Tensor:
 def trimmed(vector: Weights, keep: float) -> dict[str, Tensor]:
     """The vector with only its largest magnitudes: all except a share ``keep`` of its entries, over all names, are 0.
 
-    ``ceil(keep n)`` of n entries are kept, and those of equal magnitude with the smallest of them.
+    ``ceil(keep n)`` of n entries are kept, and entries of the same magnitude as the smallest of them.
     """
     sizes = torch.cat([full_precision(value).abs().flatten() for value in vector.values()])
     count = max(1, math.ceil(keep * len(sizes) - _ROUNDING))

@@ -37,7 +37,7 @@ def apportioned(weights: npt.NDArray[np.float64], total: int) -> IntArray:
 class PowerLawRehearsal(Modifier):
     """An environment in which earlier tasks come back, the more rarely the older they are (arXiv:2401.10393).
 
-    A task of n training samples gets ``fraction`` times n further training samples of earlier tasks, drawn anew for
+    A task of n training samples gets ``fraction`` times n further training samples of earlier tasks, drawn again for
     each task, without replacement. The share of an earlier task of age a (1 for the previous task) is proportional to
 
         power         (a + offset)^-rate             human memory has a rate of about 1; 0 is uniform

@@ -140,4 +140,6 @@ class DirectionSets(Peft):
         return True
 
     def merge(self) -> None:
-        raise ValueError("DirectionSets: the directions of later tasks need those of earlier ones; keep them")
+        raise ValueError(
+            "DirectionSets: its directions are kept apart, since their magnitudes are trained in later tasks; keep them"
+        )

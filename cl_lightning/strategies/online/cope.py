@@ -53,7 +53,7 @@ def pseudo_prototypical(
         embeddings: x, unit vectors, ``(B, d)``, at least one row.
         labels: Columns, int64 ``(B,)``.
         prototypes: p, unit vectors, ``(C, d)``.
-        known: Classes that count, bool ``(C,)``; those of the batch among them.
+        known: Classes that count, bool ``(C,)``; the classes of the batch are among them.
         temperature: T, above 0.
         released: Whether q has a gradient in the second sum, as in the authors' code.
     """

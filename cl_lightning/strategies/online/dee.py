@@ -16,7 +16,7 @@ neighbours, eps -> epsilon, 0.3 -> threshold. The second term trains the keys (`
 and fixed. The optimizer (:class:`SignDescent`) changes each weight with a gradient by the same length.
 
 The plan P has one unknown: row i is a softmax over the two places, g_i = sigmoid((1 - 2 s_i) / (eps m) + lambda),
-with lambda such that sum_i g_i = k. lambda is found by bisection, and its gradient is that of the equation.
+with lambda such that sum_i g_i = k. lambda is found by bisection, and its gradient is the gradient of the equation.
 Departs from the authors' code: there P is the result of 400 Sinkhorn iterations, which are too few for eps = 5e-4 (g
 may sum to half of k), and m is over a whole batch; here it is over the experts of one sample, so that a prediction
 does not depend on other samples. Configurations of the code ask for trained keys, but its optimizer does not have

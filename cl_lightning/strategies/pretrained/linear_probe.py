@@ -22,7 +22,7 @@ class LinearProbe(ContinualStrategy):
     """Cross-entropy of a linear head on the features of a frozen pretrained backbone.
 
     Args:
-        loss_classes: Classes of the cross-entropy: those of the ``current`` task, or ``all`` classes seen so far.
+        loss_classes: Classes of the cross-entropy: the classes of the ``current`` task, or ``all`` classes seen so far.
         kwargs: Options of the base class, without ``freeze_backbone``.
     """
 

@@ -16,7 +16,7 @@ The paper's code computes the boundary points but does not add them: its outlier
 the same draws for each of the points (``around="origin"``, here with draws of their own). Around the boundary (the
 default, as the paper writes) an outlier is scaled by the norm of its boundary feature (our choice), since the head
 takes features that are not normalised.
-Departs from the code, where one optimizer and schedule go through both phases, and features are those of augmented
+Departs from the code, where one optimizer and schedule go through both phases, and features are features of augmented
 images: here the phase has its own (``outlier_options``), and features are computed once, of un-augmented images. A
 feature is not a neighbour of itself. The rows of a step are drawn from features and outliers together, in the code as
 many of each kind as it has of all rows; each mean is over the rows of its kind.

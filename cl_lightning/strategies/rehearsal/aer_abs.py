@@ -17,7 +17,7 @@ of a stored sample
 
 alpha -> drop_share; ``alternate=False`` has replay in all epochs. With equal losses a group is evicted uniformly. In
 each step of either kind of epoch samples are drawn from the memory, and the losses that are stored with them are
-replaced by their present losses. These losses, and those of a batch, are of the un-augmented image; of a batch over the
+replaced by their present losses. All losses are of the un-augmented image; for a batch they are over the
 classes in the batch, of a stored sample over all classes.
 
 The weights include the statistics of batch normalisation; the momentum of the optimizer is reset with them. The first

@@ -92,25 +92,25 @@ def generates(images):
 
 @pytest.mark.parametrize("threshold", [None, 0.3])
 def test_a_component_is_added_if_all_components_are_unlike_the_memory(threshold):
-    for alike, used in (((), 2), ((0,), 1), ((1,), 2)):  # component 1 is not in use
+    for close, used in (((), 2), ((0,), 1), ((1,), 2)):  # component 1 is not in use
         strategy, raw = strategy_with(threshold=threshold, random_dropout=0.0)
         order = torch.randperm(12, generator=Draw.of(4, 5).fork(0xE02).generator())
         same = raw[order[:6]] / 255
         far = torch.ones(6, 1, 2, 2)
-        strategy.generators = torch.nn.ModuleList(generates(same if k in alike else far) for k in range(3))
+        strategy.generators = torch.nn.ModuleList(generates(same if k in close else far) for k in range(3))
         strategy.evolve(Draw.of(4, 5))
         assert strategy.network.used == used
         assert strategy.network.current == used - 1
         assert len(strategy.memory) == 6
 
 
-@pytest.mark.parametrize(("alike", "used"), [((), 3), ((0,), 2), ((1,), 2)])
-def test_one_component_that_is_like_the_memory_is_enough(alike, used):
+@pytest.mark.parametrize(("close", "used"), [((), 3), ((0,), 2), ((1,), 2)])
+def test_one_component_that_is_like_the_memory_is_enough(close, used):
     strategy, raw = strategy_with(random_dropout=0.0, threshold=0.3)
     strategy.network.choose(1)
     order = torch.randperm(12, generator=Draw.of(4, 5).fork(0xE02).generator())
     same, far = raw[order[:6]] / 255, torch.ones(6, 1, 2, 2)
-    strategy.generators = torch.nn.ModuleList(generates(same if k in alike else far) for k in range(3))
+    strategy.generators = torch.nn.ModuleList(generates(same if k in close else far) for k in range(3))
     strategy.steps.fill_(7)
     strategy.evolve(Draw.of(4, 5))
     assert strategy.network.used == used

@@ -115,7 +115,7 @@ class Watched(RAR):
         before = {name: value.clone() for name, value in self.network.state_dict().items()}
         gradients = [None if value.grad is None else value.grad.clone() for value in self.network.parameters()]
         twin = copy.deepcopy(self.network)
-        twin.backbone.layers[4].p = self.network.backbone.layers[4].p = 0.0  # dropout draws anew in each pass
+        twin.backbone.layers[4].p = self.network.backbone.layers[4].p = 0.0  # dropout draws again in each pass
         found = super().adversarial(batch, replay)
         assert self.network.training
         assert all(torch.equal(value, before[name]) for name, value in self.network.state_dict().items())
