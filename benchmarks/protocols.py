@@ -198,7 +198,9 @@ METHODS = {
         "cope", f"{MEMORY} --model.optimizer torch.optim.SGD --model.optimizer.lr 0.01"
     ),
     "Evolved mixture": Method("evolved_mixture", MEMORY),
-    "TAME": Method("tame", f"{MEMORY} --model.max_experts 5"),
+    "TAME": Method(  # with the momentum of its config the learning rate of the online tables, 0.1, is too large
+        "tame", f"{MEMORY} --model.max_experts 5 --model.optimizer.momentum 0 --model.optimizer.nesterov false"
+    ),
     "OnPro": Method("onpro", MEMORY),
     "iCaRL": Method("icarl", MEMORY, online=False),
     "BiC": Method("bic", MEMORY, online=False),
