@@ -10,16 +10,17 @@ logging and resuming work as for all strategies. During the stream the network i
 layers use the statistics that ``statistics`` names. Classes that are not in the source domain are never predicted.
 
 A method overrides ``adapt``, which returns the scores of a batch and the terms to minimise. Other changes after a step
-(a mean teacher, restored weights) go into ``after_step``, source statistics into ``end_task``, and what is reset
-together with the network into ``reset``. An ``OutputHead`` corrects the scores of a batch; it works with every method.
+(a mean teacher) go into ``after_update``, source statistics into ``end_task``, and what is reset together with the
+network into ``reset``. Parts work with every method: a ``SampleFilter`` chooses the samples that the terms count, a
+``RestorationRule`` takes the parameters back to the source, an ``OutputHead`` corrects the scores of a batch.
 
 Several processes split each batch, and sums over a batch are taken over all processes. After each task the current
 network is evaluated on the test samples of the stream, without adaptation.
 """
 
+import copy
 import fnmatch
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -29,7 +30,8 @@ from torch import Tensor, nn
 
 from cl_lightning.batch import ImageShape
 from cl_lightning.checks import at_least, one_of, within
-from cl_lightning.distributed import all_sum
+from cl_lightning.distributed import all_sum, world_size
+from cl_lightning.losses import mean_over_rows
 from cl_lightning.measures import EvaluationResult, online_error
 from cl_lightning.memory import NamedBuffers, Teacher, restore_shapes
 from cl_lightning.models import LinearHead, adapt_norms, norm_parameters, set_statistics
@@ -37,6 +39,9 @@ from cl_lightning.models.backbones import read_classifier
 from cl_lightning.models.normalization import Statistics
 from cl_lightning.strategies.base import default_optimizer
 from cl_lightning.strategies.base.evaluation import Evaluation
+from cl_lightning.strategies.test_time.parts.filters import SampleFilter
+from cl_lightning.strategies.test_time.parts.part import OutputHead, Part
+from cl_lightning.strategies.test_time.parts.restoration import RestorationRule
 from cl_lightning.strategy import Batch, ContinualStrategy, Output, Phase, PhaseOptions, Task, Traits
 
 SOURCE, ADAPT = "source", "adapt"
@@ -46,6 +51,10 @@ Trained = Literal["norm", "all"] | list[str] | None
 def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Adam with learning rate 0.001: the optimizer of the papers for CIFAR-10-C in batches of 200."""
     return torch.optim.Adam(parameters, lr=1e-3)
+
+
+def _copies(parts: Sequence[Part] | None) -> nn.ModuleList:
+    return nn.ModuleList(copy.deepcopy(part) for part in parts or ())
 
 
 class PersistentTensors(NamedBuffers):
@@ -114,14 +123,6 @@ class OnlineEvaluation(Evaluation):
         return result
 
 
-class OutputHead(ABC):
-    """Computes corrected scores of a batch from its features and scores; it has no parameters."""
-
-    @abstractmethod
-    def __call__(self, output: Output) -> Tensor:
-        """Scores ``(B, classes)`` of the rows of this process, from features ``(B, d)`` and scores ``(B, classes)``."""
-
-
 class TestTimeAdaptation(ContinualStrategy):
     """Base class of test-time adaptation methods: predicts each batch of a test stream, and adapts the network to it.
 
@@ -142,6 +143,12 @@ class TestTimeAdaptation(ContinualStrategy):
             (continual), before each ``domain``, or before each ``batch`` (episodic).
         predict_when: Prediction that is scored: ``before`` or ``after`` the step on the batch.
         output: Corrects the scores of the method, such as ``LaplacianAdjustment``; None to use them unchanged.
+        filters: Choose the samples that the loss counts, and weight them, such as ``EntropyFilter``; None for all
+            samples. If no sample of a step is selected, no step is taken; this check synchronises with the device.
+        mean_over: With filters, what the weighted sum of a term is divided by: the number of ``selected`` samples, or
+            of all samples of the ``batch``.
+        restoration: Take the parameters back to the source after each step, in this order, such as
+            ``StochasticRestore``; None for none.
         optimizer: Optimizer in the stream; None for Adam with learning rate 0.001. With ``reset="never"`` its state is
             carried from one domain to the next.
         first_optimizer: Optimizer on the source domain; None for SGD with learning rate 0.05 and momentum 0.9.
@@ -165,6 +172,9 @@ class TestTimeAdaptation(ContinualStrategy):
         reset: Literal["never", "domain", "batch"] = "never",
         predict_when: Literal["before", "after"] = "before",
         output: OutputHead | None = None,
+        filters: list[SampleFilter] | None = None,
+        mean_over: Literal["selected", "batch"] = "selected",
+        restoration: list[RestorationRule] | None = None,
         optimizer: OptimizerCallable | None = None,
         first_optimizer: OptimizerCallable | None = None,
         **kwargs: Any,
@@ -179,6 +189,7 @@ class TestTimeAdaptation(ContinualStrategy):
         one_of(self, ("source", "batch", "mix", "moving"), statistics=statistics)
         one_of(self, ("never", "domain", "batch"), reset=reset)
         one_of(self, ("before", "after"), predict_when=predict_when)
+        one_of(self, ("selected", "batch"), mean_over=mean_over)
         within(self, "[0, 1]", alpha=alpha)
         at_least(self, 0, prior=prior, optional=True)
         within(self, "(0, 1]", momentum=momentum)
@@ -190,8 +201,11 @@ class TestTimeAdaptation(ContinualStrategy):
         self.statistics: Literal["source", "batch", "mix", "moving"] = statistics
         self.evaluation = OnlineEvaluation(self)
         self.norm_options = {"share": alpha, "prior": prior, "rate": momentum}
-        self.output = output
-        self.traits = self.traits.but(transductive=statistics in ("batch", "mix") or output is not None)
+        self.output = copy.deepcopy(output)
+        self.filters, self.restoration = _copies(filters), _copies(restoration)
+        self.mean_over = mean_over
+        transductive = statistics in ("batch", "mix") or any(part.transductive for part in self.parts)
+        self.traits = self.traits.but(transductive=transductive)
         self.source = Teacher()  # the source network, if the method needs a copy
         self.start = SourceState()  # otherwise the tensors that a reset restores
         self.optimizer_state = OptimizerState()
@@ -199,14 +213,18 @@ class TestTimeAdaptation(ContinualStrategy):
         self.nothing = nn.Parameter(torch.zeros(()))
         self.register_buffer("online", torch.zeros(0, 2, dtype=torch.int64))  # (tasks, [samples, correct predictions])
         self.online: Tensor
+        self._last_step, self._moves = 0, True  # whether a step changes parameters
+        self._predicted = False  # whether the batch was predicted: a step can take several forward passes
+        self._selected: Tensor | None = None  # rows of the batch that filters selected in the first forward pass
+        self._selected_in_step: Tensor | None = None  # number of selected samples, () in all processes
 
     # ------------------------------------------------------------------ methods to override
 
     def adapt(self, batch: Batch, output: Output) -> tuple[Tensor, dict[str, Tensor]]:
         """Predict a batch, and return the terms of the loss.
 
-        Terms are means over the rows of this process (``mean_over_rows``), which may have no rows, or do not depend on
-        the rows.
+        A term is one value per row, ``(B,)``: the base class takes the mean over the selected rows. Or it is a scalar,
+        a mean over the rows of this process (``mean_over_rows``), which may have no rows, or independent of the rows.
 
         Args:
             batch: Batch of the stream, un-augmented; its labels are -1.
@@ -217,9 +235,16 @@ class TestTimeAdaptation(ContinualStrategy):
         """
         return output.logits, {}
 
+    def after_update(self, batch: Batch) -> None:
+        """Called after each step of the optimizer that changed parameters; applies the restoration rules."""
+        for rule in self.restoration:
+            rule(self, batch)
+
     def reset(self) -> None:
-        """Reset the network to its state after the source domain; a method with further state overrides this."""
-        self._restore_source(self.network)
+        """Reset the network and the parts to their state after the source domain; further state needs an override."""
+        self.restore_source(self.network)
+        for part in self.parts:
+            part.reset()
 
     def forward_source_classes(self, images: Tensor) -> Output:
         """Features and scores ``(B, classes of the source)`` of images, without adaptation."""
@@ -257,13 +282,28 @@ class TestTimeAdaptation(ContinualStrategy):
             and (self.params == "all" or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.params))
         }
 
+    @property
+    def parts(self) -> Sequence[Part]:
+        """The parts of the method: filters, restoration rules, the correction of scores, and further ones."""
+        return [module for module in self.modules() if isinstance(module, Part)]
+
+    @property
+    def source_values(self) -> Mapping[str, Tensor]:
+        """Tensors of the source network that the stream can change, by name in the network."""
+        return self.start.tensors if self.source.network is None else self.source.network.state_dict()
+
     @torch.no_grad()
-    def _restore_source(self, network: nn.Module) -> None:
+    def restore_source(self, network: nn.Module) -> None:
         """Copy the source values into a network of the same architecture."""
         state = network.state_dict()
-        start = self.start.tensors if self.source.network is None else self.source.network.state_dict()
-        for name, value in start.items():
+        for name, value in self.source_values.items():
             state[name].copy_(value)
+
+    def reset_all(self) -> None:
+        """Reset the network, the parts, further state of the method, and the optimizer."""
+        self.reset()
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
 
     # ------------------------------------------------------------------ the stream
 
@@ -331,12 +371,15 @@ class TestTimeAdaptation(ContinualStrategy):
             self.optimizer_state.give(optimizer)
         return built
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._last_step = self.trainer.global_step
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        self._predicted, self._selected = False, None
         if self.phase.name == ADAPT and self.reset_at == "batch":
-            self.reset()
-            for optimizer in self.trainer.optimizers:
-                optimizer.state.clear()
+            self.reset_all()
 
     def prepare_batch(self, batch: Batch) -> Batch:
         if self.phase.name == SOURCE:
@@ -352,14 +395,69 @@ class TestTimeAdaptation(ContinualStrategy):
         if self.phase.name == SOURCE:
             return {"ce": self.classification_loss(output, batch)}
         hidden = batch.replace(labels=torch.full_like(batch.labels, -1))
-        scores, terms = self.adapt(hidden, Output(output.features, output.logits[:, : self.num_source]))
-        if self.predict_when == "before":
-            self._score(self._final(output._replace(logits=scores)), batch)
+        output = Output(output.features, output.logits[:, : self.num_source])
+        scores, terms = self.adapt(hidden, output)
+        if self.predict_when == "before" and not self._predicted:
+            self._predict_stream(output._replace(logits=scores), batch)
+        terms = self._averaged(terms, hidden, output)
+        self._predicted = True
         return terms or {"nothing": 0.0 * self.nothing}
 
+    def _averaged(self, terms: dict[str, Tensor], batch: Batch, output: Output) -> dict[str, Tensor]:
+        """Each term as a mean over the selected samples of all processes; see ``adapt``."""
+        weights = self._weights(batch, output) if self.filters else None
+        for rule in self.restoration:
+            rule.learn(output, None if weights is None else weights > 0)
+        if weights is None:
+            return {name: mean_over_rows(term) if term.dim() else term for name, term in terms.items()}
+        selected = weights > 0
+        count = all_sum(selected.sum())
+        self._selected_in_step = count if self._selected_in_step is None else self._selected_in_step + count
+        # The base class weights the terms of a process by its share of the batch. Undo that: the mean is over the
+        # selected samples of all processes.
+        share = world_size() / batch.weight if batch.weight else 0.0
+        size = count.clamp(min=1) if self.mean_over == "selected" else batch.draw.total
+        return {
+            name: share * (weights * term).where(selected, 0.0).sum() / size if term.dim() else term * (count > 0)
+            for name, term in terms.items()
+        }
+
+    @torch.no_grad()
+    def _weights(self, batch: Batch, output: Output) -> Tensor:
+        """Weights ``(B,)`` of the rows of this process; a row that a pass over the batch rejects stays rejected."""
+        weights = torch.ones(len(batch.images), device=output.logits.device)
+        filters = [part for part in self.filters if isinstance(part, SampleFilter)]
+        for part in filters:
+            weights = weights * part(self, batch, output)
+        if self._selected is not None:
+            return weights * self._selected
+        self._selected = weights > 0
+        for part in filters:
+            part.learn(output, self._selected)
+        return weights
+
+    def edit_gradients(self, batch: Batch) -> None:
+        count, self._selected_in_step = self._selected_in_step, None
+        self._moves = count is None or bool(count)
+        if not self._moves:  # momentum would change the parameters even for a gradient of 0
+            for parameter in self.trained_parameters().values():
+                parameter.grad = None
+
     def after_step(self, batch: Batch) -> None:
-        if self.phase.name == ADAPT and self.predict_when == "after":
-            self._score(self._final(self.forward_source_classes(batch.images)), batch)
+        if self.phase.name != ADAPT:
+            return
+        if self.trainer.global_step > self._last_step:  # otherwise gradients are accumulated
+            self._last_step = self.trainer.global_step
+            if self._moves:
+                self.after_update(batch)
+        if self.predict_when == "after":
+            self._predict_stream(self.forward_source_classes(batch.images), batch)
+
+    def _predict_stream(self, output: Output, batch: Batch) -> None:
+        """Score the prediction of a batch of the stream, corrected by ``output``, which learns from it."""
+        if self.output is not None:
+            self.output.learn(output._replace(features=output.features.detach(), logits=output.logits.detach()))
+        self._score(self._final(output), batch)
 
     @torch.no_grad()
     def _final(self, output: Output) -> Tensor:
@@ -382,11 +480,14 @@ class TestTimeAdaptation(ContinualStrategy):
 
     def end_task(self, task: Task) -> None:
         super().end_task(task)
-        if task.is_first and self.needs_source:
+        if task.is_first and (self.needs_source or any(part.needs_source for part in self.parts)):
             self.source.learn_from(self.network)
-        elif task.is_first and self.reset_at != "never":
+        elif task.is_first and (self.reset_at != "never" or self.restoration):
             statistics = dict(self.network.named_buffers()) if self.statistics == "moving" else {}
             self.start.take({**self.trained_parameters(), **statistics})
+        if task.is_first:
+            for part in self.parts:
+                part.learn_source(self)
 
     def predict(self, images: Tensor, tasks: Tensor | None = None) -> Tensor:
         scores = self._final(self.forward_source_classes(images))
@@ -394,8 +495,13 @@ class TestTimeAdaptation(ContinualStrategy):
         return nn.functional.pad(scores, (0, unknown), value=-torch.inf) if unknown else scores
 
     def bytes_kept(self) -> dict[str, int]:
-        parts = {"optimizer": self.optimizer_state, "source": self.start}
-        return {**super().bytes_kept(), **{name: part.num_bytes() for name, part in parts.items() if part}}
+        kept = {"optimizer": self.optimizer_state, "source": self.start}
+        state = sum(part.num_bytes() for part in self.parts)
+        return {
+            **super().bytes_kept(),
+            **{name: part.num_bytes() for name, part in kept.items() if part},
+            **({"parts": state} if state else {}),
+        }
 
     def _choose_statistics(self) -> None:
         set_statistics(self, self.norm_statistics if self.adapting else "running", **self.norm_options)

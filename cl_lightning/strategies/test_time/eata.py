@@ -20,7 +20,6 @@ with squares of batch means, as in the authors' code. eps -> diversity, beta -> 
 Departs from the code, where the network is in train mode: here it is in eval mode, without dropout.
 """
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -28,38 +27,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cl_lightning.checks import above, at_least
-from cl_lightning.distributed import all_sum, world_size
-from cl_lightning.losses import entropy, full_precision
-from cl_lightning.memory import Importance, restore_shapes
+from cl_lightning.distributed import all_sum
+from cl_lightning.memory import Importance
 from cl_lightning.models import set_statistics
 from cl_lightning.strategies.test_time.base import TestTimeAdaptation, Trained
+from cl_lightning.strategies.test_time.parts.filters import DiversityFilter, EntropyFilter, SampleFilter
+from cl_lightning.strategies.test_time.tent import Tent
 from cl_lightning.strategy import Batch, Output, Task
 
 
-def kept_samples(logits: Tensor, mean: Tensor, *, most_entropy: float, diversity: float) -> Tensor:
-    """Select reliable and diverse samples: low entropy, and a prediction that differs from the mean prediction so far.
-
-    Args:
-        logits: ``(B, C)``.
-        mean: m, ``(C,)``; zeros before the first selection, where the second condition holds for all samples.
-        most_entropy: E_0 in nats; samples with an entropy of E_0 or more are not selected.
-        diversity: eps, above 0.
-
-    Returns:
-        bool ``(B,)``.
-    """
-    p = full_precision(logits).softmax(dim=1)
-    return (entropy(logits) < most_entropy) & (F.cosine_similarity(p, mean[None], dim=1).abs() < diversity)
-
-
-def weighted_entropy(logits: Tensor, kept: Tensor, *, most_entropy: float) -> Tensor:
-    """``sum_kept exp(E_0 - H_i) H_i``, a scalar; no gradient passes through the weights. Weights are 1 if E_0 = inf."""
-    values = entropy(logits)
-    weights = (most_entropy - values.detach()).exp() if math.isfinite(most_entropy) else torch.ones_like(values)
-    return (weights * values).where(kept, 0.0).sum()
-
-
-class EATA(TestTimeAdaptation):
+class EATA(Tent):
     """Entropy minimisation on reliable and diverse samples, with a Fisher-weighted penalty on changes of parameters.
 
     Args:
@@ -73,7 +50,8 @@ class EATA(TestTimeAdaptation):
             CIFAR, 64 in the paper. beta belongs to it: where gradients of images are mostly noise, F is inversely
             proportional to it.
         params: Parameters that are trained, see ``TestTimeAdaptation``.
-        kwargs: Options of ``TestTimeAdaptation``.
+        filters: Further filters, see ``TestTimeAdaptation``.
+        kwargs: Options of ``Tent``.
     """
 
     traits = TestTimeAdaptation.traits.but(
@@ -89,58 +67,24 @@ class EATA(TestTimeAdaptation):
         fisher_samples: int = 2000,
         fisher_batch_size: int = 200,
         params: Literal["norm", "all"] | list[str] = "norm",
+        filters: list[SampleFilter] | None = None,
         **kwargs: Any,
     ) -> None:
-        chosen: Trained = params
-        super().__init__(params=chosen, **kwargs)
         above(self, 0, margin=margin, diversity=diversity)
+        chosen: Trained = params
+        reliable = [EntropyFilter(margin, weighted=True), DiversityFilter(diversity), *(filters or ())]
+        super().__init__(params=chosen, filters=reliable, **kwargs)
         at_least(self, 0, fisher_weight=fisher_weight)
         at_least(self, 1, fisher_samples=fisher_samples, fisher_batch_size=fisher_batch_size)
-        self.margin, self.diversity, self.fisher_weight = margin, diversity, fisher_weight
+        self.fisher_weight = fisher_weight
         self.fisher_samples, self.fisher_batch_size = fisher_samples, fisher_batch_size
         self.importance = Importance()
-        self.register_buffer("mean", torch.zeros(0))  # m, (classes of the source,)
-        self.mean: Tensor
-        self._kept_in_step: Tensor | None = None
 
     def adapt(self, batch: Batch, output: Output) -> tuple[Tensor, dict[str, Tensor]]:
-        logits, most = output.logits, self.margin * math.log(self.num_source)
-        kept = kept_samples(logits.detach(), self.mean, most_entropy=most, diversity=self.diversity)
-        p = full_precision(logits.detach()).softmax(dim=1)
-        sums = all_sum(torch.cat([(p * kept[:, None]).sum(dim=0), kept.sum()[None]]))  # over all processes
-        count = sums[-1]
-        self._update_mean(sums[:-1] / count.clamp(min=1), count > 0)
-        self._kept_in_step = count if self._kept_in_step is None else self._kept_in_step + count
-        # The base class weights the terms of a process by its share of the batch. Undo that: the mean is over the
-        # selected samples of all processes.
-        share = world_size() / batch.weight if batch.weight else 0.0
-        terms = {"entropy": share * weighted_entropy(logits, kept, most_entropy=most) / count.clamp(min=1)}
+        scores, terms = super().adapt(batch, output)
         if self.importance:
-            terms["fisher"] = self.fisher_weight * self.importance.penalty(self.trained_parameters()) * (count > 0)
-        return logits, terms
-
-    @torch.no_grad()
-    def _update_mean(self, mean: Tensor, any_kept: Tensor) -> None:
-        follows = torch.where(self.mean.sum() == 0, mean, 0.9 * self.mean + 0.1 * mean)
-        self.mean.copy_(torch.where(any_kept, follows, self.mean))
-
-    def edit_gradients(self, batch: Batch) -> None:
-        count, self._kept_in_step = self._kept_in_step, None
-        if count is not None and not bool(count):  # momentum would change the parameters even for a gradient of 0
-            for parameter in self.trained_parameters().values():
-                parameter.grad = None
-
-    def bytes_kept(self) -> dict[str, int]:
-        return {**super().bytes_kept(), "statistics": self.mean.nbytes}
-
-    def begin_task(self, task: Task) -> None:
-        super().begin_task(task)
-        if task.is_first:
-            self.mean = torch.zeros(self.num_source)
-
-    def reset(self) -> None:
-        super().reset()
-        self.mean = torch.zeros_like(self.mean)
+            terms["fisher"] = self.fisher_weight * self.importance.penalty(self.trained_parameters())
+        return scores, terms
 
     def end_task(self, task: Task) -> None:
         super().end_task(task)
@@ -167,7 +111,3 @@ class EATA(TestTimeAdaptation):
             value.requires_grad_(before)
         self._choose_statistics()
         return {name: (total / max(count, 1)).detach() for name, total in squares.items()}
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        restore_shapes(self, state_dict, prefix, ("mean",))
-        super()._load_from_state_dict(state_dict, prefix, *args)

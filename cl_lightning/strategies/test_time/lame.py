@@ -32,7 +32,8 @@ from torch.nn import functional as F
 from cl_lightning.checks import at_least, one_of
 from cl_lightning.distributed import all_gather_together, rank
 from cl_lightning.losses import full_precision
-from cl_lightning.strategies.test_time.base import OutputHead, TestTimeAdaptation
+from cl_lightning.strategies.test_time.base import TestTimeAdaptation
+from cl_lightning.strategies.test_time.parts.part import OutputHead
 from cl_lightning.strategy import Output
 
 Affinity = Literal["knn", "rbf", "linear"]
@@ -89,13 +90,14 @@ class LaplacianAdjustment(OutputHead):
     def __init__(
         self, affinity: Affinity = "knn", neighbours: int = 5, *, symmetric: bool = False, iterations: int = 100
     ) -> None:
+        super().__init__()
         one_of(self, get_args(Affinity), affinity=affinity)
         at_least(self, 1, neighbours=neighbours, iterations=iterations)
         self.affinity: Affinity = affinity
         self.neighbours, self.symmetric, self.iterations = neighbours, symmetric, iterations
 
     @torch.no_grad()
-    def __call__(self, output: Output) -> Tensor:
+    def forward(self, output: Output) -> Tensor:
         """log Z ``(B, C)`` of the rows of this process."""
         with torch.autocast(output.logits.device.type, enabled=False):
             q, features = full_precision(output.logits).softmax(dim=1), full_precision(output.features)

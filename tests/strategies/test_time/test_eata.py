@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from support.adaptation import adapt, normalised, scores, source_network, stream, tiny_resnet, watching
-from support.fakes import batch_of, normal
+from support.fakes import batch_of
 from support.runs import assert_same
 from torch.nn import functional as F
 
@@ -14,7 +14,7 @@ from cl_lightning.datamodules.digits import Digits
 from cl_lightning.losses import entropy
 from cl_lightning.models import Output, adapt_norms, set_statistics
 from cl_lightning.strategies.test_time.bn_adapt import BNAdapt
-from cl_lightning.strategies.test_time.eata import EATA, kept_samples, weighted_entropy
+from cl_lightning.strategies.test_time.eata import EATA
 from cl_lightning.strategies.test_time.tent import Tent
 from cl_lightning.testing import Subject, small
 
@@ -39,31 +39,6 @@ adam = partial(torch.optim.Adam, lr=0.01)
 TENT = {"margin": math.inf, "diversity": 2.0, "fisher_weight": 0.0}
 
 
-def test_kept_are_samples_of_low_entropy_that_are_unlike_the_mean():
-    logits, mean = 3 * normal(40, 5), normal(5, seed=1).softmax(0).float()
-    kept = kept_samples(logits, mean, most_entropy=0.7, diversity=0.6)
-    for row, found in zip(logits.float().softmax(1), kept, strict=True):
-        low = float(-(row * row.log()).sum()) < 0.7
-        unlike = float(row @ mean / row.norm() / mean.norm()) < 0.6
-        assert bool(found) == (low and unlike)
-    assert 0 < kept.sum() < 40
-    assert kept_samples(logits, torch.zeros(5), most_entropy=9.0, diversity=0.05).all()  # there is no mean yet
-
-
-def test_the_loss_is_the_weighted_entropy_and_weights_take_no_gradient():
-    logits = normal(6, 4).requires_grad_()
-    kept = torch.tensor([1, 0, 1, 1, 0, 0]).bool()
-    loss = weighted_entropy(logits, kept, most_entropy=0.8)
-    values = entropy(logits)
-    weights = (0.8 - values.detach()).exp()
-    torch.testing.assert_close(loss, sum(w * h for w, h, k in zip(weights, values, kept, strict=True) if k))
-    (gradient,) = torch.autograd.grad(loss, logits)
-    (expected,) = torch.autograd.grad((weights * entropy(logits))[kept].sum(), logits)
-    torch.testing.assert_close(gradient, expected)
-    assert torch.equal(gradient[~kept], torch.zeros(3, 4, dtype=torch.float64))
-    torch.testing.assert_close(weighted_entropy(logits, kept, most_entropy=math.inf), values[kept].sum())
-
-
 def test_without_filters_weights_and_penalty_it_is_tent():
     mine, plain = watching(EATA, **TENT, optimizer=adam), watching(Tent, optimizer=adam)
     adapt(mine)
@@ -78,7 +53,7 @@ def test_with_a_learning_rate_of_0_it_is_normalisation_by_the_test_batch(statist
     plain = watching(BNAdapt, statistics=statistics)
     adapt(mine)
     adapt(plain)
-    assert float(mine.mean.sum()) == pytest.approx(1.0)  # samples were kept
+    assert float(mine.filters[1].mean.sum()) == pytest.approx(1.0)  # samples were kept
     torch.testing.assert_close(scores(mine), scores(plain), rtol=1e-5, atol=1e-5)
 
 
@@ -87,31 +62,33 @@ def test_where_no_sample_is_kept_no_step_is_taken():
     state, before = made.strategy.network.state_dict(), source_network("source").state_dict()
     assert all(torch.equal(state[name], value) for name, value in before.items() if name in state)
     assert made.strategy.optimizer_state._get("state") == {}
-    assert float(made.strategy.mean.sum()) == 0.0
+    assert float(made.strategy.filters[1].mean.sum()) == 0.0
 
 
-def test_the_loss_is_the_mean_over_the_kept_samples_whatever_the_weight_of_the_process():
+def test_the_loss_is_the_weighted_mean_over_the_kept_samples_whatever_the_weight_of_the_process():
     class OfFour(EATA):
         num_source = 4
 
     strategy = OfFour(margin=0.4, diversity=2.0, fisher_weight=0.0)
     mean = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    strategy.mean = mean.clone()
+    strategy.filters[1].mean = mean.clone()
     flat = torch.zeros(3, 4)  # of entropy log 4
     sharp = torch.tensor([[4.0, 0, 0, 0], [0, 3, 0, 0], [0, 0.1, 0, 0]])  # of which the first two are kept
     bound = 0.4 * math.log(4)
     for logits, count in ((flat, 0), (sharp, 2)):
-        batch = batch_of(torch.zeros(3, dtype=torch.int64)).replace(weight=0.5)
-        returned, terms = strategy.adapt(batch, Output(logits, logits))
+        batch, output = batch_of(torch.zeros(3, dtype=torch.int64)).replace(weight=0.5), Output(logits, logits)
+        strategy._selected = None  # of the batch before
+        returned, terms = strategy.adapt(batch, output)
+        terms = strategy._averaged(terms, batch, output)
         assert torch.equal(returned, logits)
         values = entropy(logits)[:count]
         expected = ((bound - values).exp() * values).sum() / 2
-        torch.testing.assert_close(0.5 * terms["entropy"], expected)  # the base class multiplies by the weight
+        torch.testing.assert_close(0.5 * terms["adaptation"], expected)  # the base class multiplies by the weight
         if count:
             mean = 0.9 * mean + 0.1 * logits[:count].softmax(1).mean(0)
-        torch.testing.assert_close(strategy.mean, mean)
-        assert set(terms) == {"entropy"}
-    assert int(strategy._kept_in_step) == 2  # of both batches of a step with accumulated gradients
+        torch.testing.assert_close(strategy.filters[1].mean, mean)
+        assert set(terms) == {"adaptation"}
+    assert int(strategy._selected_in_step) == 2  # of both batches of a step with accumulated gradients
 
 
 def test_the_mean_prediction_follows_the_kept_samples():
@@ -122,7 +99,7 @@ def test_the_mean_prediction_follows_the_kept_samples():
         kept = entropy(part) < 0.6 * math.log(10)
         new = part.softmax(1)[kept].mean(0)
         mean = new if mean is None else 0.9 * mean + 0.1 * new
-    torch.testing.assert_close(strategy.mean, mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(strategy.filters[1].mean, mean, rtol=1e-4, atol=1e-5)
 
 
 def test_the_fisher_information_is_the_square_of_the_gradients_of_batches():
@@ -211,7 +188,7 @@ def test_a_reset_takes_the_mean_back():
     adapt(strategy)
     alone = watching(EATA, margin=1.0, diversity=2.0, reset="domain", fisher_weight=0.0, optimizer=adam)
     adapt(alone, stream(corruptions=["contrast"]))
-    assert_same({"mean": strategy.mean}, {"mean": alone.mean})
+    assert_same({"mean": strategy.filters[1].mean}, {"mean": alone.filters[1].mean})
 
 
 def test_the_weight_of_the_benchmarks_comes_with_their_batches_of_200():

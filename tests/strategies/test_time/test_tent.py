@@ -7,13 +7,34 @@ from torch import Tensor
 
 from cl_lightning.losses import entropy
 from cl_lightning.strategies.test_time.bn_adapt import BNAdapt
+from cl_lightning.strategies.test_time.parts.filters import DiversityFilter, EntropyFilter
+from cl_lightning.strategies.test_time.parts.losses import SoftLikelihoodRatio
+from cl_lightning.strategies.test_time.parts.restoration import (
+    EntropyReset,
+    PeriodicReset,
+    StochasticRestore,
+    WeightEnsembling,
+)
 from cl_lightning.strategies.test_time.source import Source
 from cl_lightning.strategies.test_time.tent import Tent
 from cl_lightning.testing import Subject, small
 
 SUBJECTS = {
     "Tent": Subject(small(Tent, backbone=tiny_resnet)),
+    "Tent with parts": Subject(
+        small(
+            Tent,
+            backbone=tiny_resnet,
+            loss=SoftLikelihoodRatio(),
+            filters=[EntropyFilter(0.99), DiversityFilter(0.99)],
+            restoration=[StochasticRestore(0.1), WeightEnsembling(0.9), PeriodicReset(3), EntropyReset(0.01)],
+        )
+    ),
 }
+
+WAITS = {
+    "Tent with parts": {"edit_gradients", "forward"}
+}  # whether a sample is selected; whether the entropy collapses
 
 PUBLISHED = {
     "tent": {

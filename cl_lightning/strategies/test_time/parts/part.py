@@ -1,0 +1,52 @@
+"""What the parts of a test-time adaptation method have in common, and the part that corrects scores."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from cl_lightning.memory import restore_shapes
+from cl_lightning.strategy import Output
+
+if TYPE_CHECKING:
+    from cl_lightning.strategies.test_time.base import TestTimeAdaptation
+
+
+class Part(nn.Module):
+    """A part of a test-time adaptation method; its state is buffers, saved in checkpoints with the strategy.
+
+    A strategy copies the parts that it is given, so one object can be given to several strategies.
+    """
+
+    transductive: ClassVar[bool] = False
+    """Whether the result for a sample depends on other samples of its batch."""
+    needs_source: ClassVar[bool] = False
+    """Whether the part reads ``strategy.source``, a copy of the source network."""
+
+    def learn_source(self, strategy: "TestTimeAdaptation") -> None:
+        """Measure what the part needs of the source, and set its state; called once, when the source domain ends."""
+
+    def reset(self) -> None:
+        """Set the state to its values at the beginning of the stream; called when the network is reset."""
+
+    def num_bytes(self) -> int:
+        """Bytes of the state."""
+        return sum(value.nbytes for value in self.buffers())
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        restore_shapes(self, state_dict, prefix, tuple(self._buffers))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class OutputHead(Part, ABC):
+    """Computes corrected scores of a batch from its features and scores; it has no parameters."""
+
+    transductive = True
+
+    def learn(self, output: Output) -> None:
+        """Update the state with a batch of the stream, before ``forward``; evaluations do not call it."""
+
+    @abstractmethod
+    def forward(self, output: Output) -> Tensor:
+        """Scores ``(B, classes)`` of the rows of this process, from features ``(B, d)`` and scores ``(B, classes)``."""

@@ -1,0 +1,169 @@
+"""Rules that take the trained parameters back to, or near to, the source after a step of the optimizer.
+
+    StochasticRestore  theta <- M theta_0 + (1 - M) theta,  M ~ Bernoulli(share) elementwise   (Wang et al., CVPR 2022)
+    WeightEnsembling   theta <- m theta + (1 - m) theta_0                              (Marsden et al., WACV 2024)
+    PeriodicReset      every n steps: network, optimizer and further state are reset   (Press et al., NeurIPS 2023)
+    EntropyReset       the same if a moving mean of the entropy is below a threshold   (Niu et al., ICLR 2023)
+
+theta are the trained parameters, theta_0 their values in the source network.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_lightning.batch import Batch, mix
+from cl_lightning.checks import above, at_least, within
+from cl_lightning.distributed import all_sum
+from cl_lightning.losses import entropy
+from cl_lightning.strategies.test_time.parts.part import Part
+from cl_lightning.strategy import Output
+
+if TYPE_CHECKING:
+    from cl_lightning.strategies.test_time.base import TestTimeAdaptation
+
+_RESTORE = 0xC1  # salt
+
+
+@torch.no_grad()
+def restore(parameters: Mapping[str, nn.Parameter], source: Mapping[str, Tensor], share: float, key: int) -> None:
+    """Reset each weight to its source value with probability ``share``, in place, the same on every process.
+
+    Args:
+        parameters: Parameters by name.
+        source: Source values of the same names; parameters that it lacks are not reset.
+        share: Probability for each weight, in [0, 1].
+        key: Seed of the random mask.
+    """
+    device = next(iter(parameters.values())).device
+    generator = torch.Generator(device).manual_seed(key)
+    for name, value in parameters.items():
+        mask = torch.rand(value.shape, generator=generator, device=device) < share
+        if name in source:
+            value.copy_(torch.where(mask, source[name], value))
+
+
+class RestorationRule(Part, ABC):
+    """Changes the trained parameters after a step of the optimizer."""
+
+    def learn(self, output: Output, selected: Tensor | None) -> None:
+        """Note a batch, before the step: its output, and the rows ``(B,)``, bool, that filters selected; None: all.
+
+        A step of several forward passes (a sharpness-aware optimizer) gives each of them; the last one counts.
+        """
+
+    @abstractmethod
+    def forward(self, strategy: "TestTimeAdaptation", batch: Batch) -> None:
+        """Change ``strategy.trained_parameters()`` in place; not called if no step was taken."""
+
+
+class StochasticRestore(RestorationRule):
+    """Resets a random share of the weights to the source.
+
+    Args:
+        share: Probability that a weight is reset, in [0, 1].
+    """
+
+    def __init__(self, share: float = 0.01) -> None:
+        super().__init__()
+        within(self, "[0, 1]", share=share)
+        self.share = share
+
+    def forward(self, strategy: "TestTimeAdaptation", batch: Batch) -> None:
+        if self.share:
+            key = mix(batch.draw.key, _RESTORE)
+            restore(strategy.trained_parameters(), strategy.source_values, self.share, key)
+
+
+class WeightEnsembling(RestorationRule):
+    """Moves the parameters towards the source.
+
+    Args:
+        momentum: m, in [0, 1]: 1 changes nothing, 0 resets to the source.
+    """
+
+    def __init__(self, momentum: float = 0.99) -> None:
+        super().__init__()
+        within(self, "[0, 1]", momentum=momentum)
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def forward(self, strategy: "TestTimeAdaptation", batch: Batch) -> None:
+        source = strategy.source_values
+        pairs = [(value, source[name]) for name, value in strategy.trained_parameters().items()]
+        mine, theirs = (list(column) for column in zip(*pairs, strict=True))
+        torch._foreach_lerp_(mine, theirs, 1 - self.momentum)
+
+
+class PeriodicReset(RestorationRule):
+    """Resets the network, the optimizer and the state of all parts after a number of steps.
+
+    Args:
+        every: Number of steps, at least 1.
+    """
+
+    steps: Tensor
+
+    def __init__(self, every: int = 1000) -> None:
+        super().__init__()
+        at_least(self, 1, every=every)
+        self.every = every
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._count: int | None = None  # a copy on the host
+
+    def reset(self) -> None:
+        self._count = 0
+        self.steps.zero_()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        self._count = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, strategy: "TestTimeAdaptation", batch: Batch) -> None:
+        self._count = (int(self.steps) if self._count is None else self._count) + 1
+        self.steps.fill_(self._count)
+        if self._count == self.every:
+            strategy.reset_all()
+
+
+class EntropyReset(RestorationRule):
+    """Resets the network, the optimizer and all parts if the entropy of the predictions collapses.
+
+    ``e <- m e + (1 - m) mean H`` over the selected samples of a step; the first mean initialises e.
+
+    Args:
+        threshold: Least value of e in nats, above 0.
+        momentum: m, in [0, 1].
+    """
+
+    moving: Tensor
+    _last: Tensor
+
+    def __init__(self, threshold: float = 0.2, momentum: float = 0.9) -> None:
+        super().__init__()
+        above(self, 0, threshold=threshold)
+        within(self, "[0, 1]", momentum=momentum)
+        self.threshold, self.momentum = threshold, momentum
+        self.register_buffer("moving", torch.full((), torch.nan))  # e; not a number before the first step
+        self.register_buffer("_last", torch.full((), torch.nan), persistent=False)  # mean H of the last pass
+
+    def reset(self) -> None:
+        self.moving.fill_(torch.nan)
+
+    @torch.no_grad()
+    def learn(self, output: Output, selected: Tensor | None) -> None:
+        values = entropy(output.logits)
+        rows = torch.ones_like(values) if selected is None else selected.to(values)
+        total, count = all_sum(torch.stack([(values * rows).sum(), rows.sum()])).unbind()
+        self._last = (total / count).to(self.moving)  # not a number without samples
+
+    @torch.no_grad()
+    def forward(self, strategy: "TestTimeAdaptation", batch: Batch) -> None:
+        moved = torch.lerp(self._last, self.moving, self.momentum)
+        moved = torch.where(self.moving.isnan(), self._last, moved)
+        self.moving.copy_(torch.where(self._last.isnan(), self.moving, moved))
+        if bool(self.moving < self.threshold):
+            strategy.reset_all()
