@@ -407,6 +407,7 @@ class TestTimeAdaptation(ContinualStrategy):
         """Each term as a mean over the selected samples of all processes; see ``adapt``."""
         weights = self._weights(batch, output) if self.filters else None
         for rule in self.restoration:
+            assert isinstance(rule, RestorationRule)
             rule.learn(output, None if weights is None else weights > 0)
         if weights is None:
             return {name: mean_over_rows(term) if term.dim() else term for name, term in terms.items()}

@@ -32,9 +32,7 @@ SUBJECTS = {
     ),
 }
 
-WAITS = {
-    "Tent with parts": {"edit_gradients", "forward"}
-}  # whether a sample is selected; whether the entropy collapses
+WAITS = {"Tent with parts": {"edit_gradients", "forward"}}  # is a sample selected? does the entropy collapse?
 
 PUBLISHED = {
     "tent": {

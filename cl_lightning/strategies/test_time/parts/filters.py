@@ -9,7 +9,6 @@ weight is the product of their weights.
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,11 +18,8 @@ from cl_lightning.batch import Batch
 from cl_lightning.checks import above, within
 from cl_lightning.distributed import all_sum
 from cl_lightning.losses import entropy, full_precision
-from cl_lightning.strategies.test_time.parts.part import Part
+from cl_lightning.strategies.test_time.parts.part import Adapting, Part
 from cl_lightning.strategy import Output
-
-if TYPE_CHECKING:
-    from cl_lightning.strategies.test_time.base import TestTimeAdaptation
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -35,7 +31,7 @@ class SampleFilter(Part, ABC):
     """Chooses samples of a batch, and weights them."""
 
     @abstractmethod
-    def forward(self, strategy: "TestTimeAdaptation", batch: Batch, output: Output) -> Tensor:
+    def forward(self, strategy: Adapting, batch: Batch, output: Output) -> Tensor:
         """Weights ``(B,)`` of the rows of this process, at least 0, without gradient; 0 rejects a sample.
 
         Args:
@@ -61,7 +57,7 @@ class EntropyFilter(SampleFilter):
         above(self, 0, margin=margin)
         self.margin, self.weighted = margin, weighted
 
-    def forward(self, strategy: "TestTimeAdaptation", batch: Batch, output: Output) -> Tensor:
+    def forward(self, strategy: Adapting, batch: Batch, output: Output) -> Tensor:
         values, most = entropy(output.logits.detach()), self.margin * math.log(strategy.num_source)
         selected = values < most
         if self.weighted and math.isfinite(most):
@@ -90,13 +86,13 @@ class DiversityFilter(SampleFilter):
         self.diversity, self.momentum = diversity, momentum
         self.register_buffer("mean", torch.zeros(0))  # m, (classes of the source,); zeros before the first selection
 
-    def learn_source(self, strategy: "TestTimeAdaptation") -> None:
+    def learn_source(self, strategy: Adapting) -> None:
         self.mean = self.mean.new_zeros(strategy.num_source)
 
     def reset(self) -> None:
         self.mean = torch.zeros_like(self.mean)
 
-    def forward(self, strategy: "TestTimeAdaptation", batch: Batch, output: Output) -> Tensor:
+    def forward(self, strategy: Adapting, batch: Batch, output: Output) -> Tensor:
         p = probabilities(output.logits)
         return (F.cosine_similarity(p, self.mean[None], dim=1).abs() < self.diversity).to(p)
 

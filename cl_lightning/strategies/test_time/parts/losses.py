@@ -9,7 +9,6 @@ With p = softmax(z) of the logits z of a sample, y^ = argmax p and C classes:
 """
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,11 +17,8 @@ from torch.nn import functional as F
 from cl_lightning.batch import Batch
 from cl_lightning.checks import within
 from cl_lightning.losses import entropy, full_precision
-from cl_lightning.strategies.test_time.parts.part import Part
+from cl_lightning.strategies.test_time.parts.part import Adapting, Part
 from cl_lightning.strategy import Output
-
-if TYPE_CHECKING:
-    from cl_lightning.strategies.test_time.base import TestTimeAdaptation
 
 
 def soft_likelihood_ratio(logits: Tensor, *, ceiling: float = 0.99) -> Tensor:
@@ -43,7 +39,7 @@ class TestTimeLoss(Part, ABC):
     __test__ = False  # pytest would collect a class of this name
 
     @abstractmethod
-    def forward(self, strategy: "TestTimeAdaptation", batch: Batch, output: Output) -> Tensor:
+    def forward(self, strategy: Adapting, batch: Batch, output: Output) -> Tensor:
         """The loss of each row, ``(B,)``, or a scalar: this process's share of the mean over the batch.
 
         Args:
@@ -56,7 +52,7 @@ class TestTimeLoss(Part, ABC):
 class Entropy(TestTimeLoss):
     """Entropy of the prediction."""
 
-    def forward(self, strategy: "TestTimeAdaptation", batch: Batch, output: Output) -> Tensor:
+    def forward(self, strategy: Adapting, batch: Batch, output: Output) -> Tensor:
         return entropy(output.logits)
 
 
@@ -66,7 +62,7 @@ class SoftLikelihoodRatio(TestTimeLoss):
     Source: Marsden, Doebler, Yang, Universal test-time adaptation, WACV 2024, arXiv:2306.00650.
     """
 
-    def forward(self, strategy: "TestTimeAdaptation", batch: Batch, output: Output) -> Tensor:
+    def forward(self, strategy: Adapting, batch: Batch, output: Output) -> Tensor:
         return soft_likelihood_ratio(output.logits)
 
 
@@ -84,12 +80,12 @@ class GeneralizedCrossEntropy(TestTimeLoss):
         within(self, "(0, 1]", q=q)
         self.q = q
 
-    def forward(self, strategy: "TestTimeAdaptation", batch: Batch, output: Output) -> Tensor:
+    def forward(self, strategy: Adapting, batch: Batch, output: Output) -> Tensor:
         return generalized_cross_entropy(output.logits, self.q)
 
 
 class PseudoLabelCrossEntropy(TestTimeLoss):
     """Cross-entropy with the predicted class as label."""
 
-    def forward(self, strategy: "TestTimeAdaptation", batch: Batch, output: Output) -> Tensor:
+    def forward(self, strategy: Adapting, batch: Batch, output: Output) -> Tensor:
         return -F.log_softmax(full_precision(output.logits), dim=1).amax(dim=1)

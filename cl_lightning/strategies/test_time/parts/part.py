@@ -2,15 +2,39 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from cl_lightning.memory import restore_shapes
+from cl_lightning.memory import Teacher, restore_shapes
+from cl_lightning.models import Network
+from cl_lightning.strategies.base.passes import Passes
 from cl_lightning.strategy import Output
 
-if TYPE_CHECKING:
-    from cl_lightning.strategies.test_time.base import TestTimeAdaptation
+
+class Adapting(Protocol):
+    """What parts read of, and do with, a test-time adaptation method."""
+
+    network: Network
+    source: Teacher
+    passes: Passes
+
+    @property
+    def num_source(self) -> int:
+        """Number of classes of the source."""
+
+    @property
+    def source_values(self) -> Mapping[str, Tensor]:
+        """Tensors of the source network that the stream can change, by name in the network."""
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that are trained in the stream, by name in the network."""
+
+    def forward_source_classes(self, images: Tensor) -> Output:
+        """Features and scores ``(B, classes of the source)`` of images, without adaptation."""
+
+    def reset_all(self) -> None:
+        """Reset the network, the parts, further state of the method, and the optimizer."""
 
 
 class Part(nn.Module):
@@ -24,7 +48,7 @@ class Part(nn.Module):
     needs_source: ClassVar[bool] = False
     """Whether the part reads ``strategy.source``, a copy of the source network."""
 
-    def learn_source(self, strategy: "TestTimeAdaptation") -> None:
+    def learn_source(self, strategy: Adapting) -> None:
         """Measure what the part needs of the source, and set its state; called once, when the source domain ends."""
 
     def reset(self) -> None:

@@ -10,7 +10,7 @@ theta are the trained parameters, theta_0 their values in the source network.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,8 @@ from cl_lightning.batch import Batch, mix
 from cl_lightning.checks import above, at_least, within
 from cl_lightning.distributed import all_sum
 from cl_lightning.losses import entropy
-from cl_lightning.strategies.test_time.parts.part import Part
+from cl_lightning.strategies.test_time.parts.part import Adapting, Part
 from cl_lightning.strategy import Output
-
-if TYPE_CHECKING:
-    from cl_lightning.strategies.test_time.base import TestTimeAdaptation
 
 _RESTORE = 0xC1  # salt
 
@@ -56,7 +53,7 @@ class RestorationRule(Part, ABC):
         """
 
     @abstractmethod
-    def forward(self, strategy: "TestTimeAdaptation", batch: Batch) -> None:
+    def forward(self, strategy: Adapting, batch: Batch) -> None:
         """Change ``strategy.trained_parameters()`` in place; not called if no step was taken."""
 
 
@@ -72,7 +69,7 @@ class StochasticRestore(RestorationRule):
         within(self, "[0, 1]", share=share)
         self.share = share
 
-    def forward(self, strategy: "TestTimeAdaptation", batch: Batch) -> None:
+    def forward(self, strategy: Adapting, batch: Batch) -> None:
         if self.share:
             key = mix(batch.draw.key, _RESTORE)
             restore(strategy.trained_parameters(), strategy.source_values, self.share, key)
@@ -91,7 +88,7 @@ class WeightEnsembling(RestorationRule):
         self.momentum = momentum
 
     @torch.no_grad()
-    def forward(self, strategy: "TestTimeAdaptation", batch: Batch) -> None:
+    def forward(self, strategy: Adapting, batch: Batch) -> None:
         source = strategy.source_values
         pairs = [(value, source[name]) for name, value in strategy.trained_parameters().items()]
         mine, theirs = (list(column) for column in zip(*pairs, strict=True))
@@ -122,7 +119,7 @@ class PeriodicReset(RestorationRule):
         self._count = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, strategy: "TestTimeAdaptation", batch: Batch) -> None:
+    def forward(self, strategy: Adapting, batch: Batch) -> None:
         self._count = (int(self.steps) if self._count is None else self._count) + 1
         self.steps.fill_(self._count)
         if self._count == self.every:
@@ -161,7 +158,7 @@ class EntropyReset(RestorationRule):
         self._last = (total / count).to(self.moving)  # not a number without samples
 
     @torch.no_grad()
-    def forward(self, strategy: "TestTimeAdaptation", batch: Batch) -> None:
+    def forward(self, strategy: Adapting, batch: Batch) -> None:
         moved = torch.lerp(self._last, self.moving, self.momentum)
         moved = torch.where(self.moving.isnan(), self._last, moved)
         self.moving.copy_(torch.where(self._last.isnan(), self.moving, moved))
