@@ -18,9 +18,8 @@ Several processes split each batch, and sums over a batch are taken over all pro
 network is evaluated on the test samples of the stream, without adaptation.
 """
 
-import copy
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -30,8 +29,7 @@ from torch import Tensor, nn
 
 from cl_lightning.batch import ImageShape
 from cl_lightning.checks import at_least, one_of, within
-from cl_lightning.distributed import all_sum, world_size
-from cl_lightning.losses import mean_over_rows
+from cl_lightning.distributed import all_sum
 from cl_lightning.measures import EvaluationResult, online_error
 from cl_lightning.memory import NamedBuffers, Teacher, restore_shapes
 from cl_lightning.models import LinearHead, adapt_norms, norm_parameters, set_statistics
@@ -42,6 +40,7 @@ from cl_lightning.strategies.base.evaluation import Evaluation
 from cl_lightning.strategies.test_time.parts.filters import SampleFilter
 from cl_lightning.strategies.test_time.parts.part import OutputHead, Part
 from cl_lightning.strategies.test_time.parts.restoration import RestorationRule
+from cl_lightning.strategies.test_time.parts.together import Parts
 from cl_lightning.strategy import Batch, ContinualStrategy, Output, Phase, PhaseOptions, Task, Traits
 
 SOURCE, ADAPT = "source", "adapt"
@@ -51,10 +50,6 @@ Trained = Literal["norm", "all"] | list[str] | None
 def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Adam with learning rate 0.001: the optimizer of the papers for CIFAR-10-C in batches of 200."""
     return torch.optim.Adam(parameters, lr=1e-3)
-
-
-def _copies(parts: Sequence[Part] | None) -> nn.ModuleList:
-    return nn.ModuleList(copy.deepcopy(part) for part in parts or ())
 
 
 class PersistentTensors(NamedBuffers):
@@ -75,7 +70,15 @@ class PersistentTensors(NamedBuffers):
 
 
 class SourceState(PersistentTensors):
-    """Values, after the source domain, of the tensors of a network that the stream can change."""
+    """Values, after the source domain, of the tensors of a network that the stream can change.
+
+    Args:
+        teacher: Copy of the source network; if the method has it, no tensors are stored.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__()
+        self._teacher = (teacher,)  # not a submodule: the method saves it
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Store copies of tensors, by name in the network."""
@@ -86,8 +89,16 @@ class SourceState(PersistentTensors):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors, by name in the network."""
-        return self._get("state")
+        """The tensors, by name in the network."""
+        network = self._teacher[0].network
+        return self._get("state") if network is None else network.state_dict()
+
+    @torch.no_grad()
+    def restore(self, network: nn.Module) -> None:
+        """Copy the source values into a network of the same architecture."""
+        state = network.state_dict()
+        for name, value in self.tensors.items():
+            state[name].copy_(value)
 
 
 class OptimizerState(PersistentTensors):
@@ -200,14 +211,12 @@ class TestTimeAdaptation(ContinualStrategy):
         self.source_head, self.params, self.reset_at, self.predict_when = source_head, params, reset, predict_when
         self.statistics: Literal["source", "batch", "mix", "moving"] = statistics
         self.evaluation = OnlineEvaluation(self)
-        self.norm_options = {"share": alpha, "prior": prior, "rate": momentum}
-        self.output = copy.deepcopy(output)
-        self.filters, self.restoration = _copies(filters), _copies(restoration)
-        self.mean_over = mean_over
+        self._norm_options = {"share": alpha, "prior": prior, "rate": momentum}
+        self.parts = Parts(filters, restoration, output, mean_over)
         transductive = statistics in ("batch", "mix") or any(part.transductive for part in self.parts)
         self.traits = self.traits.but(transductive=transductive)
         self.source = Teacher()  # the source network, if the method needs a copy
-        self.start = SourceState()  # otherwise the tensors that a reset restores
+        self.start = SourceState(self.source)  # otherwise the tensors that a reset restores
         self.optimizer_state = OptimizerState()
         # A fit and DistributedDataParallel need a trained parameter, also if the method trains none.
         self.nothing = nn.Parameter(torch.zeros(()))
@@ -215,8 +224,6 @@ class TestTimeAdaptation(ContinualStrategy):
         self.online: Tensor
         self._last_step, self._moves = 0, True  # whether a step changes parameters
         self._predicted = False  # whether the batch was predicted: a step can take several forward passes
-        self._selected: Tensor | None = None  # rows of the batch that filters selected in the first forward pass
-        self._selected_in_step: Tensor | None = None  # number of selected samples, () in all processes
 
     # ------------------------------------------------------------------ methods to override
 
@@ -237,14 +244,16 @@ class TestTimeAdaptation(ContinualStrategy):
 
     def after_update(self, batch: Batch) -> None:
         """Called after each step of the optimizer that changed parameters; applies the restoration rules."""
-        for rule in self.restoration:
+        for rule in self.parts.rules:
             rule(self, batch)
 
     def reset(self) -> None:
-        """Reset the network and the parts to their state after the source domain; further state needs an override."""
-        self.restore_source(self.network)
-        for part in self.parts:
+        """Reset network, parts and optimizer to their state after the source domain; extend it for further state."""
+        self.start.restore(self.network)
+        for part in self._all_parts():
             part.reset()
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
 
     def forward_source_classes(self, images: Tensor) -> Output:
         """Features and scores ``(B, classes of the source)`` of images, without adaptation."""
@@ -282,28 +291,9 @@ class TestTimeAdaptation(ContinualStrategy):
             and (self.params == "all" or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.params))
         }
 
-    @property
-    def parts(self) -> Sequence[Part]:
-        """The parts of the method: filters, restoration rules, the correction of scores, and further ones."""
+    def _all_parts(self) -> list[Part]:
+        """The parts, and further ones of the method."""
         return [module for module in self.modules() if isinstance(module, Part)]
-
-    @property
-    def source_values(self) -> Mapping[str, Tensor]:
-        """Tensors of the source network that the stream can change, by name in the network."""
-        return self.start.tensors if self.source.network is None else self.source.network.state_dict()
-
-    @torch.no_grad()
-    def restore_source(self, network: nn.Module) -> None:
-        """Copy the source values into a network of the same architecture."""
-        state = network.state_dict()
-        for name, value in self.source_values.items():
-            state[name].copy_(value)
-
-    def reset_all(self) -> None:
-        """Reset the network, the parts, further state of the method, and the optimizer."""
-        self.reset()
-        for optimizer in self.trainer.optimizers:
-            optimizer.state.clear()
 
     # ------------------------------------------------------------------ the stream
 
@@ -371,15 +361,12 @@ class TestTimeAdaptation(ContinualStrategy):
             self.optimizer_state.give(optimizer)
         return built
 
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        self._last_step = self.trainer.global_step
-
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        self._predicted, self._selected = False, None
+        self._last_step, self._predicted = self.trainer.global_step, False
+        self.parts.begin_batch()
         if self.phase.name == ADAPT and self.reset_at == "batch":
-            self.reset_all()
+            self.reset()
 
     def prepare_batch(self, batch: Batch) -> Batch:
         if self.phase.name == SOURCE:
@@ -399,47 +386,12 @@ class TestTimeAdaptation(ContinualStrategy):
         scores, terms = self.adapt(hidden, output)
         if self.predict_when == "before" and not self._predicted:
             self._predict_stream(output._replace(logits=scores), batch)
-        terms = self._averaged(terms, hidden, output)
+        terms = self.parts.averaged(self, terms, hidden, output)
         self._predicted = True
         return terms or {"nothing": 0.0 * self.nothing}
 
-    def _averaged(self, terms: dict[str, Tensor], batch: Batch, output: Output) -> dict[str, Tensor]:
-        """Each term as a mean over the selected samples of all processes; see ``adapt``."""
-        weights = self._weights(batch, output) if self.filters else None
-        for rule in self.restoration:
-            assert isinstance(rule, RestorationRule)
-            rule.learn(output, None if weights is None else weights > 0)
-        if weights is None:
-            return {name: mean_over_rows(term) if term.dim() else term for name, term in terms.items()}
-        selected = weights > 0
-        count = all_sum(selected.sum())
-        self._selected_in_step = count if self._selected_in_step is None else self._selected_in_step + count
-        # The base class weights the terms of a process by its share of the batch. Undo that: the mean is over the
-        # selected samples of all processes.
-        share = world_size() / batch.weight if batch.weight else 0.0
-        size = count.clamp(min=1) if self.mean_over == "selected" else batch.draw.total
-        return {
-            name: share * (weights * term).where(selected, 0.0).sum() / size if term.dim() else term * (count > 0)
-            for name, term in terms.items()
-        }
-
-    @torch.no_grad()
-    def _weights(self, batch: Batch, output: Output) -> Tensor:
-        """Weights ``(B,)`` of the rows of this process; a row that a pass over the batch rejects stays rejected."""
-        weights = torch.ones(len(batch.images), device=output.logits.device)
-        filters = [part for part in self.filters if isinstance(part, SampleFilter)]
-        for part in filters:
-            weights = weights * part(self, batch, output)
-        if self._selected is not None:
-            return weights * self._selected
-        self._selected = weights > 0
-        for part in filters:
-            part.learn(output, self._selected)
-        return weights
-
     def edit_gradients(self, batch: Batch) -> None:
-        count, self._selected_in_step = self._selected_in_step, None
-        self._moves = count is None or bool(count)
+        self._moves = self.parts.step_moves()
         if not self._moves:  # momentum would change the parameters even for a gradient of 0
             for parameter in self.trained_parameters().values():
                 parameter.grad = None
@@ -447,23 +399,20 @@ class TestTimeAdaptation(ContinualStrategy):
     def after_step(self, batch: Batch) -> None:
         if self.phase.name != ADAPT:
             return
-        if self.trainer.global_step > self._last_step:  # otherwise gradients are accumulated
-            self._last_step = self.trainer.global_step
-            if self._moves:
-                self.after_update(batch)
+        if self.trainer.global_step > self._last_step and self._moves:  # gradients may be accumulated
+            self.after_update(batch)
         if self.predict_when == "after":
             self._predict_stream(self.forward_source_classes(batch.images), batch)
 
     def _predict_stream(self, output: Output, batch: Batch) -> None:
         """Score the prediction of a batch of the stream, corrected by ``output``, which learns from it."""
-        if self.output is not None:
-            self.output.learn(output._replace(features=output.features.detach(), logits=output.logits.detach()))
+        self.parts.learn(output)
         self._score(self._final(output), batch)
 
     @torch.no_grad()
     def _final(self, output: Output) -> Tensor:
         """Scores after correction by ``output``; these scores are evaluated."""
-        return output.logits if self.output is None or not self.adapting else self.output(output)
+        return self.parts.corrected(output) if self.adapting else output.logits
 
     @torch.no_grad()
     def _score(self, scores: Tensor, batch: Batch) -> None:
@@ -481,13 +430,13 @@ class TestTimeAdaptation(ContinualStrategy):
 
     def end_task(self, task: Task) -> None:
         super().end_task(task)
-        if task.is_first and (self.needs_source or any(part.needs_source for part in self.parts)):
+        if task.is_first and (self.needs_source or any(part.needs_source for part in self._all_parts())):
             self.source.learn_from(self.network)
-        elif task.is_first and (self.reset_at != "never" or self.restoration):
+        elif task.is_first and (self.reset_at != "never" or self.parts.rules):
             statistics = dict(self.network.named_buffers()) if self.statistics == "moving" else {}
             self.start.take({**self.trained_parameters(), **statistics})
         if task.is_first:
-            for part in self.parts:
+            for part in self._all_parts():
                 part.learn_source(self)
 
     def predict(self, images: Tensor, tasks: Tensor | None = None) -> Tensor:
@@ -497,7 +446,7 @@ class TestTimeAdaptation(ContinualStrategy):
 
     def bytes_kept(self) -> dict[str, int]:
         kept = {"optimizer": self.optimizer_state, "source": self.start}
-        state = sum(part.num_bytes() for part in self.parts)
+        state = sum(part.num_bytes() for part in self._all_parts())
         return {
             **super().bytes_kept(),
             **{name: part.num_bytes() for name, part in kept.items() if part},
@@ -505,7 +454,7 @@ class TestTimeAdaptation(ContinualStrategy):
         }
 
     def _choose_statistics(self) -> None:
-        set_statistics(self, self.norm_statistics if self.adapting else "running", **self.norm_options)
+        set_statistics(self, self.norm_statistics if self.adapting else "running", **self._norm_options)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         restore_shapes(self, state_dict, prefix, ("online",))

@@ -55,7 +55,7 @@ class MeanTeacherAdaptation(TestTimeAdaptation):
     def reset(self) -> None:
         super().reset()
         if self.teacher.network is not None:
-            self.restore_source(self.teacher.network)
+            self.start.restore(self.teacher.network)
 
     def end_task(self, task: Task) -> None:
         super().end_task(task)

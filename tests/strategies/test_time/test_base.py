@@ -226,7 +226,7 @@ def test_an_output_head_goes_with_any_method():
     first, other = plain.noted[1][0], adjusted.noted[1][0]
     assert not torch.allclose(first.softmax(1), other.softmax(1), atol=1e-2)
     both = [watching(LAME, affinity="rbf"), watching(Source)]
-    both[1].output = LaplacianAdjustment("rbf")
+    both[1].parts.output = LaplacianAdjustment("rbf")
     for strategy in both:
         adapt(strategy)
     assert torch.equal(*(scores(strategy) for strategy in both))

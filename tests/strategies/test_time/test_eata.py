@@ -21,7 +21,7 @@ from cl_lightning.testing import Subject, small
 SUBJECTS = {
     "EATA": Subject(small(EATA, backbone=tiny_resnet, margin=0.8, diversity=0.9, fisher_weight=1.0)),
 }
-WAITS = {"EATA": {"edit_gradients"}}  # whether a sample is kept
+WAITS = {"EATA": {"step_moves"}}  # whether a sample is kept
 
 PUBLISHED = {
     "eata": {
@@ -53,7 +53,7 @@ def test_with_a_learning_rate_of_0_it_is_normalisation_by_the_test_batch(statist
     plain = watching(BNAdapt, statistics=statistics)
     adapt(mine)
     adapt(plain)
-    assert float(mine.filters[1].mean.sum()) == pytest.approx(1.0)  # samples were kept
+    assert float(mine.parts.filters[1].mean.sum()) == pytest.approx(1.0)  # samples were kept
     torch.testing.assert_close(scores(mine), scores(plain), rtol=1e-5, atol=1e-5)
 
 
@@ -62,7 +62,7 @@ def test_where_no_sample_is_kept_no_step_is_taken():
     state, before = made.strategy.network.state_dict(), source_network("source").state_dict()
     assert all(torch.equal(state[name], value) for name, value in before.items() if name in state)
     assert made.strategy.optimizer_state._get("state") == {}
-    assert float(made.strategy.filters[1].mean.sum()) == 0.0
+    assert float(made.strategy.parts.filters[1].mean.sum()) == 0.0
 
 
 def test_the_loss_is_the_weighted_mean_over_the_kept_samples_whatever_the_weight_of_the_process():
@@ -71,24 +71,24 @@ def test_the_loss_is_the_weighted_mean_over_the_kept_samples_whatever_the_weight
 
     strategy = OfFour(margin=0.4, diversity=2.0, fisher_weight=0.0)
     mean = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    strategy.filters[1].mean = mean.clone()
+    strategy.parts.filters[1].mean = mean.clone()
     flat = torch.zeros(3, 4)  # of entropy log 4
     sharp = torch.tensor([[4.0, 0, 0, 0], [0, 3, 0, 0], [0, 0.1, 0, 0]])  # of which the first two are kept
     bound = 0.4 * math.log(4)
     for logits, count in ((flat, 0), (sharp, 2)):
         batch, output = batch_of(torch.zeros(3, dtype=torch.int64)).replace(weight=0.5), Output(logits, logits)
-        strategy._selected = None  # of the batch before
+        strategy.parts.begin_batch()  # of the batch before
         returned, terms = strategy.adapt(batch, output)
-        terms = strategy._averaged(terms, batch, output)
+        terms = strategy.parts.averaged(strategy, terms, batch, output)
         assert torch.equal(returned, logits)
         values = entropy(logits)[:count]
         expected = ((bound - values).exp() * values).sum() / 2
         torch.testing.assert_close(0.5 * terms["adaptation"], expected)  # the base class multiplies by the weight
         if count:
             mean = 0.9 * mean + 0.1 * logits[:count].softmax(1).mean(0)
-        torch.testing.assert_close(strategy.filters[1].mean, mean)
+        torch.testing.assert_close(strategy.parts.filters[1].mean, mean)
         assert set(terms) == {"adaptation"}
-    assert int(strategy._selected_in_step) == 2  # of both batches of a step with accumulated gradients
+    assert int(strategy.parts._selected_in_step) == 2  # of both batches of a step with accumulated gradients
 
 
 def test_the_mean_prediction_follows_the_kept_samples():
@@ -99,7 +99,7 @@ def test_the_mean_prediction_follows_the_kept_samples():
         kept = entropy(part) < 0.6 * math.log(10)
         new = part.softmax(1)[kept].mean(0)
         mean = new if mean is None else 0.9 * mean + 0.1 * new
-    torch.testing.assert_close(strategy.filters[1].mean, mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(strategy.parts.filters[1].mean, mean, rtol=1e-4, atol=1e-5)
 
 
 def test_the_fisher_information_is_the_square_of_the_gradients_of_batches():
@@ -188,7 +188,7 @@ def test_a_reset_takes_the_mean_back():
     adapt(strategy)
     alone = watching(EATA, margin=1.0, diversity=2.0, reset="domain", fisher_weight=0.0, optimizer=adam)
     adapt(alone, stream(corruptions=["contrast"]))
-    assert_same({"mean": strategy.filters[1].mean}, {"mean": alone.filters[1].mean})
+    assert_same({"mean": strategy.parts.filters[1].mean}, {"mean": alone.parts.filters[1].mean})
 
 
 def test_the_weight_of_the_benchmarks_comes_with_their_batches_of_200():

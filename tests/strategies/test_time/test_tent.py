@@ -32,7 +32,8 @@ SUBJECTS = {
     ),
 }
 
-WAITS = {"Tent with parts": {"edit_gradients", "forward"}}  # is a sample selected? does the entropy collapse?
+SLOW = "a second subject runs all parts that plug into a method"
+WAITS = {"Tent with parts": {"step_moves", "forward"}}  # is a sample selected? does the entropy collapse?
 
 PUBLISHED = {
     "tent": {

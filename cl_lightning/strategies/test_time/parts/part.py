@@ -24,8 +24,8 @@ class Adapting(Protocol):
         """Number of classes of the source."""
 
     @property
-    def source_values(self) -> Mapping[str, Tensor]:
-        """Tensors of the source network that the stream can change, by name in the network."""
+    def start(self) -> "SourceTensors":
+        """Values of the tensors of the network that the stream can change, after the source domain."""
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that are trained in the stream, by name in the network."""
@@ -33,8 +33,16 @@ class Adapting(Protocol):
     def forward_source_classes(self, images: Tensor) -> Output:
         """Features and scores ``(B, classes of the source)`` of images, without adaptation."""
 
-    def reset_all(self) -> None:
+    def reset(self) -> None:
         """Reset the network, the parts, further state of the method, and the optimizer."""
+
+
+class SourceTensors(Protocol):
+    """Tensors of the source network."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The tensors, by name in the network."""
 
 
 class Part(nn.Module):

@@ -72,7 +72,7 @@ class StochasticRestore(RestorationRule):
     def forward(self, strategy: Adapting, batch: Batch) -> None:
         if self.share:
             key = mix(batch.draw.key, _RESTORE)
-            restore(strategy.trained_parameters(), strategy.source_values, self.share, key)
+            restore(strategy.trained_parameters(), strategy.start.tensors, self.share, key)
 
 
 class WeightEnsembling(RestorationRule):
@@ -89,7 +89,7 @@ class WeightEnsembling(RestorationRule):
 
     @torch.no_grad()
     def forward(self, strategy: Adapting, batch: Batch) -> None:
-        source = strategy.source_values
+        source = strategy.start.tensors
         pairs = [(value, source[name]) for name, value in strategy.trained_parameters().items()]
         mine, theirs = (list(column) for column in zip(*pairs, strict=True))
         torch._foreach_lerp_(mine, theirs, 1 - self.momentum)
@@ -123,7 +123,7 @@ class PeriodicReset(RestorationRule):
         self._count = (int(self.steps) if self._count is None else self._count) + 1
         self.steps.fill_(self._count)
         if self._count == self.every:
-            strategy.reset_all()
+            strategy.reset()
 
 
 class EntropyReset(RestorationRule):
@@ -163,4 +163,4 @@ class EntropyReset(RestorationRule):
         moved = torch.where(self.moving.isnan(), self._last, moved)
         self.moving.copy_(torch.where(self._last.isnan(), self.moving, moved))
         if bool(self.moving < self.threshold):
-            strategy.reset_all()
+            strategy.reset()

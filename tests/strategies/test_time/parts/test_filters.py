@@ -74,7 +74,9 @@ def test_the_mean_is_over_the_selected_or_over_the_batch():
         strategy = Tent(filters=[Odd()], mean_over=over)
         images, logits = normal(8, 1, 2, 2), normal(8, 5)
         batch = batch_of(torch.zeros(8, dtype=torch.int64), images=images)
-        terms = strategy._averaged({"loss": entropy(logits), "weights": logits.sum()}, batch, Output(logits, logits))
+        terms = strategy.parts.averaged(
+            strategy, {"loss": entropy(logits), "weights": logits.sum()}, batch, Output(logits, logits)
+        )
         rows = images.flatten(1).sum(1).argsort().argsort() % 2 == 1
         torch.testing.assert_close(terms["loss"], factor * entropy(logits)[rows].mean(), check_dtype=False)
         assert terms["weights"] == logits.sum()
@@ -87,12 +89,12 @@ def test_a_row_that_the_first_pass_of_a_step_rejects_stays_rejected_and_filters_
     batch = batch_of(torch.zeros(2, dtype=torch.int64))
     flat, sharp = torch.zeros(5), torch.tensor([5.0, 0, 0, 0, 0])
     first, second = torch.stack([flat, sharp]), torch.stack([sharp, sharp])
-    assert (strategy._weights(batch, Output(first, first)) > 0).tolist() == [False, True]
-    mean = strategy.filters[1].mean.clone()
-    assert (strategy._weights(batch, Output(second, second)) > 0).tolist() == [False, True]
-    assert torch.equal(strategy.filters[1].mean, mean)
-    strategy._selected = None  # of the next batch
-    assert (strategy._weights(batch, Output(second, second)) > 0).all()
+    assert (strategy.parts.weights(strategy, batch, Output(first, first)) > 0).tolist() == [False, True]
+    mean = strategy.parts.filters[1].mean.clone()
+    assert (strategy.parts.weights(strategy, batch, Output(second, second)) > 0).tolist() == [False, True]
+    assert torch.equal(strategy.parts.filters[1].mean, mean)
+    strategy.parts.begin_batch()  # of the next batch
+    assert (strategy.parts.weights(strategy, batch, Output(second, second)) > 0).all()
 
 
 @pytest.mark.parametrize("cls", [Tent, CoTTA])

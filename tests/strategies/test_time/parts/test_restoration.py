@@ -88,12 +88,12 @@ def test_a_periodic_reset_starts_the_stream_again():
     adapt(reset)  # 4 batches in each of 2 domains
     adapt(plain, stream(corruptions=["contrast"]))
     assert torch.equal(torch.cat(reset.noted[2]), torch.cat(plain.noted[1]))
-    assert int(reset.restoration[0].steps) == 0
-    assert not reset.filters[0].mean.any()
+    assert int(reset.parts.rules[0].steps) == 0
+    assert not reset.parts.filters[0].mean.any()
     assert all(not optimizer.state for optimizer in reset.trainer.optimizers)
     never = watching(Tent, restoration=[PeriodicReset(9)], **options)
     adapt(never)
-    assert int(never.restoration[0].steps) == 8
+    assert int(never.parts.rules[0].steps) == 8
 
 
 def test_the_entropy_of_a_reset_is_a_moving_mean_over_the_selected():
