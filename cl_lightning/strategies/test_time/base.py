@@ -305,6 +305,8 @@ class TestTimeAdaptation(ContinualStrategy):
                 f"{type(self).__name__}: params is {self.params!r}, of which {type(self.network.backbone).__name__} "
                 "has no parameters; use a backbone with normalisation layers, or params 'all'"
             )
+        for part in self._all_parts():
+            part.check(self)
         if self.source_head is not None:
             if not isinstance(self.network.head, LinearHead):
                 name = type(self.network.head).__name__

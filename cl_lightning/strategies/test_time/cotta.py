@@ -30,7 +30,7 @@ from cl_lightning.losses import full_precision
 from cl_lightning.strategies.test_time.base import TestTimeAdaptation, Trained
 from cl_lightning.strategies.test_time.mean_teacher import MeanTeacherAdaptation
 from cl_lightning.strategies.test_time.parts.restoration import RestorationRule, StochasticRestore
-from cl_lightning.strategies.test_time.parts.views import random_view
+from cl_lightning.strategies.test_time.parts.views import viewed
 from cl_lightning.strategy import Batch, Output
 
 _VIEWS = 0xC0  # salt
@@ -99,10 +99,8 @@ class CoTTA(MeanTeacherAdaptation):
             source = full_precision(self.source(batch.images).logits[:, : self.num_source])
             confidence = all_sum(source.softmax(dim=1).amax(dim=1).sum()) / batch.draw.total
             if bool(confidence < self.threshold):
-                raw = batch.raw if batch.raw.is_floating_point() else batch.raw.float() / 255
                 total = torch.zeros_like(source)
                 for number in range(self.views):
-                    view = batch.replace(raw=random_view(raw, batch.draw.fork(_VIEWS, number)))
-                    total += self.of_teacher(self.data.finish(view).images).logits
+                    total += self.of_teacher(viewed(self, batch, batch.draw.fork(_VIEWS, number))).logits
                 return total / self.views
         return self.of_teacher(batch.images).logits

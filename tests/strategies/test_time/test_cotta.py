@@ -7,10 +7,10 @@ from support.fakes import normal
 from torch import nn
 from torch.nn import functional as F
 
-from cl_lightning.strategies.test_time import cotta
 from cl_lightning.strategies.test_time.bn_adapt import BNAdapt
 from cl_lightning.strategies.test_time.cotta import CoTTA, consistency
 from cl_lightning.strategies.test_time.mean_teacher import move_teacher
+from cl_lightning.strategies.test_time.parts import views
 from cl_lightning.strategies.test_time.source import Source
 from cl_lightning.testing import Subject, small
 
@@ -94,7 +94,7 @@ def test_without_a_learning_rate_it_is_batch_norm_adaptation():
 
 def test_views_are_made_only_where_the_source_is_not_confident(monkeypatch):
     made = []
-    monkeypatch.setattr(cotta, "random_view", lambda images, draw: (made.append(len(images)), images)[1])
+    monkeypatch.setattr(views, "random_view", lambda images, draw, **kind: (made.append(len(images)), images)[1])
     for threshold, count in ((0.0, 0), (1.1, 3 * 8)):  # 8 batches in all
         made.clear()
         strategy = watching(CoTTA, views=3, threshold=threshold, optimizer=adam)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cl_lightning.memory import Teacher, restore_shapes
 from cl_lightning.models import Network
-from cl_lightning.strategies.base.passes import Passes
+from cl_lightning.strategies.base.passes import Passes, StrategyData
 from cl_lightning.strategy import Output
 
 
@@ -17,6 +17,7 @@ class Adapting(Protocol):
 
     network: Network
     source: Teacher
+    data: StrategyData
     passes: Passes
 
     @property
@@ -55,6 +56,9 @@ class Part(nn.Module):
     """Whether the result for a sample depends on other samples of its batch."""
     needs_source: ClassVar[bool] = False
     """Whether the part reads ``strategy.source``, a copy of the source network."""
+
+    def check(self, strategy: Adapting) -> None:
+        """Raise ValueError if the part does not fit the method; called when the network is built."""
 
     def learn_source(self, strategy: Adapting) -> None:
         """Measure what the part needs of the source, and set its state; called once, when the source domain ends."""

@@ -2,6 +2,7 @@
 
     StochasticRestore  theta <- M theta_0 + (1 - M) theta,  M ~ Bernoulli(share) elementwise   (Wang et al., CVPR 2022)
     WeightEnsembling   theta <- m theta + (1 - m) theta_0                              (Marsden et al., WACV 2024)
+    MomentumFilter     theta <- g theta + (1 - g) h, with h a Kalman filter of theta       (Lee and Chang, ICLR 2024)
     PeriodicReset      every n steps: network, optimizer and further state are reset   (Press et al., NeurIPS 2023)
     EntropyReset       the same if a moving mean of the entropy is below a threshold   (Niu et al., ICLR 2023)
 
@@ -10,15 +11,16 @@ theta are the trained parameters, theta_0 their values in the source network.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cl_lightning.batch import Batch, mix
-from cl_lightning.checks import above, at_least, within
+from cl_lightning.checks import above, at_least, one_of, within
 from cl_lightning.distributed import all_sum
 from cl_lightning.losses import entropy
+from cl_lightning.memory import NamedBuffers
 from cl_lightning.strategies.test_time.parts.part import Adapting, Part
 from cl_lightning.strategy import Output
 
@@ -41,6 +43,27 @@ def restore(parameters: Mapping[str, nn.Parameter], source: Mapping[str, Tensor]
         mask = torch.rand(value.shape, generator=generator, device=device) < share
         if name in source:
             value.copy_(torch.where(mask, source[name], value))
+
+
+class HiddenState(NamedBuffers):
+    """A tensor per trained parameter; ``fresh`` says that it is still to be set to the source."""
+
+    fresh: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("fresh", torch.ones((), dtype=torch.bool))
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Store copies of tensors, by name in the network."""
+        self._clear()
+        for name, value in tensors.items():
+            self._set("state", name, value)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors, by name in the network."""
+        return self._get("state")
 
 
 class RestorationRule(Part, ABC):
@@ -95,6 +118,73 @@ class WeightEnsembling(RestorationRule):
         torch._foreach_lerp_(mine, theirs, 1 - self.momentum)
 
 
+class MomentumFilter(RestorationRule):
+    """Moves the parameters towards a hidden state that a Kalman filter estimates from them.
+
+    With n trained numbers, q = noise n / 38,400 and r = 1 - q, for each step
+
+        h <- a h + (1 - a) theta_0,   v <- a^2 v + q,   b = r / (v + r),   v <- b v
+        h <- b h + (1 - b) theta,     theta <- g theta + (1 - g) h
+
+    from h = theta_0 and v = 0. b is set to 0.89 if it is smaller, and to 1 if it is 0.9999 or more.
+
+    Args:
+        decay: a, in [0, 1].
+        momentum: g, in [0, 1].
+        noise: q for the 38,400 trained numbers of a ViT-B/16, in [0, 1).
+        ensemble: State that the parameters are moved to: the ``updated`` h, or the ``predicted`` one before the update.
+    """
+
+    variance: Tensor
+
+    def __init__(
+        self,
+        decay: float = 0.99,
+        momentum: float = 0.99,
+        noise: float = 0.005,
+        *,
+        ensemble: Literal["updated", "predicted"] = "updated",
+    ) -> None:
+        super().__init__()
+        within(self, "[0, 1]", decay=decay, momentum=momentum)
+        within(self, "[0, 1)", noise=noise)
+        one_of(self, ("updated", "predicted"), ensemble=ensemble)
+        self.decay, self.momentum, self.noise, self.ensemble = decay, momentum, noise, ensemble
+        self.hidden = HiddenState()
+        self.register_buffer("variance", torch.zeros((), dtype=torch.float64))
+
+    def learn_source(self, strategy: Adapting) -> None:
+        self.hidden.take(strategy.trained_parameters())
+
+    def reset(self) -> None:
+        self.hidden.fresh.fill_(value=True)
+        self.variance.zero_()
+
+    @torch.no_grad()
+    def forward(self, strategy: Adapting, batch: Batch) -> None:
+        parameters, source = strategy.trained_parameters(), strategy.start.tensors
+        theta: list[Tensor] = list(parameters.values())
+        start = [source[name] for name in parameters]
+        hidden = [self.hidden.tensors[name] for name in parameters]
+        for mine, first in zip(hidden, start, strict=True):
+            mine.copy_(torch.where(self.hidden.fresh, first, mine))
+        self.hidden.fresh.fill_(value=False)
+        q = min(self.noise * sum(value.numel() for value in theta) / 38_400, 1 - 1e-6)
+        predicted = self.variance * self.decay**2 + q
+        gain = (1 - q) / (predicted + 1 - q)
+        gain = torch.where(gain >= 0.9999, 1.0, gain.clamp(min=0.89))
+        self.variance.copy_(gain * predicted)
+        torch._foreach_lerp_(hidden, start, 1 - self.decay)
+        seen = theta
+        if self.ensemble == "predicted":
+            seen = [value.clone() for value in theta]
+            torch._foreach_lerp_(theta, hidden, 1 - self.momentum)
+        for mine, value in zip(hidden, seen, strict=True):
+            mine.lerp_(value, (1 - gain).to(value))
+        if self.ensemble == "updated":
+            torch._foreach_lerp_(theta, hidden, 1 - self.momentum)
+
+
 class PeriodicReset(RestorationRule):
     """Resets the network, the optimizer and the state of all parts after a number of steps.
 
@@ -110,6 +200,9 @@ class PeriodicReset(RestorationRule):
         self.every = every
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._count: int | None = None  # a copy on the host
+
+    def learn_source(self, strategy: Adapting) -> None:
+        self.reset()
 
     def reset(self) -> None:
         self._count = 0

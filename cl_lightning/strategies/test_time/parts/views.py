@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_lightning.batch import Draw
+from cl_lightning.batch import Batch, Draw
 from cl_lightning.data.pixels import change_colours_, hue
+from cl_lightning.strategies.test_time.parts.part import Adapting
 
 _NOISE = 0xC2  # salt
 
@@ -94,12 +95,13 @@ class View(NamedTuple):
         return images.flip(-1) if self.mirrored else images
 
 
-def random_view(images: Tensor, draw: Draw) -> Tensor:
+def random_view(images: Tensor, draw: Draw, *, sharp: bool = False) -> Tensor:
     """One augmentation of a whole batch: colours, gamma, a small affine map, blur, flip, noise.
 
     Args:
         images: ``(B, C, H, W)`` in [0, 1].
         draw: Draw of these rows; its key is the seed of the parameters that are drawn once for the batch.
+        sharp: Whether to leave out blur and noise.
 
     Returns:
         ``(B, C, H, W)`` in [0, 1].
@@ -107,6 +109,22 @@ def random_view(images: Tensor, draw: Draw) -> Tensor:
     if not len(images):
         return images
     with torch.autocast(images.device.type, enabled=False):  # errors of half precision exceed the noise
-        images = View.drawn(draw.key).of(images)
+        view = View.drawn(draw.key)
+        images = (view._replace(blur=View().blur) if sharp else view).of(images)
+    if sharp:
+        return images.clamp(0, 1)
     noise = draw.fork(_NOISE).randn(*images.shape[1:], device=images.device)
     return (images + 0.005 * noise).clamp(0, 1)
+
+
+def viewed(strategy: Adapting, batch: Batch, draw: Draw, *, sharp: bool = False) -> Tensor:
+    """Finished images ``(B, C, H, W)`` of a random view of a batch, as the network takes them.
+
+    Args:
+        strategy: The method.
+        batch: Batch of the stream.
+        draw: Draw of its rows.
+        sharp: Whether to leave out blur and noise.
+    """
+    raw = batch.raw if batch.raw.is_floating_point() else batch.raw.float() / 255
+    return strategy.data.finish(batch.replace(raw=random_view(raw, draw, sharp=sharp))).images
