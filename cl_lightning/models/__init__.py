@@ -77,6 +77,7 @@ from cl_lightning.models.network import (
 from cl_lightning.models.normalization import (
     AdaptiveBatchNorm,
     adapt_norms,
+    early_norm_parameters,
     norm_parameters,
     refit_norms,
     set_statistics,
@@ -188,6 +189,7 @@ __all__ = [
     "component_weights",
     "consolidate",
     "distances",
+    "early_norm_parameters",
     "feature_map",
     "forgetting",
     "frozen_copy",

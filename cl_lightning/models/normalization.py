@@ -13,6 +13,7 @@ gradient. If a channel has a single value in the batch (one image with a map of 
 """
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any, Literal, Self
 
@@ -202,3 +203,32 @@ def norm_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
         if isinstance(layer, _NORMS)
         for part, parameter in layer.named_parameters(recurse=False)
     }
+
+
+def early_norm_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Scales and shifts of the normalisation layers before the last stage of a network, by parameter name.
+
+    The last stage begins with the last of the modules ``layer1``, ``layer2``, ... or ``stages.0``, ``stages.1``, ...,
+    or with the last quarter of the modules ``blocks.0``, ``blocks.1``, ... of a transformer. Layers that come after
+    its beginning are left out.
+
+    Args:
+        module: A network with stages of these names.
+
+    Raises:
+        ValueError: If the network has fewer than two stages of these names.
+    """
+    names = [name for name, _ in module.named_modules()]
+    for pattern, share in ((r"(?:^|\.)(?:layer|stages\.)(\d+)$", 0.0), (r"(?:^|\.)blocks\.(\d+)$", 0.25)):
+        stages = [name for name in names if re.search(pattern, name)]
+        depth = min((name.count(".") for name in stages), default=0)
+        stages = [name for name in stages if name.count(".") == depth]
+        if len(stages) > 1:
+            first = names.index(stages[-max(round(share * len(stages)), 1)])
+            early = set(names[:first])
+            return {name: value for name, value in norm_parameters(module).items() if name.rpartition(".")[0] in early}
+    kind = type(getattr(module, "backbone", module)).__name__
+    raise ValueError(
+        f"{kind} has no stages called layer1, stages.0 or blocks.0, so that its last stage is not known; name the "
+        "parameters by patterns"
+    )

@@ -32,7 +32,7 @@ from cl_lightning.checks import at_least, one_of, within
 from cl_lightning.distributed import all_sum
 from cl_lightning.measures import EvaluationResult, online_error
 from cl_lightning.memory import NamedBuffers, Teacher, restore_shapes
-from cl_lightning.models import LinearHead, adapt_norms, norm_parameters, set_statistics
+from cl_lightning.models import LinearHead, adapt_norms, early_norm_parameters, norm_parameters, set_statistics
 from cl_lightning.models.backbones import read_classifier
 from cl_lightning.models.normalization import Statistics
 from cl_lightning.strategies.base import default_optimizer
@@ -44,7 +44,7 @@ from cl_lightning.strategies.test_time.parts.together import Parts
 from cl_lightning.strategy import Batch, ContinualStrategy, Output, Phase, PhaseOptions, Task, Traits
 
 SOURCE, ADAPT = "source", "adapt"
-Trained = Literal["norm", "all"] | list[str] | None
+Trained = Literal["norm", "early_norm", "all"] | list[str] | None
 
 
 def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -149,7 +149,8 @@ class TestTimeAdaptation(ContinualStrategy):
         prior: N, at least 0: with ``mix`` the weight of a batch of n images is n / (n + N). None to use ``alpha``.
         momentum: Weight of a batch with ``moving``, in (0, 1].
         params: Parameters that are trained in the stream: ``norm``, scales and shifts of all normalisation layers;
-            ``all``; a list of patterns of names (``backbone.layer1.*``); None for none.
+            ``early_norm``, the same before the last stage of the network; ``all``; a list of patterns of names
+            (``backbone.layer1.*``); None for none.
         reset: When the network and the optimizer are reset to their state after the source domain: ``never``
             (continual), before each ``domain``, or before each ``batch`` (episodic).
         predict_when: Prediction that is scored: ``before`` or ``after`` the step on the batch.
@@ -204,9 +205,10 @@ class TestTimeAdaptation(ContinualStrategy):
         within(self, "[0, 1]", alpha=alpha)
         at_least(self, 0, prior=prior, optional=True)
         within(self, "(0, 1]", momentum=momentum)
-        if not (params in ("norm", "all", None) or isinstance(params, list)):
+        if not (params in ("norm", "early_norm", "all", None) or isinstance(params, list)):
             raise ValueError(
-                f"{type(self).__name__}: params is {params!r}; use 'norm', 'all', a list of patterns of names, or null"
+                f"{type(self).__name__}: params is {params!r}; use 'norm', 'early_norm', 'all', a list of patterns of "
+                "names, or null"
             )
         self.source_head, self.params, self.reset_at, self.predict_when = source_head, params, reset, predict_when
         self.statistics: Literal["source", "batch", "mix", "moving"] = statistics
@@ -283,6 +285,8 @@ class TestTimeAdaptation(ContinualStrategy):
             return {}
         if self.params == "norm":
             return norm_parameters(self.network)
+        if self.params == "early_norm":
+            return early_norm_parameters(self.network)
         unknown = {id(p) for block in self.network.head.blocks[1:] for p in block.parameters()}  # no loss reaches them
         return {
             name: parameter

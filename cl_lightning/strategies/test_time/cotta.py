@@ -77,7 +77,7 @@ class CoTTA(MeanTeacherAdaptation):
         threshold: float = 0.92,
         views: int = 32,
         symmetric: bool = False,
-        params: Literal["norm", "all"] | list[str] = "all",
+        params: Literal["norm", "early_norm", "all"] | list[str] = "all",
         restoration: list[RestorationRule] | None = None,
         **kwargs: Any,
     ) -> None:

@@ -30,8 +30,7 @@ class DeYO(Tent):
             centre.
         entropy_margin: Share of ln C in the weight exp(share ln C - H), above 0; None to leave this weight out.
         weighted: Whether exp(PLPD) is part of the weight.
-        params: Parameters that are trained, see ``TestTimeAdaptation``. The paper leaves the last stage out, as for
-            ``SAR``.
+        params: Parameters that are trained, see ``TestTimeAdaptation``.
         filters: Further filters, see ``TestTimeAdaptation``.
         kwargs: Options of ``Tent``.
     """
@@ -46,7 +45,7 @@ class DeYO(Tent):
         destruction: Destruction = "patches",
         entropy_margin: float | None = 0.4,
         weighted: bool = True,
-        params: Literal["norm", "all"] | list[str] = "norm",
+        params: Literal["norm", "early_norm", "all"] | list[str] = "early_norm",
         filters: list[SampleFilter] | None = None,
         **kwargs: Any,
     ) -> None:

@@ -66,7 +66,7 @@ class EATA(Tent):
         fisher_weight: float = 1.0,
         fisher_samples: int = 2000,
         fisher_batch_size: int = 200,
-        params: Literal["norm", "all"] | list[str] = "norm",
+        params: Literal["norm", "early_norm", "all"] | list[str] = "norm",
         filters: list[SampleFilter] | None = None,
         **kwargs: Any,
     ) -> None:

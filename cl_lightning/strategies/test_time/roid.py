@@ -54,7 +54,7 @@ class WeightedConsistency(Tent):
         temperature: float = 1 / 3,
         consistency_weight: float = 1.0,
         prior_correction: Literal["probabilities", "logits", "off"] = "probabilities",
-        params: Literal["norm", "all"] | list[str] = "norm",
+        params: Literal["norm", "early_norm", "all"] | list[str] = "norm",
         filters: list[SampleFilter] | None = None,
         **kwargs: Any,
     ) -> None:

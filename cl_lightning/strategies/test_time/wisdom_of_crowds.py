@@ -42,7 +42,7 @@ class WisdomOfCrowds(Tent):
         self,
         *,
         diversity_weight: float = 0.0,
-        params: Literal["norm", "all"] | list[str] = "norm",
+        params: Literal["norm", "early_norm", "all"] | list[str] = "norm",
         filters: list[SampleFilter] | None = None,
         **kwargs: Any,
     ) -> None:

@@ -25,7 +25,7 @@ PUBLISHED = {
         "margin": 0.5,
         "threshold": 0.2,
         "entropy_margin": 0.4,
-        "params": ["backbone.bn1.*", "backbone.layer[12].*.bn*"],
+        "params": "early_norm",
         "backbone": "CifarResNet(depth=8, width=8)",
         "optimizer": "Adam(lr=0.001)",
     },
@@ -70,7 +70,14 @@ def test_other_ways_to_destroy_a_shape():
 
 
 def options(**chosen: Any) -> dict[str, Any]:
-    return {"margin": math.inf, "threshold": -1.0, "entropy_margin": None, "weighted": False, **chosen}
+    return {
+        "margin": math.inf,
+        "threshold": -1.0,
+        "entropy_margin": None,
+        "weighted": False,
+        "params": "norm",
+        **chosen,
+    }
 
 
 def test_without_thresholds_and_weights_it_is_tent():
@@ -96,7 +103,7 @@ def test_the_first_steps_are_those_of_a_plain_loop(monkeypatch, entropy_margin, 
 
     monkeypatch.setattr(filters, "destroyed", lambda images, *rest: images.flip(-1))
     strategy = watching(
-        DeYO, margin=0.9, threshold=0.05, entropy_margin=entropy_margin, weighted=weighted, optimizer=sgd
+        DeYO, margin=0.9, threshold=0.05, entropy_margin=entropy_margin, weighted=weighted, params="norm", optimizer=sgd
     )
     made = adapt(strategy)
     plain = source_network()

@@ -237,11 +237,11 @@ class EntropyReset(RestorationRule):
         above(self, 0, threshold=threshold)
         within(self, "[0, 1]", momentum=momentum)
         self.threshold, self.momentum = threshold, momentum
-        self.register_buffer("moving", torch.full((), torch.nan))  # e; not a number before the first step
+        self.register_buffer("moving", torch.full((), -1.0))  # e; -1 before the first step
         self.register_buffer("_last", torch.full((), torch.nan), persistent=False)  # mean H of the last pass
 
     def reset(self) -> None:
-        self.moving.fill_(torch.nan)
+        self.moving.fill_(-1.0)
 
     @torch.no_grad()
     def learn(self, output: Output, selected: Tensor | None) -> None:
@@ -253,7 +253,7 @@ class EntropyReset(RestorationRule):
     @torch.no_grad()
     def forward(self, strategy: Adapting, batch: Batch) -> None:
         moved = torch.lerp(self._last, self.moving, self.momentum)
-        moved = torch.where(self.moving.isnan(), self._last, moved)
-        self.moving.copy_(torch.where(self._last.isnan(), self.moving, moved))
-        if bool(self.moving < self.threshold):
+        moved = torch.where(self.moving < 0, self._last, moved)
+        self.moving.copy_(torch.where(self._last.isfinite(), moved, self.moving))
+        if bool((self.moving >= 0) & (self.moving < self.threshold)):
             strategy.reset()

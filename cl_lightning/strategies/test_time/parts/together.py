@@ -57,9 +57,14 @@ class Parts(nn.Module):
         """The restoration rules."""
         return [part for part in self._rules if isinstance(part, RestorationRule)]
 
-    def begin_batch(self) -> None:
-        """Begin a batch: the next pass selects samples."""
-        self._selected = None
+    @property
+    def selected(self) -> Tensor | None:
+        """Rows ``(B,)``, bool, of the batch that the filters selected in the first pass; None before it."""
+        return self._selected
+
+    def begin_batch(self, selected: Tensor | None = None) -> None:
+        """Begin a batch: the next pass selects samples, or is a further one over a batch with these selected rows."""
+        self._selected = selected
 
     def averaged(self, strategy: Adapting, terms: dict[str, Tensor], batch: Batch, output: Output) -> dict[str, Tensor]:
         """Each term as a mean over the selected samples of all processes.
