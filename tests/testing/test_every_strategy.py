@@ -12,10 +12,20 @@ from support.cases import case
 from support.remote_device import MAY_WAIT, assert_like, running, trainer_options, waits
 from support.subjects import SUBJECTS, WAITS
 
+from cl_lightning.strategy import ContinualStrategy
 from cl_lightning.testing import CHECKS, run
 
 HIGH = 2.0**40
 """A scale under which the first gradients overflow, so that steps are skipped."""
+
+
+def computes_in_half(strategy: ContinualStrategy) -> bool:
+    """Whether gradients are in half precision: those of a head in float32 on a frozen backbone do not overflow."""
+    if not strategy.freeze_backbone:
+        return True
+    head = strategy.network.head
+    with torch.autocast("cpu", dtype=torch.float16):
+        return head(torch.zeros(2, head.num_features)).dtype == torch.float16
 
 
 @pytest.mark.parametrize("check", [check for check in CHECKS if check != "processes"])
@@ -40,7 +50,7 @@ def test_a_stream_is_learnt_in_half_precision_though_steps_are_skipped(name: str
     wrong = [key for key, value in outcome.state.items() if value.is_floating_point() and value.isnan().any()]
     assert set(wrong) <= {"memory.logits"}  # of columns that a stored row does not have
     if any(step.loss for step in outcome.steps):  # where nothing is minimised, no gradient overflows
-        assert scaler.get_scale() < HIGH
+        assert scaler.get_scale() < HIGH or not computes_in_half(outcome.strategy)
 
 
 @pytest.mark.dependent
