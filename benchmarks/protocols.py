@@ -291,6 +291,8 @@ ADAPTED = {
     "DE&E": Method("dee", "--trainer.max_epochs 1"),
     "linear head": Method("linear_probe_vit32", "--trainer.max_epochs {epochs}"),
     "linear head, all classes": Method("linear_probe_vit32", "--model.loss_classes all --trainer.max_epochs {epochs}"),
+    "DKVB": Method("dkvb_vit32", "--model.key_images {data}/cifar10_test.npz --trainer.max_epochs {epochs}"),
+    "DKVB, keys of the first task": Method("dkvb_vit32", "--trainer.max_epochs {epochs}"),
     "FSA": Method("fsa_vit32"),
     "APER": Method("aper_vit32"),
     "RanPAC": Method("ranpac_vit32", "--model.projection 2000"),

@@ -26,6 +26,15 @@ DEFAULTS = {
     "few_shot.teen.TEEN": {"shift_weight": 0.5, "temperature": 16},
     "online.pcr.PCR": {"memory_size": 1000, "temperature": 0.09},
     "pretrained.coda_prompt.CODAPrompt": {"components": 10, "length": 8, "blocks": (0, 1, 2, 3, 4), "ortho_weight": 0},
+    "pretrained.dkvb.DKVB": {
+        "codebooks": 256,
+        "keys": 4096,
+        "key_dim": 14,
+        "key_epochs": 10,
+        "key_batch": 256,
+        "key_decay": 0.95,
+        "label_smoothing": 0.1,
+    },
     "pretrained.dual_prompt.DualPrompt": {
         "general_length": 5,
         "general_blocks": (0, 1),
