@@ -28,6 +28,7 @@ from cl_lightning.models.consolidated_head import ConsolidatedHead, consolidate
 from cl_lightning.models.convnet import ConvNet
 from cl_lightning.models.cut import Cut, joined_rows
 from cl_lightning.models.dependence import gaussian_kernel, hsic, square_distances, two_sample_distance
+from cl_lightning.models.domain_head import DomainHead
 from cl_lightning.models.energy_head import EnergyHead
 from cl_lightning.models.expansion import ExpandableBackbone, feature_map, map_stage, positions
 from cl_lightning.models.expert_prompts import ExpertPrompts
@@ -130,6 +131,7 @@ __all__ = [
     "DecomposedPrompts",
     "DirectionSets",
     "DistanceHead",
+    "DomainHead",
     "EnergyHead",
     "ExpandableBackbone",
     "ExpertPrompts",

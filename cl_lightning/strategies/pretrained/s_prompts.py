@@ -16,7 +16,7 @@ centres drawn by seed and task, and is one run.
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -27,7 +27,7 @@ from cl_lightning.batch import ImageShape, mix
 from cl_lightning.checks import at_least
 from cl_lightning.losses import full_precision
 from cl_lightning.memory import restore_shapes
-from cl_lightning.models import GrowingParameters, Head, Network, Output, Prompts, PromptSite, blocks_of, kmeans
+from cl_lightning.models import DomainHead, GrowingParameters, Network, Output, Prompts, PromptSite, blocks_of, kmeans
 from cl_lightning.strategies.pretrained.prompted import PromptedStrategy
 from cl_lightning.strategy import Batch, Task
 
@@ -108,49 +108,6 @@ class DomainPrompts(Prompts):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         restore_shapes(self, state_dict, prefix, ("centres",))
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
-
-
-class DomainHead(Head):
-    """A linear layer for each domain over its own classes.
-
-    Attributes:
-        position: Row of a class among the rows of all domains, int64 ``(domains, columns)``; -1 where the domain does
-            not have the class.
-    """
-
-    position: Tensor
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__(num_features)
-        self.register_buffer("position", torch.zeros(0, 0, dtype=torch.int64))
-
-    def new_block(self, num_new: int) -> nn.Module:
-        return nn.Linear(self.num_features, num_new)
-
-    def add_domain(self, columns: Sequence[int], num_seen: int) -> None:
-        """Add a domain with these columns; there are ``num_seen`` columns from then on."""
-        domains, known = self.position.shape
-        position = self.position.new_full((domains + 1, num_seen), -1)
-        position[:domains, :known] = self.position
-        position[domains, list(columns)] = sum(self.block_sizes()) + torch.arange(len(columns)).to(position)
-        self._append(self.new_block(len(columns)))
-        self.position = position
-
-    @property
-    def num_columns(self) -> int:
-        return self.position.shape[1]
-
-    def forward(self, features: Tensor, domains: Tensor | None = None) -> Tensor:
-        """Logits ``(B, columns)`` by the layer of the domain of each sample, ``(B,)``; None for the newest domain."""
-        if not self.blocks:
-            return features.new_zeros(len(features), 0)
-        rows = F.linear(features, self.weight(), torch.cat([cast(Tensor, block.bias) for block in self.blocks]))
-        position = self.position[-1:].expand(len(features), -1) if domains is None else self.position[domains]
-        return rows.gather(1, position.clamp(min=0)).masked_fill(position < 0, -torch.inf)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        restore_shapes(self, state_dict, prefix, ("position",))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class DomainNetwork(Network):

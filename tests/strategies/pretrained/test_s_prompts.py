@@ -1,4 +1,3 @@
-import math
 from functools import partial
 
 import pytest
@@ -12,7 +11,7 @@ from cl_lightning.batch import mix
 from cl_lightning.measures import last_accuracy
 from cl_lightning.models import PromptSite, kmeans
 from cl_lightning.strategies.baselines.finetune import Finetune
-from cl_lightning.strategies.pretrained.s_prompts import DomainHead, DomainPrompts, SPrompts, nearest_domain
+from cl_lightning.strategies.pretrained.s_prompts import DomainPrompts, SPrompts, nearest_domain
 from cl_lightning.stream import ClassIncremental, RotatedDomains
 from cl_lightning.testing import Subject, small
 
@@ -68,25 +67,6 @@ def test_the_domain_is_that_of_the_nearest_centre_in_the_sum_of_absolute_differe
     # The first point is nearer to (3, 3) in the L2 norm (3.16) than to (0, 0) (4); in L1 both have 4: the first one.
     assert nearest_domain(points, centres).tolist() == [0, 0, 1, 1]
     assert nearest_domain(torch.tensor([[0.1, 4.1], [-0.5, 4.0]]), centres).tolist() == [1, 0]
-
-
-def test_each_domain_has_rows_of_its_own():
-    head = DomainHead(2)
-    head.add_domain([0, 1], 2)
-    head.add_domain([2, 1], 3)
-    with torch.no_grad():
-        for number, block in enumerate(head.blocks):
-            block.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]) + 10 * number)
-            block.bias.copy_(torch.tensor([0.5, -0.5]) * (number + 1))
-    features = torch.tensor([[1.0, 2.0], [1.0, 2.0]])
-    low = -math.inf
-    expected = torch.tensor([[1.5, 1.5, low], [low, 10 + 22 - 1, 11 + 20 + 1]])
-    torch.testing.assert_close(head(features, torch.tensor([0, 1])), expected)
-    torch.testing.assert_close(head(features), expected[[1, 1]])
-    assert head.num_columns == 3
-    twin = DomainHead(2)
-    twin.load_state_dict(head.state_dict())
-    torch.testing.assert_close(twin(features, torch.tensor([0, 1])), expected)
 
 
 def test_an_image_gets_the_tokens_of_its_domain():
