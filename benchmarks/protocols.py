@@ -311,6 +311,7 @@ ADAPTED = {
     "DualPrompt": Method("dual_prompt_vit32", "--trainer.max_epochs {epochs}"),
     "CODA-Prompt": Method("coda_prompt_vit32", "--trainer.max_epochs {epochs}"),
     "S-Prompts": Method("s_prompts_vit32", "--trainer.max_epochs {epochs}"),
+    "EAR": Method("ear_vit32", "--trainer.max_epochs {epochs}"),
     "OnePrompt": Method("one_prompt_vit32", "--trainer.max_epochs {epochs}"),
     "OVOR": Method("ovor_vit32", "--trainer.max_epochs {epochs}"),
     "InfLoRA": Method("inflora_vit32", "--trainer.max_epochs {epochs}"),
@@ -473,7 +474,7 @@ PROTOCOLS = {
         " Fine-tuning has the config of MomentumInterpolation, without the callback.",
         f"{VIT} {subset(DOMAINS, 50, 10)} --data.batch_size 32 --trainer.precision bf16-mixed",
         methods={
-            **{name: ADAPTED[name] for name in ("linear head", "L2P", "DualPrompt", "S-Prompts", "OnePrompt")},
+            **{name: ADAPTED[name] for name in ("linear head", "L2P", "DualPrompt", "S-Prompts", "OnePrompt", "EAR")},
             "Finetune": Method("mom_interp_vit32", "--trainer.callbacks null --trainer.max_epochs {epochs}"),
             "MomentumInterpolation": Method("mom_interp_vit32", "--trainer.max_epochs {epochs}"),
             "MagMax": Method("magmax_vit32", "--trainer.max_epochs {epochs}"),

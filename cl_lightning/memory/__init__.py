@@ -16,6 +16,7 @@ from cl_lightning.memory.drift import calibrate_new, calibrated, kernel_drift
 from cl_lightning.memory.dual_spaces import DualSpaces
 from cl_lightning.memory.growing import GrowingBuffers, restore_shapes
 from cl_lightning.memory.herding import herding_indices, herding_per_class, random_per_class
+from cl_lightning.memory.hyper_domains import HyperDomains, bipolar
 from cl_lightning.memory.importance import Importance, NamedBuffers
 from cl_lightning.memory.input_spaces import InputSpaces, input_grams, linear_maps
 from cl_lightning.memory.mean_covariance import MeanCovariance
@@ -69,6 +70,7 @@ __all__ = [
     "GrowingBuffers",
     "Held",
     "HerdingPolicy",
+    "HyperDomains",
     "Importance",
     "ImportanceMemory",
     "InputSpaces",
@@ -96,6 +98,7 @@ __all__ = [
     "Ties",
     "WeightSets",
     "Weights",
+    "bipolar",
     "bytes_by_kind",
     "calibrate_new",
     "calibrated",

@@ -1,4 +1,4 @@
-"""A head with linear layers for each domain, of which each sample uses the layers of its domain."""
+"""A head with a linear layer for each domain, of which each sample uses the layer of its domain."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -11,7 +11,7 @@ from cl_lightning.models.heads import Head
 
 
 class DomainHead(Head):
-    """Linear layers for each domain over its own classes; a class that a domain does not have has the logit -inf.
+    """A linear layer for each domain over its own classes; a class that a domain does not have has the logit -inf.
 
     Args:
         num_features: Size of a feature vector, d.
@@ -36,19 +36,10 @@ class DomainHead(Head):
 
     def add_domain(self, columns: Sequence[int], num_seen: int) -> None:
         """Add a domain with a layer for these columns; there are ``num_seen`` columns from then on."""
-        self.position = F.pad(self.position, (0, 0, 0, 1), value=-1)
-        self.extend(-1, columns, num_seen)
-
-    def extend(self, domain: int, columns: Sequence[int], num_seen: int) -> None:
-        """Add a layer for further columns to a domain.
-
-        Args:
-            domain: Number of the domain, negative from the end.
-            columns: Columns that the domain does not have yet.
-            num_seen: Number of columns from then on.
-        """
         self.see(num_seen)
-        self.position[domain, list(columns)] = sum(self.block_sizes()) + torch.arange(len(columns)).to(self.position)
+        row = torch.full((1, self.num_columns), -1)
+        row[0, list(columns)] = sum(self.block_sizes()) + torch.arange(len(columns))
+        self.position = torch.cat([self.position, row.to(self.position)])
         self._append(self.new_block(len(columns)))
 
     @property
@@ -56,7 +47,7 @@ class DomainHead(Head):
         return self.position.shape[1]
 
     def forward(self, features: Tensor, domains: Tensor | None = None) -> Tensor:
-        """Logits ``(B, columns)`` by the layers of the domain of each sample, ``(B,)``; None for the newest domain."""
+        """Logits ``(B, columns)`` by the layer of the domain of each sample, ``(B,)``; None for the newest domain."""
         if not self.blocks:
             return features.new_zeros(len(features), self.num_columns)
         rows = F.linear(features, self.weight(), torch.cat([cast(Tensor, block.bias) for block in self.blocks]))
