@@ -293,6 +293,7 @@ ADAPTED = {
     "linear head, all classes": Method("linear_probe_vit32", "--model.loss_classes all --trainer.max_epochs {epochs}"),
     "DKVB": Method("dkvb_vit32", "--model.key_images {data}/cifar10_test.npz --trainer.max_epochs {epochs}"),
     "DKVB, keys of the first task": Method("dkvb_vit32", "--trainer.max_epochs {epochs}"),
+    "InputTuning": Method("input_tuning_vit32", "--trainer.max_epochs {epochs}"),
     "FSA": Method("fsa_vit32"),
     "APER": Method("aper_vit32"),
     "RanPAC": Method("ranpac_vit32", "--model.projection 2000"),
@@ -475,6 +476,10 @@ PROTOCOLS = {
         f"{VIT} {subset(DOMAINS, 50, 10)} --data.batch_size 32 --trainer.precision bf16-mixed",
         methods={
             **{name: ADAPTED[name] for name in ("linear head", "L2P", "DualPrompt", "S-Prompts", "OnePrompt", "EAR")},
+            **{
+                name: ADAPTED[name]
+                for name in ("linear head", "InputTuning", "L2P", "DualPrompt", "S-Prompts", "OnePrompt")
+            },
             "Finetune": Method("mom_interp_vit32", "--trainer.callbacks null --trainer.max_epochs {epochs}"),
             "MomentumInterpolation": Method("mom_interp_vit32", "--trainer.max_epochs {epochs}"),
             "MagMax": Method("magmax_vit32", "--trainer.max_epochs {epochs}"),

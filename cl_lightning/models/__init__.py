@@ -89,6 +89,7 @@ from cl_lightning.models.peft.backbone import AdaptedBackbone, PeftPair
 from cl_lightning.models.peft.base import Peft, PeftFactory, Site, WholeModel, blocks_of, layers_of
 from cl_lightning.models.peft.branches import PeftBranches
 from cl_lightning.models.peft.directions import DirectionSets
+from cl_lightning.models.peft.input import InputKind, InputTransform, check_input_options
 from cl_lightning.models.peft.lora import LoRA
 from cl_lightning.models.peft.parallel import ParallelAdapters
 from cl_lightning.models.peft.scale_shift import SSF, FiLM
@@ -139,6 +140,8 @@ __all__ = [
     "GatedBackbone",
     "GrowingParameters",
     "Head",
+    "InputKind",
+    "InputTransform",
     "KeyedPrompts",
     "LDAHead",
     "LinearHead",
@@ -186,6 +189,7 @@ __all__ = [
     "batch_norms",
     "blocks_of",
     "built",
+    "check_input_options",
     "clamp_embeddings",
     "compensate_scale",
     "component_weights",
