@@ -294,6 +294,7 @@ ADAPTED = {
     "DKVB": Method("dkvb_vit32", "--model.key_images {data}/cifar10_test.npz --trainer.max_epochs {epochs}"),
     "DKVB, keys of the first task": Method("dkvb_vit32", "--trainer.max_epochs {epochs}"),
     "InputTuning": Method("input_tuning_vit32", "--trainer.max_epochs {epochs}"),
+    "PromptSRC": Method("promptsrc_vit32", "--trainer.max_epochs {epochs}"),
     "FSA": Method("fsa_vit32"),
     "APER": Method("aper_vit32"),
     "RanPAC": Method("ranpac_vit32", "--model.projection 2000"),
@@ -478,7 +479,7 @@ PROTOCOLS = {
             **{name: ADAPTED[name] for name in ("linear head", "L2P", "DualPrompt", "S-Prompts", "OnePrompt", "EAR")},
             **{
                 name: ADAPTED[name]
-                for name in ("linear head", "InputTuning", "L2P", "DualPrompt", "S-Prompts", "OnePrompt")
+                for name in ("linear head", "InputTuning", "L2P", "DualPrompt", "S-Prompts", "OnePrompt", "PromptSRC")
             },
             "Finetune": Method("mom_interp_vit32", "--trainer.callbacks null --trainer.max_epochs {epochs}"),
             "MomentumInterpolation": Method("mom_interp_vit32", "--trainer.max_epochs {epochs}"),

@@ -41,6 +41,7 @@ LOUD = {
     "vpt deep": VPT,
     "vpt shallow": partial(VPT, deep=False, spread=0.1),
     "vpt of a block": partial(VPT, blocks=[1]),
+    "vpt from a block on": partial(VPT, blocks=[0], through=True, spread=0.1),
     "prefix": Prefix,
     "prefix, compensated": partial(Prefix, compensate=True),
     "prefix of lae": partial(Prefix, low=0.0, high=0.01, compensate=True, learn_scale=True),
@@ -340,7 +341,8 @@ def test_prompts_are_tokens_of_the_sequence():
     tokens = torch.randn(2, 3, 24, dtype=torch.float64)
     shallow = second(with_tokens(first, x, tokens[0]))[:, :5]
     deep = with_tokens(second, with_tokens(first, x, tokens[0])[:, :5], tokens[1])[:, :5]
-    for make, expected in ((partial(VPT, deep=False), shallow), (VPT, deep)):
+    first_on = partial(VPT, blocks=[0], through=True)
+    for make, expected in ((partial(VPT, deep=False), shallow), (VPT, deep), (first_on, shallow)):
         peft = make(net, length=3).double()
         with torch.no_grad():
             for site, values in zip(peft.sites, tokens, strict=False):

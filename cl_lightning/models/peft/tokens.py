@@ -56,6 +56,7 @@ class VPT(Peft):
         deep: Whether each block has its own tokens.
         spread: Standard deviation of the initial tokens, at least 0.
         blocks: Indices of blocks; None for all.
+        through: Whether the tokens of the last of ``blocks`` stay in the sequence until the last block of the model.
 
     Raises:
         ValueError: If an option is out of range or the model has no such blocks.
@@ -69,12 +70,15 @@ class VPT(Peft):
         deep: bool = True,
         spread: float = 0.0,
         blocks: Sequence[int] | None = None,
+        through: bool = False,
     ) -> None:
         super().__init__()
         at_least(self, 1, length=length)
         at_least(self, 0, spread=spread)
         chosen = blocks_of(model, blocks, "VPT")
         pairs = [(block, block) for block in chosen] if deep else [(chosen[0], chosen[-1])]
+        if through:
+            pairs[-1] = (pairs[-1][0], blocks_of(model, None, "VPT")[-1])
         for first, last in pairs:
             self.sites.append(_Prompt(first, last, length, spread))
 
