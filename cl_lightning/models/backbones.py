@@ -408,7 +408,7 @@ class MLP(Backbone):
 
 
 class Timm(Backbone):
-    """Any model of timm (Wightman 2019, doi:10.5281/zenodo.4414861) without its classifier, as attribute ``model``.
+    """Any model of timm (Wightman 2019, doi:10.5281/zenodo.4414861) without its last layer, as attribute ``model``.
 
     Args:
         image_shape: Channels, height, width.
@@ -423,11 +423,14 @@ class Timm(Backbone):
         drop_path_rate: Probability with which a residual branch is skipped during training; None for the model's
             default.
         drop_rate: Dropout probability during training; None for the model's default.
+        projection: Whether to keep the last linear layer of the model. In the image towers of CLIP it is the projection
+            to the space of text embeddings (``vit_base_patch16_clip_224.openai``: 512 features with it, 768 without);
+            in other models it is the classifier.
         kwargs: Further arguments of the model, for example ``{global_pool: avg}`` or ``{pad_type: same}``.
 
     Raises:
-        ValueError: If timm has no such model, the model does not accept an option or the images, or the file does not
-            match.
+        ValueError: If timm has no such model, the model does not accept an option or the images, it has no last linear
+            layer to keep, or the file does not match.
         ConnectionError: If the pretrained weights cannot be downloaded.
     """
 
@@ -441,6 +444,7 @@ class Timm(Backbone):
         img_size: int | None = None,
         drop_path_rate: float | None = None,
         drop_rate: float | None = None,
+        projection: bool = False,
         kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(image_shape)
@@ -452,10 +456,9 @@ class Timm(Backbone):
         # timm drops arguments that are None
         options: dict[str, Any] = {"img_size": img_size, "drop_path_rate": drop_path_rate, "drop_rate": drop_rate}
         options |= kwargs or {}
+        layers = {} if projection else {"num_classes": 0}
         try:
-            self.model = timm.create_model(
-                name, pretrained=pretrained, num_classes=0, in_chans=image_shape[0], **options
-            )
+            self.model = timm.create_model(name, pretrained=pretrained, in_chans=image_shape[0], **layers, **options)
         except TypeError as error:
             raise ValueError(f"Timm: {name} does not accept an option ({error}); remove the option") from error
         except OSError as error:
@@ -463,10 +466,13 @@ class Timm(Backbone):
                 f"Timm: give the path of a state dict as weights=, with pretrained=False: the files of {name} cannot "
                 f"be downloaded ({reason(error)}); a machine with network access can download them"
             ) from error
+        if projection and not isinstance(self.model.get_classifier(), nn.Linear):
+            raise ValueError(f"Timm: remove projection: {name} has no last linear layer to keep")
         if weights is not None:
             facts = getattr(self.model, "pretrained_cfg", {})
-            left_out, first = (_names(facts.get(key)) for key in ("classifier", "first_conv"))
-            load_weights(self.model, weights, owner=f"Timm: {name}", left_out=left_out or ("head",), first_convs=first)
+            last, first = (_names(facts.get(key)) for key in ("classifier", "first_conv"))
+            left_out = () if projection else last or ("head",)
+            load_weights(self.model, weights, owner=f"Timm: {name}", left_out=left_out, first_convs=first)
         self.num_features = self._measure(name)
 
     def _measure(self, name: str) -> int:

@@ -387,6 +387,30 @@ def test_timm_weights_are_cast_and_the_classifier_is_left_out(tmp_path: Path) ->
         Timm(COLOUR, name="resnet14t", weights=str(tmp_path / "weights.safetensors"))
 
 
+CLIP: dict[str, Any] = {
+    "name": "vit_base_patch16_clip_224.openai",
+    "img_size": 32,
+    "kwargs": {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3},
+}
+
+
+def test_the_projection_of_an_image_tower_is_kept_and_read_from_a_file(tmp_path: Path) -> None:
+    net, file = build(Timm, COLOUR, projection=True, **CLIP), tmp_path / "weights.pt"
+    assert (net.num_features, build(Timm, COLOUR, **CLIP).num_features) == (512, 24)
+    torch.save(net.model.state_dict(), file)
+    read = {"weights": str(file), "seed": 5, **CLIP}
+    again, inner = build(Timm, COLOUR, projection=True, **read), build(Timm, COLOUR, **read)
+    assert torch.equal(again(images(COLOUR)), net(images(COLOUR)))
+    torch.testing.assert_close(net.model.head(inner(images(COLOUR))), net(images(COLOUR)))
+
+
+def test_a_model_without_a_last_layer_has_no_projection_and_another_size_of_it_is_reported() -> None:
+    with pytest.raises(ValueError, match=r"Timm: remove projection: vit_base_patch16_siglip_224\.webli has no last"):
+        Timm(COLOUR, projection=True, **{**CLIP, "name": "vit_base_patch16_siglip_224.webli"})
+    with pytest.raises(ValueError, match=r"Timm: resnet10t does not accept an option .*num_classes"):
+        Timm(COLOUR, name="resnet10t", kwargs={"num_classes": 7})
+
+
 def test_pretrained_weights_without_a_network_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match=r"^Timm: give .* as weights=.*resnet10t\.c3_in1k cannot be downloaded"):

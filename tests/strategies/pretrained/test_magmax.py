@@ -23,7 +23,7 @@ SUBJECTS = {
 PUBLISHED = {
     "magmax": {
         "source": "danielm1405/magmax: CLIP ViT-B/16, CIFAR-100, AdamW 1e-5, 10 epochs, 500 steps of warm-up",
-        "backbone": "Timm(name=vit_base_patch16_clip_224.openai, pretrained=True)",
+        "backbone": "Timm(name=vit_base_patch16_clip_224.openai, pretrained=True, projection=True)",
         "head": "TextHead(embeddings=class_embeddings.npz, key=clip_text512, learn_scale=False, scale=100.0)",
         "scale": 0.5,
         "rule": "MaxMagnitude",
