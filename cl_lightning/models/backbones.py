@@ -456,9 +456,11 @@ class Timm(Backbone):
         # timm drops arguments that are None
         options: dict[str, Any] = {"img_size": img_size, "drop_path_rate": drop_path_rate, "drop_rate": drop_rate}
         options |= kwargs or {}
-        layers = {} if projection else {"num_classes": 0}
+        layers: dict[str, Any] = {} if projection else {"num_classes": 0}
         try:
-            self.model = timm.create_model(name, pretrained=pretrained, in_chans=image_shape[0], **layers, **options)
+            self.model: nn.Module = timm.create_model(
+                name, pretrained=pretrained, in_chans=image_shape[0], **layers, **options
+            )
         except TypeError as error:
             raise ValueError(f"Timm: {name} does not accept an option ({error}); remove the option") from error
         except OSError as error:
@@ -466,7 +468,7 @@ class Timm(Backbone):
                 f"Timm: give the path of a state dict as weights=, with pretrained=False: the files of {name} cannot "
                 f"be downloaded ({reason(error)}); a machine with network access can download them"
             ) from error
-        if projection and not isinstance(self.model.get_classifier(), nn.Linear):
+        if projection and not isinstance(self.model.get_classifier(), nn.Linear):  # type: ignore[operator]
             raise ValueError(f"Timm: remove projection: {name} has no last linear layer to keep")
         if weights is not None:
             facts = getattr(self.model, "pretrained_cfg", {})
