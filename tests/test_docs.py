@@ -2,6 +2,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import ROOT
@@ -33,7 +34,32 @@ def test_the_method_of_the_documentation_has_about_forty_lines():
     assert len([line for line in code.splitlines() if line.strip()]) <= 45
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/design.md", "docs/new_method.md"])
+def test_the_program_that_writes_text_embeddings_runs_as_it_is_printed(tmp_path, monkeypatch):
+    import torch
+    import torchvision
+
+    from cl_lightning.models import TextHead, template_mean
+
+    class Model:
+        def eval(self):
+            return self
+
+        def encode_text(self, texts):  # in the directions of the letters
+            return torch.stack([torch.tensor([text.count(c) + 0.1 for c in "abcg"]) for text in texts])
+
+    made = SimpleNamespace(create_model=lambda *_, **__: Model(), get_tokenizer=lambda name: lambda texts: texts)
+    monkeypatch.setitem(sys.modules, "open_clip", made)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", lambda *_, **__: SimpleNamespace(classes=["cab", "b_g"]))
+    monkeypatch.chdir(tmp_path)
+    exec(blocks("docs/text_embeddings.md", "python")[0], {})
+    head = TextHead(4, embeddings="class_embeddings.npz")
+    head.grow(2)
+    head.fill_names(["b g", "cab"])
+    texts = ["a photo of a b g.", "a good photo of a b g.", "a photo of the b g."]
+    torch.testing.assert_close(head.weight()[:1], template_mean(Model().encode_text(texts)[None]))
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/design.md", "docs/new_method.md", "docs/text_embeddings.md"])
 def test_files_that_the_documents_name_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     folders = "cl_lightning|callbacks|datamodules|experiments|docs|tests|benchmarks"

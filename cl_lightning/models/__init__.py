@@ -109,7 +109,7 @@ from cl_lightning.models.prompts import (
 from cl_lightning.models.random_layer import Nonlinearity, RandomLayer
 from cl_lightning.models.simplex_head import SimplexHead, simplex
 from cl_lightning.models.svm import linear_svm
-from cl_lightning.models.text_head import TextHead
+from cl_lightning.models.text_head import TextHead, save_text_embeddings, template_mean
 from cl_lightning.models.vae import VAE, kl_to_standard_normal
 
 __all__ = [
@@ -224,11 +224,13 @@ __all__ = [
     "recursive_ridge",
     "refit_norms",
     "risen_scale",
+    "save_text_embeddings",
     "set_statistics",
     "shortfall",
     "simplex",
     "solve_positive",
     "square_distances",
+    "template_mean",
     "two_sample_distance",
     "uncompiled",
     "validated_ridge",

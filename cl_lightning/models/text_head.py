@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,24 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_]+", " ", name).strip().lower()
 
 
+def _check(rows: np.ndarray, names: np.ndarray, where: str) -> list[str]:
+    """The names without upper case, after checks that each has a row with a direction."""
+    fits = rows.ndim in (2, 3) and rows.dtype.kind == "f" and names.dtype.kind == "U" and names.shape == rows.shape[:1]
+    if not fits or 0 in rows.shape[1:]:
+        raise ValueError(
+            f"{where} are {rows.dtype} {rows.shape} with {names.dtype} {names.shape}; they must be floats (N, D), or "
+            "(N, templates, D), and strings (N,)"
+        )
+    if not np.isfinite(rows).all() or not np.abs(rows).max(axis=-1, initial=0).all():
+        raise ValueError(f"{where} have a row that is not finite or 0, and has no direction")
+    plain = [_plain(str(name)) for name in names]
+    if repeated := sorted({name for name in plain if plain.count(name) > 1}):
+        raise ValueError(f"{where} have several rows for the name {repeated[0]!r}; give one row for each name")
+    return plain
+
+
 def _read(path: str, key: str, names: str) -> tuple[np.ndarray, list[str]]:
-    """Embeddings ``(N, D)`` and the name of each row; pickled objects in the file are refused."""
+    """Embeddings ``(N, D)`` or ``(N, M, D)`` and the name of each row; pickled objects in the file are refused."""
     try:
         with np.load(Path(path), allow_pickle=False) as file:
             keys = sorted(file.files)
@@ -30,14 +47,48 @@ def _read(path: str, key: str, names: str) -> tuple[np.ndarray, list[str]]:
     if rows is None or found is None:
         missing = key if rows is None else names
         raise ValueError(f"TextHead: embeddings {path} has no {missing!r}; it has {', '.join(keys) or 'nothing'}")
-    if rows.ndim != 2 or rows.dtype.kind != "f" or found.dtype.kind != "U" or found.shape != rows.shape[:1]:
-        raise ValueError(
-            f"TextHead: embeddings {path}: {key} is {rows.dtype} {rows.shape}, {names} is {found.dtype} {found.shape}; "
-            "they must be floats (N, D) and strings (N,)"
-        )
-    if not np.isfinite(rows).all() or not np.abs(rows).max(axis=1, initial=0).all():
-        raise ValueError(f"TextHead: embeddings {path}: {key} has a row that is not finite or 0, and has no direction")
-    return rows, [_plain(str(name)) for name in found]
+    return rows, _check(rows, found, f"TextHead: embeddings {path}: {key} and {names}")
+
+
+def template_mean(embeddings: Tensor) -> Tensor:
+    """Direction of a class from the embeddings of several texts with its name: ``norm(mean_m norm(T_cm))``.
+
+    The ensemble of prompts of CLIP (Radford et al., ICML 2021, arXiv:2103.00020, sec. 3.1.4), in the space of the
+    embeddings: the mean of the logits of the templates would be another classifier.
+
+    Args:
+        embeddings: T, ``(C, M, D)``.
+
+    Returns:
+        ``(C, D)``, rows of norm 1.
+    """
+    return F.normalize(F.normalize(embeddings, dim=2).mean(dim=1), dim=1)
+
+
+def save_text_embeddings(
+    path: str | Path,
+    embeddings: Tensor,
+    names: Sequence[str],
+    *,
+    key: str = "clip_text512",
+    names_key: str = "class_names",
+) -> None:
+    """Write embeddings of class names to a file that :class:`TextHead` reads; ``docs/text_embeddings.md`` shows how.
+
+    Args:
+        path: File to write, ``.npz``; an existing file is replaced.
+        embeddings: ``(N, D)``, or ``(N, M, D)`` with one embedding for each of M templates.
+        names: Name of each class, N different strings, as the data set spells them.
+        key, names_key: Keys in the file.
+
+    Raises:
+        ValueError: If a row or a name is missing, a row has no direction, or two names are equal.
+    """
+    rows, strings = embeddings.detach().float().cpu().numpy(), np.array(list(names), dtype=np.str_)
+    _check(rows, strings, "save_text_embeddings: embeddings and names")
+    with open(path, "wb") as file:
+        arrays: dict[str, Any] = {key: rows, names_key: strings}
+        np.savez_compressed(file, **arrays)
 
 
 class TextHead(Head):
@@ -45,9 +96,10 @@ class TextHead(Head):
 
         z_c = s cos(P f(x), w_c),   w_c the embedding of the name of class c, of norm 1, frozen
 
-    A head for any method that does not need a head of its own; nothing in it depends on the task. P is a trained linear
-    map if the features have another size than the embeddings, else the identity; the features then need both signs
-    (``last_relu=False`` of the ResNets). The scale s is a parameter unless ``learn_scale`` is
+    A file with several embeddings of each name, of texts such as "a photo of a {name}.", gives w_c by
+    :func:`template_mean`. A head for any method that does not need a head of its own; nothing in it depends on the
+    task. P is a trained linear map if the features have another size than the embeddings, else the identity; the
+    features then need both signs (``last_relu=False`` of the ResNets). s is a parameter unless ``learn_scale`` is
     False: with s = 1 the cross-entropy cannot fall below ``log(1 + (C - 1) exp(-1))`` for orthogonal rows, 3.62 for 100
     classes. s is our choice, and so is ``center``: embeddings of text are narrow (the cosines of two names are often
     above 0.6), so that the differences of logits are small; the mean of all rows of the table, also of classes that
@@ -58,7 +110,7 @@ class TextHead(Head):
     Args:
         num_features: Size of a feature vector, d.
         embeddings: Path of an ``.npz`` file with one embedding per class name.
-        key: Key of the embeddings in the file, floats ``(N, D)``.
+        key: Key of the embeddings in the file, floats ``(N, D)``, or ``(N, M, D)`` for M templates.
         names: Key of the names, strings ``(N,)``.
         scale: Initial s, above 0.
         learn_scale: Whether s is trained.
@@ -85,19 +137,48 @@ class TextHead(Head):
         above(self, 0, scale=scale)
         rows, found = _read(embeddings, key, names)
         table = torch.from_numpy(rows.astype(np.float64))
+        if table.ndim == 3:
+            table = template_mean(table)
         self._table = F.normalize(table - table.mean(dim=0) if center else table, dim=1)
         self._places = {name: place for place, name in enumerate(found)}
         self._origin = embeddings
         size = self._table.shape[1]
-        self.projection = nn.Identity() if size == num_features else nn.Linear(num_features, size, bias=False)
+        self.projection: nn.Module = nn.Identity()
+        if size != num_features:
+            self.project()
         self.scale: Tensor
         if learn_scale:
             self.scale = nn.Parameter(torch.tensor(float(scale)))
         else:
             self.register_buffer("scale", torch.tensor(float(scale)))
 
+    @property
+    def num_embedding(self) -> int:
+        """Size of an embedding."""
+        return self._table.shape[1]
+
+    @torch.no_grad()
+    def project(self, *, identity: bool = False) -> nn.Linear:
+        """Make P a new linear map without bias, also for features of the size of the embeddings; call it before a run.
+
+        Args:
+            identity: Whether P is the identity at first, instead of torch's random numbers.
+
+        Raises:
+            ValueError: If the identity is asked for and the sizes differ.
+        """
+        if identity and self.num_embedding != self.num_features:
+            raise ValueError(
+                f"TextHead: features have {self.num_features} numbers and embeddings {self.num_embedding}, so no "
+                "projection of the features is the identity; give embeddings of the space of the features"
+            )
+        self.projection = linear = nn.Linear(self.num_features, self.num_embedding, bias=False)
+        if identity:
+            nn.init.eye_(linear.weight)
+        return linear
+
     def new_block(self, num_new: int) -> nn.Module:
-        return FixedBlock(self._table.shape[1], num_new)
+        return FixedBlock(self.num_embedding, num_new)
 
     def fill_names(self, names: Sequence[str]) -> None:
         missing = [name for name in names if _plain(name) not in self._places]

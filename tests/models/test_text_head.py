@@ -10,7 +10,7 @@ import torch
 from support.fakes import normal
 from support.runs import loop, plain_net, run, sgd
 
-from cl_lightning.models import MLP, LinearHead, TextHead
+from cl_lightning.models import MLP, LinearHead, TextHead, save_text_embeddings, template_mean
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.exemplar_free.lwf import LwF
 
@@ -49,6 +49,62 @@ def test_centred_rows_are_without_the_mean_of_the_table(file):
     head, rows = filled(file, center=True), normal(10, 16, seed=7)
     rows = rows - rows.mean(0)
     torch.testing.assert_close(head.weight().float(), (rows / rows.norm(dim=1, keepdim=True))[[3, 1]].float())
+
+
+def test_several_templates_give_the_direction_of_the_mean_of_their_directions(tmp_path):
+    embeddings = normal(10, 3, 16, seed=7) * torch.tensor([1.0, 20.0, 0.1])[:, None]
+    lengths = embeddings.square().sum(2, keepdim=True).sqrt()
+    mean = (embeddings / lengths).sum(1) / 3
+    expected = mean / mean.square().sum(1, keepdim=True).sqrt()
+    torch.testing.assert_close(template_mean(embeddings), expected)
+    torch.testing.assert_close(template_mean(embeddings[:, [2, 0, 1]]), expected)  # in any order
+    torch.testing.assert_close(template_mean(embeddings[:, :1]), (embeddings / lengths)[:, 0])
+    head = filled(table(tmp_path, clip_text512=embeddings.numpy()))
+    torch.testing.assert_close(head.weight().float(), expected[[3, 1]].float())
+    centred = expected - expected.mean(0)
+    head = filled(table(tmp_path, clip_text512=embeddings.numpy()), center=True)
+    torch.testing.assert_close(head.weight().float(), torch.nn.functional.normalize(centred, dim=1)[[3, 1]].float())
+
+
+def test_a_projection_can_be_asked_for_where_the_sizes_are_equal(file):
+    head, features = filled(file), normal(4, 16)
+    before = head(features)
+    assert not hasattr(head.projection, "weight")
+    linear = head.project(identity=True).double()
+    torch.testing.assert_close(head(features), before)
+    linear.weight.data *= torch.arange(1, 17)  # of each column
+    torch.testing.assert_close(head(features), filled(file)(features * torch.arange(1, 17)))
+    assert linear.bias is None
+    assert not torch.equal(head.project().weight, head.project().weight)  # at random
+    with pytest.raises(ValueError, match="features have 5 numbers and embeddings 16"):
+        TextHead(5, embeddings=file).project(identity=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 3, 5)])
+def test_embeddings_are_read_as_they_were_saved(tmp_path, shape):
+    rows = normal(*shape)
+    save_text_embeddings(tmp_path / "rows.npz", rows, ["Lawn_Mower", "can"], key="glove", names_key="labels")
+    head = TextHead(5, embeddings=str(tmp_path / "rows.npz"), key="glove", names="labels")
+    head.grow(2)
+    head.fill_names(["can", "lawn mower"])
+    expected = template_mean(rows if rows.ndim == 3 else rows[:, None])[[1, 0]]
+    torch.testing.assert_close(head.weight(), expected.float())
+
+
+@pytest.mark.parametrize(
+    ("rows", "names", "words"),
+    [
+        (torch.ones(2, 3), ["a"], "they must be floats"),
+        (torch.ones(2), ["a", "b"], "they must be floats"),
+        (torch.ones(2, 0, 3), ["a", "b"], "they must be floats"),
+        (torch.zeros(1, 2, 3), ["a"], "a row that is not finite or 0"),
+        (torch.ones(2, 3), ["a_b", "A B"], "several rows for the name 'a b'"),
+    ],
+)
+def test_embeddings_that_cannot_be_used_are_not_saved(tmp_path, rows, names, words):
+    with pytest.raises(ValueError, match=words):
+        save_text_embeddings(tmp_path / "rows.npz", rows, names)
+    assert not (tmp_path / "rows.npz").exists()
 
 
 def test_features_of_another_size_are_mapped_to_the_embeddings(tmp_path):
@@ -132,6 +188,9 @@ def test_a_class_without_a_row_is_an_error_before_training(tmp_path):
         ({"clip_text512": np.zeros((10, 4))}, {}, "a row that is not finite or 0"),
         ({"clip_text512": np.full((10, 4), np.nan)}, {}, "a row that is not finite or 0"),
         ({"clip_text512": np.ones((9, 4))}, {}, "they must be floats"),
+        ({"clip_text512": np.ones((10, 2, 2, 4))}, {}, "they must be floats"),
+        ({"clip_text512": np.stack([np.ones((10, 4)), np.zeros((10, 4))], 1)}, {}, "a row that is not finite or 0"),
+        ({"class_names": np.array(["a", "A", *DIGITS[:8]])}, {}, "several rows for the name 'a'"),
         ({"class_names": np.array([None] * 10)}, {}, "Object arrays cannot be loaded"),
         ({}, {"scale": 0.0}, "TextHead: scale is 0.0"),
     ],
