@@ -263,6 +263,7 @@ TASK_INCREMENTAL = {
     "LAFTR": Method("laftr", "--model.estimator lin_act --model.distance softmax --model.distance_weight 1.0"),
 }
 
+NAMES = "--model.head.embeddings {data}/cifar100_class_embeddings.npz"
 FECAM = "--model.power 0.5 --model.shrinkage [1.0,1.0] --model.shrinks 2 --model.unit_norm false"
 CLOSED = {
     "SimpleCIL": Method("simplecil_vit32"),
@@ -317,6 +318,7 @@ ADAPTED = {
     "OnePrompt": Method("one_prompt_vit32", "--trainer.max_epochs {epochs}"),
     "OVOR": Method("ovor_vit32", "--trainer.max_epochs {epochs}"),
     "InfLoRA": Method("inflora_vit32", "--trainer.max_epochs {epochs}"),
+    "RAPF": Method("rapf_vit32", f"{NAMES} --trainer.max_epochs {{epochs}}"),
 }
 STEPLESS = {"prototypes (ProtoCosine)": Method("proto_cosine"), "TEEN": Method("teen")}
 ADAPTING = {

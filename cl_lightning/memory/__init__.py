@@ -9,6 +9,7 @@ from cl_lightning.memory.class_statistics import (
     class_statistics,
     dense_columns,
     nearest_mean_scores,
+    shrink,
     squared_distances,
 )
 from cl_lightning.memory.consolidation import Consolidation
@@ -126,6 +127,7 @@ __all__ = [
     "rank_in_group",
     "restore_shapes",
     "shifted",
+    "shrink",
     "squared_distances",
     "task_vector",
     "valid_columns",

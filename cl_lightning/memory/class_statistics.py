@@ -108,6 +108,30 @@ def dense_columns(labels: Tensor, num_classes: int, *, reduce: bool = True) -> t
     return columns, place[labels]
 
 
+def shrink(covariances: Tensor, diagonal: float, others: float, *, skip_zeros: bool = False) -> Tensor:
+    """Covariances shrunk towards equal variances and equal covariances: ``Sigma + a1 V1 I + a2 V2 (1 1^T - I)``.
+
+    ``shrink(shrink(S, a, a), -a / (1 + a), -a / (1 + a))`` is S, without ``skip_zeros``.
+
+    Args:
+        covariances: Sigma, ``(..., d, d)``.
+        diagonal: a1, weight of the mean variance V1.
+        others: a2, weight of V2, the mean of the entries off the diagonal; 0 for d = 1.
+        skip_zeros: Whether V2 is the mean of the entries that are not 0 only, as for features of which some are always
+            0.
+
+    Returns:
+        ``(..., d, d)``.
+    """
+    size = covariances.shape[-1]
+    identity = torch.eye(size, dtype=covariances.dtype, device=covariances.device)
+    rest = covariances * (1 - identity)
+    variance = covariances.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
+    number = (rest != 0).sum(dim=(-2, -1)) if skip_zeros else torch.full_like(variance[..., 0, 0], size * (size - 1))
+    mean = (rest.sum(dim=(-2, -1)) / number.clamp(min=1))[..., None, None]
+    return covariances + diagonal * variance * identity + others * mean * (1 - identity)
+
+
 def squared_distances(rows: Tensor, columns: Tensor, metric: Tensor | None = None) -> Tensor:
     """``(r - c)^T M (r - c)`` of all pairs, by one matrix product.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cl_lightning.checks import at_least
 from cl_lightning.losses import full_precision
-from cl_lightning.memory.class_statistics import Metric, class_statistics, dense_columns, nearest_mean_scores
+from cl_lightning.memory.class_statistics import Metric, class_statistics, dense_columns, nearest_mean_scores, shrink
 from cl_lightning.memory.growing import GrowingBuffers
 from cl_lightning.models import LinearHead
 
@@ -148,12 +148,15 @@ class Prototypes(GrowingBuffers):
 class GaussianPrototypes(Prototypes):
     """Gaussian of the features of each class, to be sampled: mean and Cholesky factor of the covariance.
 
-        f = mu_c + L_c eps,   L_c L_c^T = Sigma_c + jitter I,   eps ~ N(0, I)
+        f = mu_c + L_c eps,   L_c L_c^T = Sigma_c + a (V1 I + V2 (1 1^T - I)) + jitter I,   eps ~ N(0, I)
+
+    with V1 and V2 the mean variance and the mean covariance, as in :func:`~cl_lightning.memory.shrink`.
 
     Args:
         num_features: d.
         jitter: Variance added in each direction, above 0, since a covariance of fewer samples than features is
             singular.
+        shrinkage: a, at least 0.
 
     Attributes:
         factors: L, lower triangular, ``(C, d, d)``; 0 for classes without samples.
@@ -161,11 +164,12 @@ class GaussianPrototypes(Prototypes):
 
     factors: Tensor
 
-    def __init__(self, num_features: int, *, jitter: float = 1e-5) -> None:
+    def __init__(self, num_features: int, *, jitter: float = 1e-5, shrinkage: float = 0.0) -> None:
         super().__init__(num_features)
+        at_least(self, 0, shrinkage=shrinkage)
         if not jitter > 0:
             raise ValueError(f"GaussianPrototypes: jitter is {jitter}; it must be above 0, such as 1e-5")
-        self.covariance, self.jitter = True, jitter
+        self.covariance, self.jitter, self.shrinkage = True, jitter, shrinkage
         self.register_buffer("factors", torch.zeros(0, num_features, num_features))
 
     @torch.no_grad()
@@ -194,10 +198,14 @@ class GaussianPrototypes(Prototypes):
     def _covariances_of(self, columns: Tensor) -> Tensor:
         factors = self.factors[columns].double()
         identity = torch.eye(self.num_features, dtype=torch.float64, device=factors.device)
-        return factors @ factors.mT - self.jitter * identity
+        shrunk = factors @ factors.mT - self.jitter * identity
+        back = -self.shrinkage / (1 + self.shrinkage)  # V1 and V2 of a shrunk covariance are 1 + a times as large
+        return shrink(shrunk, back, back) if self.shrinkage else shrunk
 
     def _keep_covariances(self, columns: Tensor, covariances: Tensor) -> None:
         identity = torch.eye(self.num_features, dtype=torch.float64, device=covariances.device)
+        if self.shrinkage:
+            covariances = shrink(covariances, self.shrinkage, self.shrinkage)
         # The rounding of large covariances makes eigenvalues of 0 negative by about this much.
         rounding = torch.finfo(torch.float64).eps * covariances.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
         added = (self.jitter + rounding)[:, None, None] * identity

@@ -15,6 +15,7 @@ from cl_lightning.memory import (
     dense_columns,
     kernel_drift,
     nearest_mean_scores,
+    shrink,
     squared_distances,
 )
 
@@ -121,6 +122,32 @@ def test_a_store_without_features_of_its_size_refuses_to_load():
         Prototypes(2).load_state_dict(Prototypes(3).state_dict())
     with pytest.raises(ValueError, match="num_features is 0"):
         Prototypes(0)
+
+
+def test_shrinking_on_numbers():
+    covariance = torch.tensor([[2.0, 1.0, 0.0], [1.0, 4.0, 3.0], [0.0, 3.0, 6.0]]).double()
+    # V1 = 4, V2 = (1 + 3) / 2 = 2 where zeros do not count, else 4 / 3
+    expected = torch.tensor([[2 + 0.5 * 4, 1 + 3 * 2, 6], [1 + 6, 4 + 2, 3 + 6], [6, 9, 6 + 2]]).double()
+    torch.testing.assert_close(shrink(covariance, 0.5, 3.0, skip_zeros=True), expected)
+    expected = torch.tensor([[4.0, 5, 4], [5, 6, 7], [4, 7, 8]]).double()
+    torch.testing.assert_close(shrink(covariance, 0.5, 3.0), expected)
+    assert torch.equal(shrink(covariance, 0.0, 0.0), covariance)
+    diagonal = torch.diag(torch.tensor([1.0, 3.0]).double())  # nothing off the diagonal to take the mean of
+    for skip in (False, True):
+        torch.testing.assert_close(shrink(diagonal, 1.0, 1.0, skip_zeros=skip), diagonal + 2 * torch.eye(2).double())
+    several = torch.stack([covariance, 2 * covariance])
+    torch.testing.assert_close(shrink(several, 0.5, 3.0)[1], 2 * expected)
+    one = torch.full((1, 1), 2.0).double()
+    torch.testing.assert_close(shrink(one, 1.0, 1.0), 2 * one)
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_two_shrinks_are_one_with_a_larger_weight_and_can_be_undone(weight):
+    covariance = normal(30, 5).T.cov()
+    once = shrink(covariance, 2 * weight + weight**2, 2 * weight + weight**2)
+    shrunk = shrink(covariance, weight, weight)
+    torch.testing.assert_close(shrink(shrunk, weight, weight), once)
+    torch.testing.assert_close(shrink(shrunk, -weight / (1 + weight), -weight / (1 + weight)), covariance)
 
 
 def test_distances_of_all_pairs_are_those_of_a_plain_loop():
@@ -281,9 +308,23 @@ def test_a_class_of_fewer_samples_than_features_can_be_drawn_from():
         GaussianPrototypes(6, jitter=0)
 
 
-def test_distributions_are_pooled_like_covariances_and_take_their_size_from_a_state():
+def test_draws_of_a_shrunk_distribution_have_more_equal_variances():
+    features = normal(300, 4) @ normal(4, 4, seed=1)
+    store = GaussianPrototypes(4, jitter=1e-3, shrinkage=0.5).double()
+    store.update(features, torch.zeros(300, dtype=torch.int64), num_classes=1)
+    covariance = features.T.cov()
+    mean = covariance.trace() / 4
+    rest = (covariance.sum() - covariance.trace()) / 12
+    expected = covariance + 0.5 * rest + (0.5 * (mean - rest) + 1e-3) * torch.eye(4).double()
+    torch.testing.assert_close(store.factors[0] @ store.factors[0].T, expected)
+    with pytest.raises(ValueError, match="GaussianPrototypes: shrinkage is -1"):
+        GaussianPrototypes(4, shrinkage=-1.0)
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 1.0])
+def test_distributions_are_pooled_like_covariances_and_take_their_size_from_a_state(shrinkage):
     features, labels = normal(60, 3), torch.arange(60) % 2
-    store, whole = GaussianPrototypes(3).double(), GaussianPrototypes(3).double()
+    store, whole = (GaussianPrototypes(3, shrinkage=shrinkage).double() for _ in range(2))
     store.update(features[:25], labels[:25], num_classes=2)
     store.update(features[25:], labels[25:])
     whole.update(features, labels, num_classes=2)

@@ -32,29 +32,11 @@ from torch.nn import functional as F
 from cl_lightning.batch import ImageShape
 from cl_lightning.checks import above, at_least, one_of
 from cl_lightning.losses import full_precision
-from cl_lightning.memory import MeanCovariance, Prototypes, squared_distances
+from cl_lightning.memory import MeanCovariance, Prototypes, shrink, squared_distances
 from cl_lightning.models import Head, frozen_copy, solve_positive
 from cl_lightning.strategies.pretrained.first_session import FirstSessionAdaptation
 
 _CHUNK = 2048  # features whose distances are computed at a time
-
-
-def shrink(covariance: Tensor, diagonal: float, others: float) -> Tensor:
-    """Covariance shrunk towards equal variances and equal covariances: ``Sigma + a1 V1 I + a2 V2 (1 1^T - I)``.
-
-    Args:
-        covariance: Sigma, ``(d, d)``.
-        diagonal: a1, weight of the mean variance V1.
-        others: a2, weight of V2, the mean of the entries off the diagonal that are not 0.
-
-    Returns:
-        ``(d, d)``.
-    """
-    identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    rest = covariance * (1 - identity)
-    variance = covariance.diagonal().mean()
-    mean = rest.sum() / (rest != 0).sum().clamp(min=1)
-    return covariance + diagonal * variance * identity + others * mean * (1 - identity)
 
 
 def correlation(covariance: Tensor) -> Tensor:
@@ -148,7 +130,7 @@ class FeCAMHead(Head):
         if found is None or found.device != covariance.device:
             shrunk = covariance.double()
             for _ in range(self.shrinks):
-                shrunk = shrink(shrunk, *self.shrinkage)
+                shrunk = shrink(shrunk, *self.shrinkage, skip_zeros=True)
             identity = torch.eye(len(shrunk), dtype=shrunk.dtype, device=shrunk.device)
             found = self._metrics[key] = solve_positive(correlation(shrunk), identity).to(covariance.dtype)
         return found

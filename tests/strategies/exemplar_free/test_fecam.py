@@ -9,9 +9,10 @@ from support.pretrained import TinyViT, in_tasks, samples_right
 from torch.nn import functional as F
 
 from cl_lightning.measures import last_accuracy
+from cl_lightning.memory import shrink
 from cl_lightning.models import MLP
 from cl_lightning.strategies.baselines.finetune import Finetune
-from cl_lightning.strategies.exemplar_free.fecam import FeCAM, FeCAMHead, correlation, shrink
+from cl_lightning.strategies.exemplar_free.fecam import FeCAM, FeCAMHead, correlation
 from cl_lightning.strategies.pretrained.simplecil import SimpleCIL
 from cl_lightning.testing import Subject, check_strategy, small
 
@@ -66,23 +67,6 @@ def head_of(*parts, **options):
     for features, labels in parts:
         head.fit_features(features, labels)
     return head
-
-
-def test_shrinking_on_numbers():
-    covariance = torch.tensor([[2.0, 1.0, 0.0], [1.0, 4.0, 3.0], [0.0, 3.0, 6.0]]).double()
-    # V1 = 4, V2 = (1 + 3) / 2 = 2: zeros do not count.
-    expected = [[2 + 0.5 * 4, 1 + 3 * 2, 6], [1 + 6, 4 + 2, 3 + 6], [6, 9, 6 + 2]]
-    torch.testing.assert_close(shrink(covariance, 0.5, 3.0), torch.tensor(expected).double())
-    assert torch.equal(shrink(covariance, 0.0, 0.0), covariance)
-    diagonal = torch.diag(torch.tensor([1.0, 3.0]).double())  # nothing off the diagonal to take the mean of
-    torch.testing.assert_close(shrink(diagonal, 1.0, 1.0), diagonal + 2 * torch.eye(2).double())
-
-
-@pytest.mark.parametrize("weight", [0.5, 1.0])
-def test_two_shrinks_are_one_with_a_larger_weight(weight):
-    covariance = normal(30, WIDTH).T.cov()
-    once = shrink(covariance, 2 * weight + weight**2, 2 * weight + weight**2)
-    torch.testing.assert_close(shrink(shrink(covariance, weight, weight), weight, weight), once)
 
 
 def test_the_normalised_covariance_is_the_correlation_and_has_no_unit():
