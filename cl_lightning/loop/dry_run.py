@@ -137,6 +137,7 @@ class _DryRun:
         self.device = trainer.strategy.root_device
         self.place, self.configures = "", False
         strategy.trainer = stage
+        strategy.passes.brief = True
         data.trainer = stage
         for name in ("log", "log_dict"):
             setattr(strategy, name, _nothing)

@@ -23,25 +23,6 @@ _OWN = ("images", "labels", "tasks", "keys")
 _SCALARS = ("num_seen", "size")
 
 
-def check_replay(owner: str, loss_classes: str, replay_size: int | None = None) -> None:
-    """Check that samples of earlier tasks can be replayed with the given options.
-
-    Args:
-        owner: Name of the strategy, for errors.
-        loss_classes: Logits over which its classification loss is taken: "all", "current" or "task".
-        replay_size: Number of samples drawn per step; None for the default.
-
-    Raises:
-        ValueError: If ``loss_classes`` is "current", or fewer than one sample is drawn.
-    """
-    if loss_classes == "current":
-        raise ValueError(
-            f"{owner}: loss_classes is 'current', but samples of earlier tasks are replayed; use 'all' or 'task'"
-        )
-    if replay_size is not None and replay_size < 1:
-        raise ValueError(f"{owner}: replay_size is {replay_size}; it must be at least 1, or null for the default")
-
-
 class Policy(ABC):
     """Selection of the samples that a full memory keeps."""
 
@@ -170,7 +151,8 @@ class Memory(nn.Module):
             is moved to the device of the module.
 
     Attributes:
-        images: Raw images, uint8 ``(held, C, H, W)``; ``(0,)``, as torch.cat accepts, before the first add.
+        images: Raw images, uint8 ``(held, C, H, W)``; ``(0,)``, as torch.cat accepts, before the first add. A subclass
+            may set another ``dtype``: floating-point images have black at 0 and white at 1.
         labels: Column of each sample's class, int64 ``(held,)``.
         tasks: Index of each sample's task, int64 ``(held,)``.
         keys: Key of each sample, int64 ``(held,)``; within a class, samples of larger keys are kept longer.
@@ -181,6 +163,7 @@ class Memory(nn.Module):
     """
 
     kept_as: ClassVar[str] = "exemplars"
+    dtype: ClassVar[torch.dtype] = torch.uint8
 
     def __init__(self, size: int, policy: Policy | None = None, device: Literal["module", "cpu"] = "module") -> None:
         super().__init__()
@@ -202,7 +185,7 @@ class Memory(nn.Module):
 
     @property
     def images(self) -> Tensor:
-        return self._rows("images", torch.uint8)
+        return self._rows("images", self.dtype)
 
     @property
     def labels(self) -> Tensor:
@@ -390,8 +373,9 @@ class Memory(nn.Module):
 
     def _check(self, rows: dict[str, Tensor]) -> None:
         images, kept = rows["images"], set(self._store) - {"keys"}
-        if images.dtype != torch.uint8:
-            raise ValueError(f"Memory.add: images are {images.dtype}; give raw uint8 images, not augmented ones")
+        if images.dtype != self.dtype:
+            needed = str(self.dtype).removeprefix("torch.")
+            raise ValueError(f"Memory.add: images are {images.dtype}; give raw {needed} images, not augmented ones")
         if wrong := {"keys", *_SCALARS} & set(rows):
             raise ValueError(f"Memory.add: fields are named {sorted(wrong)}, which the memory uses itself; use others")
         if kept and kept != set(rows):

@@ -121,6 +121,7 @@ class Passes:
             progress bar adds its own.
         watch: Set by the task loop, which stops a run inside a pass: called with the number of batches of this process
             when a pass begins, on all processes; its result is called before each batch with the batch's number.
+        brief: Whether :meth:`steps` has a single step; set by the dry run.
     """
 
     def __init__(self, strategy: Host) -> None:
@@ -128,6 +129,29 @@ class Passes:
         self.cache: FeatureCache | None = None
         self.on_batch: list[Callable[[int, int], None]] = []
         self.watch: Callable[[int], Callable[[int], None]] | None = None
+        self.brief = False
+
+    def steps(self, count: int) -> Iterator[int]:
+        """Numbers of the steps of a long computation at the end of a task, with progress and requests to stop.
+
+        Every process must take the same steps. In a dry run there is one step.
+
+        Args:
+            count: Number of steps.
+
+        Yields:
+            0, 1, ..., ``count - 1``.
+        """
+        yield from self._watched(min(count, 1) if self.brief else count)
+
+    def _watched(self, count: int) -> Iterator[int]:
+        watched = self.watch(count) if self.watch is not None else None
+        for number in range(count):
+            if watched is not None:
+                watched(number)
+            for called in self.on_batch:
+                called(number, count)
+            yield number
 
     def batches(
         self,
@@ -157,12 +181,7 @@ class Passes:
             memory=memory, indices=indices, samples=samples, where=where, batch_size=batch_size, store=store
         )
         device = strategy.trainer.strategy.root_device
-        watched = self.watch(len(loader)) if self.watch is not None else None
-        for number, batch in enumerate(loader):
-            if watched is not None:
-                watched(number)
-            for called in self.on_batch:
-                called(number, len(loader))
+        for _, batch in zip(self._watched(len(loader)), loader, strict=True):
             moved = datamodule.transfer_batch_to_device(batch, device, 0)  # finished below
             yield datamodule.finish(moved, augment=False)
 
