@@ -234,6 +234,7 @@ WITH_MLP = {  # with methods whose config names layers or sizes of this network
     "CL2R": Method("cl2r", "--model.memory_per_class 50", online=False),
     "HOC": Method("hoc", "--model.memory_per_class 50", online=False),
     "Generative replay": Method("generative_replay", online=False),
+    "DCC": Method("dataset_condensation", "--model.images_per_class 12", online=False),  # 4 bytes per pixel
 }
 SHORT_TASKS: dict[str, Method] = {}  # with an average of the weights that suits tasks of a few steps
 for _name, _row in METHODS.items():

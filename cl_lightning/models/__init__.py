@@ -25,7 +25,7 @@ from cl_lightning.models.closed_form import (
     validated_ridge,
 )
 from cl_lightning.models.consolidated_head import ConsolidatedHead, consolidate
-from cl_lightning.models.convnet import ConvNet
+from cl_lightning.models.convnet import ConvNet, InstanceNormConvNet
 from cl_lightning.models.cut import Cut, joined_rows
 from cl_lightning.models.dependence import gaussian_kernel, hsic, square_distances, two_sample_distance
 from cl_lightning.models.domain_head import DomainHead
@@ -142,6 +142,7 @@ __all__ = [
     "Head",
     "InputKind",
     "InputTransform",
+    "InstanceNormConvNet",
     "KeyedPrompts",
     "LDAHead",
     "LinearHead",

@@ -1,4 +1,4 @@
-"""Plain convolutional network of task-incremental papers: a chain of layers without shortcuts or normalisation."""
+"""Plain convolutional networks, chains of layers without shortcuts: of task-incremental papers, and of condensation."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -69,6 +69,45 @@ class ConvNet(Backbone):
             layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
         self.layers = nn.Sequential(*layers)
         self.num_features = sizes[-1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.layers(images)
+        return features
+
+    def divide(self) -> tuple[nn.Module, nn.Module]:
+        return divided_chain(self.layers, type(self).__name__)
+
+
+class InstanceNormConvNet(Backbone):
+    """Blocks of a 3 x 3 convolution, instance normalisation with scale and shift, ReLU and 2 x 2 average pooling.
+
+    With the default options it is the ConvNet of dataset condensation (Zhao, Mopuri & Bilen, ICLR 2021,
+    arXiv:2006.05929). The features are the pixels of the last feature map; 32 x 32 pixels become 4 x 4.
+
+    Args:
+        image_shape: Channels, height, width.
+        width: Channels of each convolution, at least 1; None for 128.
+        depth: Number of blocks, at least 1.
+
+    Raises:
+        ValueError: If an option is out of range, or the images are too small for the blocks.
+    """
+
+    def __init__(self, image_shape: ImageShape, *, width: int | None = None, depth: int = 3) -> None:
+        super().__init__(image_shape)
+        width = 128 if width is None else width
+        at_least(self, 1, width=width, depth=depth)
+        channels, height, rows = image_shape
+        if min(height, rows) >> depth < 1:
+            raise ValueError(
+                f"InstanceNormConvNet: images of {height} x {rows} pixels are too small for depth {depth}, since each "
+                "block halves them; use a smaller depth"
+            )
+        layers: list[nn.Module] = []
+        for inputs in (channels, *(width,) * (depth - 1)):
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.GroupNorm(width, width), nn.ReLU(), nn.AvgPool2d(2)]
+        self.layers = nn.Sequential(*layers, nn.Flatten())
+        self.num_features = width * (height >> depth) * (rows >> depth)
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.layers(images)
