@@ -268,6 +268,7 @@ class ContinualEvaluation(ContinualCallback):
                             scores = strategy.predict_within_task(batch.images, tasks).float()
                         if needs_tasks:  # task-aware predictions only
                             scores = scores.masked_fill(~strategy.task_columns[batch.tasks], -torch.inf)
+                        scores = strategy.data.within_level(scores, batch.labels)
                         count_correct(counts, scores, batch, strategy.task_columns)
                         if self.every_n_samples is not None:
                             count_among(seen_counts, scores, batch.labels, among)

@@ -14,6 +14,7 @@ from cl_lightning.checks import at_least
 from cl_lightning.data import Compose, Context, FileSource, Normalize, SampleSource, Transform
 from cl_lightning.data.feature_cache import KEYS, STORED
 from cl_lightning.data.labels import training_labels
+from cl_lightning.data.levels import TwoLevelSource
 from cl_lightning.data.scaling import InputSize, measured
 from cl_lightning.data.sources import checked, decoded
 from cl_lightning.recorded import options_of
@@ -57,6 +58,9 @@ class StreamDataModule(LightningDataModule):
         seed: Seed of class order, order of samples, validation share and augmentation; None for ``seed_everything``.
         workers: Number of worker processes per loader that decode files; it does not change results.
         in_memory: Decode files once and keep them as uint8 tensors; None to do so if they take at most 1 GiB.
+        superclasses: Names of the classes of each superclass, by the name of the superclass, such as ``{animal: [cat,
+            dog], vehicle: [car]}``. Each sample is then there twice, with the label of its class and with its
+            superclass, for the scenario ``LabelExpansion``. None for labels of one level.
 
     Raises:
         ValueError: If an option is outside its range, and before training if the data do not meet the requirements.
@@ -86,6 +90,7 @@ class StreamDataModule(LightningDataModule):
         seed: int | None = None,
         workers: int = 0,
         in_memory: bool | None = None,
+        superclasses: dict[str, list[str]] | None = None,
     ) -> None:
         super().__init__()
         self._recorded = options_of(self)
@@ -94,7 +99,7 @@ class StreamDataModule(LightningDataModule):
         at_least(self, 0, workers=workers)
         if not 0 <= val_fraction < 1:
             raise ValueError(f"{type(self).__name__}: val_fraction is {val_fraction}; it must be in [0, 1)")
-        self.scenario = scenario
+        self.scenario, self._superclasses = scenario, superclasses
         self.batch_size, self.val_fraction, self._eval_batch_size = batch_size, val_fraction, eval_batch_size
         self.channels_last, self.feature_views = False, 0
         self.input_size = InputSize(self, resize, center_crop, interpolation)
@@ -138,6 +143,8 @@ class StreamDataModule(LightningDataModule):
                 source = decoded(source, self.workers)
             elif isinstance(source, FileSource):
                 source = checked(source, self.workers)
+            if self._superclasses is not None:
+                source = TwoLevelSource(source, self._superclasses, type(self).__name__)
             self._sources[train] = source
         return self._sources[train]
 
@@ -195,6 +202,7 @@ class StreamDataModule(LightningDataModule):
             train_domains=train.domains,
             test_domains=test.domains,
             domain_names=train.domain_names,
+            parents=train.parents if isinstance(train, TwoLevelSource) else (),
         )
 
     def make_stream(self, seed: int, earlier: Stream | None = None) -> Stream:

@@ -57,7 +57,7 @@ ROOMS = (
         "data",
         "from files to augmented tensors",
         "sources, images, loaders, transforms, auto_augment, pixels, corruptions, rotations, feature_pool, "
-        "feature_cache, arrays, files, datasets, decoding, labels, scaling, shifts, layout, balance, cut_mix",
+        "feature_cache, arrays, files, datasets, decoding, labels, scaling, shifts, layout, balance, cut_mix, levels",
     ),
     Room(
         "report",
@@ -88,7 +88,7 @@ ROOMS = (
     Room(
         "stream",
         "the samples of each task; pure numpy",
-        "tasks, core, scenarios, modifiers, rehearsal, domains, dealing, manifest, draws",
+        "tasks, core, scenarios, modifiers, rehearsal, levels, domains, dealing, manifest, draws",
     ),
     Room("batch", "a batch and its random numbers", "(porch)"),
     Room("distributed", "sums and rows over all processes", "(porch)"),

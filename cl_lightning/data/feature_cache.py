@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_lightning import checksums
+from cl_lightning.data.levels import TwoLevelSource
 from cl_lightning.data.sources import FileSource, SampleSource, TensorSource
 
 KEYS, STORED = "feature_keys", "stored_features"
@@ -42,6 +43,8 @@ def identities(source: SampleSource) -> Tensor:
     Raises:
         ValueError: If the source is neither a ``TensorSource`` nor a ``FileSource``.
     """
+    if isinstance(source, TwoLevelSource):
+        return identities(source.base).repeat(2)
     if isinstance(source, TensorSource):
         rows = source.images.contiguous().flatten(1).numpy()
         found = (hashlib.blake2b(row, digest_size=8).digest() for row in rows)

@@ -12,6 +12,7 @@ from cl_lightning.hashing import IntArray
 from cl_lightning.stream.core import DatasetInfo, Stream
 from cl_lightning.stream.dealing import Scenario, Split, Splitter
 from cl_lightning.stream.domains import DomainIncremental, PermutedDomains, RotatedDomains
+from cl_lightning.stream.levels import LabelExpansion
 from cl_lightning.stream.modifiers import LabelFraction, LongTailed, Modifier, NoisyLabels, Online, Subsampling, Subset
 from cl_lightning.stream.rehearsal import PowerLawRehearsal
 from cl_lightning.stream.scenarios import Blurry, ClassIncremental, FewShot, FromManifest, SingleTask
@@ -25,6 +26,7 @@ __all__ = [
     "FewShot",
     "FromManifest",
     "IntArray",
+    "LabelExpansion",
     "LabelFraction",
     "LongTailed",
     "Modifier",

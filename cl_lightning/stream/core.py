@@ -28,9 +28,12 @@ class DatasetInfo:
         train_domains: Domain of each training sample, int64 ``(N,)``, or None if the data has no domains.
         test_domains: Domain of each test sample, int64 ``(M,)``, or None.
         domain_names: Name of each domain, all different.
+        parents: Raw label of the superclass of each class, and -1 for a superclass; empty for labels of one level. The
+            second half of the samples is then the first half again, with the superclasses of their classes as labels.
 
     Raises:
-        ValueError: If a label or domain has no name, a name is given twice, or lengths differ.
+        ValueError: If a label or domain has no name, a name is given twice, lengths differ, or labels contradict
+            ``parents``.
     """
 
     train_labels: IntArray
@@ -39,6 +42,7 @@ class DatasetInfo:
     train_domains: IntArray | None = None
     test_domains: IntArray | None = None
     domain_names: tuple[str, ...] = ()
+    parents: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for kind in ("class", "domain"):
@@ -56,6 +60,23 @@ class DatasetInfo:
                 domains = self._numbers(f"{part}_domains", "domain", self.domain_names, "domain_names")
                 if len(domains) != len(labels):
                     raise ValueError(f"DatasetInfo: {len(labels)} {part} labels but {len(domains)} {part} domains")
+        self._check_parents()
+
+    def _check_parents(self) -> None:
+        object.__setattr__(self, "parents", tuple(int(parent) for parent in self.parents))
+        if not self.parents:
+            return
+        parents = np.array(self.parents, np.int64)
+        if len(parents) != self.num_classes:
+            raise ValueError(f"DatasetInfo: {len(parents)} parents for {self.num_classes} classes; give one for each")
+        if parents.max() >= self.num_classes or (parents[parents[parents >= 0]] >= 0).any():
+            raise ValueError("DatasetInfo: parents has a label that is no superclass, a class whose parent is -1")
+        for part in ("train", "test"):
+            classes, superclasses = np.array_split(getattr(self, f"{part}_labels"), 2)
+            if len(classes) != len(superclasses) or (parents[classes] != superclasses).any():
+                raise ValueError(
+                    f"DatasetInfo: the second half of {part}_labels is not the superclasses of the first half"
+                )
 
     def _numbers(self, attribute: str, kind: str, names: tuple[str, ...], names_attribute: str) -> IntArray:
         numbers = _integers(getattr(self, attribute), f"DatasetInfo: {attribute}")
@@ -71,6 +92,11 @@ class DatasetInfo:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @cached_property
+    def levels(self) -> IntArray:
+        """Level of each class, int64 ``(num_classes,)``: 1 for the classes of superclasses, else 0."""
+        return (np.array(self.parents or [-1] * self.num_classes) >= 0).astype(np.int64)
 
     @cached_property
     def name_keys(self) -> KeyArray:

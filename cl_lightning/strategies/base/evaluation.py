@@ -95,6 +95,8 @@ class Evaluation:
             scores = strategy.predict(batch.images).float()
             if strategy.traits.task_ids == "inferred":
                 aware = strategy.predict(batch.images, batch.tasks).float()
+        scores = strategy.data.within_level(scores, batch.labels)
+        aware = aware if aware is None else strategy.data.within_level(aware, batch.labels)
         self._accuracy.update(scores, batch.labels, batch.tasks, strategy.task_columns, aware)
         self._loss_sum += nn.functional.cross_entropy(scores, batch.labels, reduction="sum")
 

@@ -12,6 +12,7 @@ from cl_lightning.data import FeatureCache, FeatureStore
 from cl_lightning.data.balance import class_weight_table
 from cl_lightning.data.feature_cache import KEYS, STORED
 from cl_lightning.data.labels import training_labels
+from cl_lightning.data.levels import column_levels
 from cl_lightning.distributed import all_gather_together
 from cl_lightning.memory import Memory
 from cl_lightning.models import Network, in_eval_mode, refit_norms
@@ -31,6 +32,7 @@ class StrategyData:
     def __init__(self, strategy: Host) -> None:
         self._strategy = strategy
         self._weights: tuple[Any, Tensor] | None = None  # the stream, and the weights of its classes
+        self._levels: tuple[Any, Tensor | None] | None = None  # the stream, and the levels of its columns
 
     @property
     def module(self) -> Any:
@@ -75,6 +77,28 @@ class StrategyData:
         nothing = torch.zeros(2, dtype=torch.int64, device=raw.device)
         low, high = self.finish(Batch(ends, nothing, nothing, nothing, ends, Draw.of(2, 0))).images
         return low, high
+
+    def levels(self) -> Tensor | None:
+        """Level of each column of the stream, also of later tasks, int64 ``(columns,)`` on the device: 0 for
+        superclasses, 1 for their classes; None for labels of one level."""
+        try:
+            module = self.module
+        except RuntimeError:  # a strategy without a Trainer
+            return None
+        if self._levels is None or self._levels[0] is not module.stream:
+            found = column_levels(module)
+            self._levels = module.stream, None if found is None else found.to(self._strategy.device)
+        return self._levels[1]
+
+    def within_level(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Scores ``(B, columns)`` with -inf for the classes of other levels than the label's, for labels ``(B,)``.
+
+        Unchanged for labels of one level.
+        """
+        levels = self.levels()
+        if levels is None:
+            return scores
+        return scores.masked_fill(levels[labels][:, None] != levels[: scores.shape[1]], -torch.inf)
 
     def weights_of(self, batch: Batch) -> Tensor | None:
         """Weight of the loss of each sample by ``class_weights`` of the data module, float32 ``(B,)``; None without."""
