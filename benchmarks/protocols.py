@@ -325,13 +325,23 @@ STEPLESS = {"prototypes (ProtoCosine)": Method("proto_cosine"), "TEEN": Method("
 ADAPTING = {
     "source": Method("source_cifar10"),
     "batch statistics": Method("source_cifar10", "--model BNAdapt"),
+    "mixed statistics (alpha-BN)": Method("source_cifar10", "--model BNAdapt --model.statistics mix --model.alpha 0.5"),
+    "Core": Method("source_cifar10", "--model Core"),
     "Tent": Method("source_cifar10", "--model Tent"),
+    "RPL": Method("source_cifar10", "--model RPL"),
     "EATA": Method("source_cifar10", "--model EATA"),
+    "RDumb": Method("source_cifar10", "--model RDumb"),
+    "SAR": Method("source_cifar10", "--model SAR"),
+    "DeYO": Method("source_cifar10", "--model DeYO"),
+    "WisdomOfCrowds": Method("source_cifar10", "--model WisdomOfCrowds"),
+    "ROID": Method("source_cifar10", "--model ROID"),
+    "CMF": Method("source_cifar10", "--model CMF"),
     "CoTTA": Method("source_cifar10", "--model CoTTA"),
+    "T3A": Method("source_cifar10", "--model T3A"),
     "LAME": Method("source_cifar10", "--model LAME"),
     "LAME (rbf)": Method("source_cifar10", "--model LAME --model.affinity rbf"),
 }
-LEARNING = ("Tent", "EATA", "CoTTA")  # the others have nothing to reset
+LEARNING = ("Core", "Tent", "RPL", "EATA", "SAR", "DeYO", "WisdomOfCrowds", "ROID", "CMF", "CoTTA", "T3A")  # can be reset
 
 PROTOCOLS = {
     "fashion_mlp": Protocol(
