@@ -341,7 +341,8 @@ ADAPTING = {
     "LAME": Method("source_cifar10", "--model LAME"),
     "LAME (rbf)": Method("source_cifar10", "--model LAME --model.affinity rbf"),
 }
-LEARNING = ("Core", "Tent", "RPL", "EATA", "SAR", "DeYO", "WisdomOfCrowds", "ROID", "CMF", "CoTTA", "T3A")  # can be reset
+# Methods with something to reset.
+LEARNING = ("Core", "Tent", "RPL", "EATA", "SAR", "DeYO", "WisdomOfCrowds", "ROID", "CMF", "CoTTA", "T3A")
 
 PROTOCOLS = {
     "fashion_mlp": Protocol(
