@@ -19,7 +19,8 @@ network is evaluated on the test samples of the stream, without adaptation.
 """
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -32,7 +33,14 @@ from cl_lightning.checks import at_least, one_of, within
 from cl_lightning.distributed import all_sum
 from cl_lightning.measures import EvaluationResult, online_error
 from cl_lightning.memory import NamedBuffers, Teacher, restore_shapes
-from cl_lightning.models import LinearHead, adapt_norms, early_norm_parameters, norm_parameters, set_statistics
+from cl_lightning.models import (
+    LinearHead,
+    adapt_norms,
+    early_norm_parameters,
+    in_eval_mode,
+    norm_parameters,
+    set_statistics,
+)
 from cl_lightning.models.backbones import read_classifier
 from cl_lightning.models.normalization import Statistics
 from cl_lightning.strategies.base import default_optimizer
@@ -269,8 +277,18 @@ class TestTimeAdaptation(ContinualStrategy):
         """Number of classes of the source."""
         return self.network.head.block_sizes()[0]
 
+    @contextmanager
+    def stream_statistics(self) -> Iterator[None]:
+        """In this context the network normalises as in the stream, in eval mode; for measurements on the source."""
+        try:
+            with in_eval_mode(self.network):
+                set_statistics(self.network, self._in_stream)
+                yield
+        finally:
+            self._choose_statistics()
+
     @property
-    def norm_statistics(self) -> Statistics:
+    def _in_stream(self) -> Statistics:
         """Statistics that normalisation layers use to predict images of the stream."""
         return self.statistics if self.statistics in ("batch", "mix") else "running"
 
@@ -460,7 +478,7 @@ class TestTimeAdaptation(ContinualStrategy):
         }
 
     def _choose_statistics(self) -> None:
-        set_statistics(self, self.norm_statistics if self.adapting else "running", **self._norm_options)
+        set_statistics(self, self._in_stream if self.adapting else "running", **self._norm_options)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         restore_shapes(self, state_dict, prefix, ("online",))

@@ -29,7 +29,6 @@ from torch.nn import functional as F
 from cl_lightning.checks import above, at_least
 from cl_lightning.distributed import all_sum
 from cl_lightning.memory import Importance
-from cl_lightning.models import set_statistics
 from cl_lightning.strategies.test_time.base import TestTimeAdaptation, Trained
 from cl_lightning.strategies.test_time.parts.filters import DiversityFilter, EntropyFilter, SampleFilter
 from cl_lightning.strategies.test_time.tent import Tent
@@ -97,17 +96,16 @@ class EATA(Tent):
         """F by name of the parameter; the same on every process."""
         squares = {name: torch.zeros_like(value) for name, value in parameters.items()}
         wanted, count = [value.requires_grad for value in parameters.values()], 0
-        set_statistics(self.network, self.norm_statistics)
         for value in parameters.values():
             value.requires_grad_(True)
-        for batch in self.passes.batches(samples=self.fisher_samples, batch_size=self.fisher_batch_size):
-            logits = self.network(batch.images).logits[:, : self.num_source].float()
-            loss = F.cross_entropy(logits, logits.argmax(dim=1), reduction="sum") / batch.draw.total
-            gradients = torch.autograd.grad(loss, list(parameters.values()))
-            for total, gradient in zip(squares.values(), gradients, strict=True):
-                total += all_sum(gradient).square()
-            count += 1
+        with self.stream_statistics():
+            for batch in self.passes.batches(samples=self.fisher_samples, batch_size=self.fisher_batch_size):
+                logits = self.network(batch.images).logits[:, : self.num_source].float()
+                loss = F.cross_entropy(logits, logits.argmax(dim=1), reduction="sum") / batch.draw.total
+                gradients = torch.autograd.grad(loss, list(parameters.values()))
+                for total, gradient in zip(squares.values(), gradients, strict=True):
+                    total += all_sum(gradient).square()
+                count += 1
         for value, before in zip(parameters.values(), wanted, strict=True):
             value.requires_grad_(before)
-        self._choose_statistics()
         return {name: (total / max(count, 1)).detach() for name, total in squares.items()}

@@ -48,6 +48,8 @@ class WeightedConsistency(Tent):
         kwargs: Options of ``Tent``.
     """
 
+    traits = TestTimeAdaptation.traits  # a base class
+
     def __init__(
         self,
         *,

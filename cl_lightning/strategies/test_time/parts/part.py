@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -33,6 +34,9 @@ class Adapting(Protocol):
 
     def forward_source_classes(self, images: Tensor) -> Output:
         """Features and scores ``(B, classes of the source)`` of images, without adaptation."""
+
+    def stream_statistics(self) -> AbstractContextManager[None]:
+        """In this context the network normalises as in the stream; for measurements on the source."""
 
     def reset(self) -> None:
         """Reset the network, the parts, further state of the method, and the optimizer."""
