@@ -55,7 +55,8 @@ class NpzData(ContinualDataModule):
     read too: ``train_images``, ``train_labels``, ``test_images``, ... (MedMNIST), ``X_train``, ``train_x``,
     ``train_data``.
     Validation samples (``x_val``, ``val_images``, ...) are training samples, of which ``val_fraction`` holds out a
-    share; without test samples they are the test samples.
+    share; without test samples they are the test samples. A file without training samples serves a stream of test
+    images (``CorruptionStream`` with ``source_part="test"``); its test samples then define the classes.
 
     Labels are integers, strings, or one-hot rows. With ``class_names``, integers count them, from 0 or throughout from
     1. Without, the labels that occur in the training samples are the classes in ascending order, and their values are
@@ -91,7 +92,7 @@ class NpzData(ContinualDataModule):
 
     def source(self, *, train: bool) -> TensorSource:
         with self._open() as file:
-            keys = self._keys(file)
+            keys = self._keys(file, train=train)
             trained: list[str] = [
                 part for part in ("train", "val") if part in keys and ("test" in keys or part == "train")
             ]
@@ -102,6 +103,7 @@ class NpzData(ContinualDataModule):
                 raise ValueError(f"{self._at(shapes)} differ in shape; save images of one shape")
             counts = [len(array) for array in arrays]
             names_key = self.names or _NAMES.get(self.labels, "")
+            trained = trained or parts  # a file of test images alone: they define the classes
             of_parts = {part: keys[part].labels for part in (*trained, *parts)}
             labels, names = self._numbers(file, of_parts, trained, parts, counts, names_key, "class")
             domains: np.ndarray | None = None
@@ -120,13 +122,15 @@ class NpzData(ContinualDataModule):
             name=self._at(keys[parts[0]].images),
         )
 
-    def _keys(self, file: Any) -> dict[str, _Keys]:
-        """Keys of each part that the file has, in the first layout whose training images it has.
+    def _keys(self, file: Any, *, train: bool) -> dict[str, _Keys]:
+        """Keys of each part that the file has, in the first layout whose training images, or test images, it has.
 
         Raises:
-            ValueError: If training images are missing, or both test and validation images.
+            ValueError: If training images are missing and wanted, or both test and validation images.
         """
-        images, labels = next((each for each in _LAYOUTS if each[0].format("train") in file.files), _LAYOUTS[0])
+        images, labels = next(
+            (each for part in ("train", "test") for each in _LAYOUTS if each[0].format(part) in file.files), _LAYOUTS[0]
+        )
         if self.labels != "y":
             labels = f"{self.labels}_{{}}"
         found = {
@@ -135,7 +139,7 @@ class NpzData(ContinualDataModule):
             for name in names
             if images.format(name) in file.files
         }
-        for part in ("train", *(() if "val" in found else ("test",))):
+        for part in (*(("train",) if train else ()), *(() if "val" in found else ("test",))):
             if part not in found:
                 self._array(file, images.format(part))  # raises
         return found

@@ -17,6 +17,7 @@ from cl_lightning.data import CORRUPTIONS, corrupt
 from cl_lightning.data.corruptions import write_files
 from cl_lightning.datamodules.corruptions import CorruptionStream, arranged
 from cl_lightning.datamodules.digits import Digits
+from cl_lightning.datamodules.npz import NpzData
 from cl_lightning.models import ResNet20
 from cl_lightning.models.backbones import read_classifier
 from cl_lightning.strategies.test_time.bn_adapt import BNAdapt
@@ -213,3 +214,17 @@ def test_the_network_for_cifar10_loses_to_corruptions_what_it_should(shared_data
     assert errors["brightness"] < 0.25
     assert min(errors[name] for name in ("gaussian_noise", "shot_noise", "impulse_noise")) > 0.45
     assert all(value > clean for value in errors.values())
+
+
+def test_a_file_of_test_images_alone_serves_a_stream(tmp_path):
+    source = Digits().source(train=False)
+    images, labels = source.images[:40].numpy(), source.labels[:40]
+    for keys in (("x_test", "y_test"), ("test_images", "test_labels")):
+        path = tmp_path / f"{keys[0]}.npz"
+        np.savez(path, **dict(zip(keys, (images, labels), strict=True)))
+        base = NpzData(str(path), mean=[0.3], std=[0.4])
+        data = CorruptionStream(base, source_part="test", corruptions=["contrast"], batch_size=10)
+        assert sorted(set(data.samples(train=True).labels.tolist())) == sorted(set(labels.tolist()))
+        assert data.samples(train=True).domain_names == ("source", "contrast")
+        with pytest.raises(ValueError, match=r"x_train is missing|train_images is missing"):
+            CorruptionStream(base, corruptions=["contrast"]).samples(train=True)
