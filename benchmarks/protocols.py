@@ -225,6 +225,7 @@ METHODS = {
     "AER-ABS": Method("aer_abs", MEMORY, online=False),
     "RER": Method("rer", MEMORY, online=False),
     "mix-cd": Method("mixcd", MEMORY),
+    "DGR": Method("dgr", MEMORY, online=False),
 }
 WITH_MLP = {  # with methods whose config names layers or sizes of this network
     **METHODS,
