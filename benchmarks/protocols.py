@@ -321,6 +321,7 @@ ADAPTED = {
     "OVOR": Method("ovor_vit32", "--trainer.max_epochs {epochs}"),
     "InfLoRA": Method("inflora_vit32", "--trainer.max_epochs {epochs}"),
     "RAPF": Method("rapf_vit32", f"{NAMES} --trainer.max_epochs {{epochs}}"),
+    "PROOF": Method("proof_vit32", f"{NAMES} {MEMORY} --trainer.max_epochs {{epochs}}"),
 }
 STEPLESS = {"prototypes (ProtoCosine)": Method("proto_cosine"), "TEEN": Method("teen")}
 ADAPTING = {
@@ -477,7 +478,8 @@ PROTOCOLS = {
         "per task (LAE and OVOR one more, for the head only), methods that train only in the first task have 20 epochs "
         "there. The linear head on frozen features has the loss of L2P, CODA-Prompt and LAE, cross-entropy over the "
         "classes of the task, and nothing in the backbone. In L2P the same 4 of 10 prompts are selected for all images "
-        "from the first epoch on (`prompts/used` is 4.0).",
+        "from the first epoch on (`prompts/used` is 4.0). RAPF and PROOF compare the features with text embeddings of "
+        "the class names by another network (CLIP ViT-B/32), which a linear map has to learn; PROOF keeps 500 images.",
         f"{VIT} {subset(orders(10), 200, 50)} --data.batch_size 32 --trainer.precision bf16-mixed",
         methods={
             **{name: CLOSED[name] for name in ("SimpleCIL", "LDA", "G-ACIL")},
