@@ -223,6 +223,7 @@ METHODS = {
     ),
     "LUCIR": Method("lucir", MEMORY, online=False),
     "AER-ABS": Method("aer_abs", MEMORY, online=False),
+    "PuriDivER": Method("puridiver", MEMORY, online=False),
     "RER": Method("rer", MEMORY, online=False),
     "mix-cd": Method("mixcd", MEMORY),
     "DGR": Method("dgr", MEMORY, online=False),

@@ -5,7 +5,7 @@ from cl_lightning.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from cl_lightning.data.cut_mix import cut_box, cutmix, mixed_loss
 from cl_lightning.data.feature_cache import FeatureCache, FeatureStore, Table
 from cl_lightning.data.feature_pool import FeaturePool, GaussianFeatures
-from cl_lightning.data.loaders import FeatureLoader, Plan, PlannedLoader, Rows, StreamLoader
+from cl_lightning.data.loaders import MEMORY_ROWS, FeatureLoader, Plan, PlannedLoader, Rows, StreamLoader
 from cl_lightning.data.pixels import permute_pixels, resized_crop, rotate_images, shift_images
 from cl_lightning.data.rotations import rotate_batch, rotated, rotation_labels
 from cl_lightning.data.sources import DatasetSource, DecodedSource, FileSource, SampleSource, TensorSource
@@ -29,6 +29,7 @@ from cl_lightning.data.transforms import (
 
 __all__ = [
     "CORRUPTIONS",
+    "MEMORY_ROWS",
     "SEVERITIES",
     "AlternatingFlip",
     "AutoAugment",

@@ -20,6 +20,10 @@ from cl_lightning.data.sources import SampleSource
 from cl_lightning.hashing import IntArray
 from cl_lightning.memory import Memory
 
+MEMORY_ROWS = "memory_rows"
+"""Key in ``Batch.extra`` of the row of each sample in the memory that a loader mixes in, int64 ``(B,)``; -1 for samples
+of the data set. It is absent without such a memory."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -300,12 +304,14 @@ class PlannedLoader:
             yield self._batch(rows, raw, stored)
 
     def _batch(self, rows: Rows, raw: Tensor, stored: tuple[Tensor, Tensor, Tensor] | None) -> Batch:
+        extra = {}
         if stored is None:
             labels, indices, tasks = self.loader.labels[rows.indices], rows.indices, rows.tasks
         else:
             raw, labels, tasks = self._mixed(rows, raw, *stored)
             indices = torch.where(rows.indices >= self.num_data, -1, rows.indices)
-        batch = Batch(raw, labels, tasks, indices, raw, rows.draw, weight=rows.weight)
+            extra[MEMORY_ROWS] = (rows.indices - self.num_data).clamp(min=-1)
+        batch = Batch(raw, labels, tasks, indices, raw, rows.draw, extra=extra, weight=rows.weight)
         return batch.pin_memory() if self.loader.pin_memory else batch
 
     def _split(self) -> Callable[[Rows], Rows]:

@@ -130,8 +130,10 @@ def check_phases(strategy: ContinualStrategy, stream: Stream, phase_epochs: Mapp
     Raises:
         ValueError: If ``phase_epochs`` names a phase that no task has.
     """
-    names = [[phase.name for phase in strategy.phases(task)] for task in stream.tasks]
-    if stream.one_pass and (several := next((phases for phases in names if len(phases) > 1), None)):
+    phases = [strategy.phases(task) for task in stream.tasks]
+    names = [[phase.name for phase in each] for each in phases]
+    on_data = [[phase.name for phase in each if not phase.on_memory] for each in phases]
+    if stream.one_pass and (several := next((each for each in on_data if len(each) > 1), None)):
         warnings.warn(
             f"loop: samples of this stream are seen once, but a task of {type(strategy).__name__} has the "
             f"phases {', '.join(several)}: each phase takes one pass over its data",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cl_lightning.batch import Batch, Draw
-from cl_lightning.data import FileSource, Plan, StreamLoader, TensorSource
+from cl_lightning.data import MEMORY_ROWS, FileSource, Plan, StreamLoader, TensorSource
 from cl_lightning.memory import Memory, Ring
 
 
@@ -230,6 +230,7 @@ def test_samples_of_a_memory_are_mixed_with_the_data():
         assert (batch.tasks[~replayed] == 5).all()
         assert batch.labels[replayed].equal(values[replayed] - 150)
         assert batch.tasks[replayed].equal(values[replayed] - 170)
+        assert batch.extra[MEMORY_ROWS].equal(torch.where(replayed, values - 200, -1))
         seen += values.tolist()
     assert sorted(seen) == [*range(20), *range(200, 207)]
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.noise import wrong_labels_held
 from support.runs import NormNet, assert_same_run, plain_net, run, sgd
 from torch.nn import functional as F
 
@@ -183,17 +184,6 @@ def test_a_phase_that_stops_in_a_forgetting_epoch_ends_with_the_weights_before_i
         run(strategy, data=FEW, max_epochs=4)
     assert not strategy.kept
     assert all(torch.equal(value, strategy.ends[0, 1][name]) for name, value in strategy._state().items())
-
-
-def wrong_labels_held(made):
-    """Share of the samples in memory whose label is not the label of the data."""
-    source = made.datamodule.samples(train=True)
-    images = source.take(torch.arange(len(source.labels))).flatten(1)
-    columns = made.stream.columns_of(source.labels).tolist()
-    label_of = {row.numpy().tobytes(): column for row, column in zip(images, columns, strict=True)}
-    memory = made.strategy.memory
-    true = torch.tensor([label_of[row.numpy().tobytes()] for row in memory.images.flatten(1)])
-    return float((true != memory.labels).double().mean())
 
 
 def test_with_noisy_labels_the_memory_is_cleaner_and_the_accuracy_higher():
