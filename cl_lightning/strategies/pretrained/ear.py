@@ -10,8 +10,8 @@ are detected, and the domain of a test image is inferred, in a hyperdimensional 
 Phase ``detect`` passes the images of a task once, without augmentation. They are a new domain if a share of more than
 ``open_share`` is out of distribution (s_d(x) below q_d, the ``quantile`` of the scores of domain d's own images, with d
 the domain with the largest score), or if the domain with most of the images does not have all classes of the task.
-Otherwise they belong to this domain, and nothing is trained. A shift that leaves the cosine with v_d as it is, such as a
-rotation of natural images, is not detected; with ``open_share=0`` nearly every task is a new domain.
+Otherwise they belong to this domain, and nothing is trained. A shift that leaves the cosine with v_d as it is, such as
+a rotation of natural images, is not detected; with ``open_share=0`` nearly every task is a new domain.
 The adaptor of a new domain is the candidate with the largest score of a zero-shot architecture search, on ``probe``
 images: the candidates are not trained for it (Mellor et al., ICML 2021, arXiv:2006.04647).
 
