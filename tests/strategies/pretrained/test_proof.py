@@ -45,7 +45,7 @@ PUBLISHED = {
         "data.mean": [0.48145466, 0.4578275, 0.40821073],
         "data.std": [0.26862954, 0.26130258, 0.27577711],
         "data.scenario": "ClassIncremental(class_order=1993, tasks=10)",
-        "data.transforms": ["RandomResizedCrop(scale=[0.05, 1.0], size=224)", "RandomHorizontalFlip()"],
+        "data.transforms": [],
         "data.batch_size": 64,
         "trainer.max_epochs": 5,
     },
