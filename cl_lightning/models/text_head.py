@@ -30,6 +30,9 @@ def _check(rows: np.ndarray, names: np.ndarray, where: str) -> list[str]:
         )
     if not np.isfinite(rows).all() or not np.abs(rows).max(axis=-1, initial=0).all():
         raise ValueError(f"{where} have a row that is not finite or 0, and has no direction")
+    directions = rows.astype(np.float64) / np.linalg.norm(rows.astype(np.float64), axis=-1, keepdims=True)
+    if rows.ndim == 3 and np.linalg.norm(directions.mean(axis=1), axis=1).min(initial=1.0) < 1e-6:
+        raise ValueError(f"{where} have templates of opposite directions, whose mean is 0 and has no direction")
     plain = [_plain(str(name)) for name in names]
     if repeated := sorted({name for name in plain if plain.count(name) > 1}):
         raise ValueError(f"{where} have several rows for the name {repeated[0]!r}; give one row for each name")

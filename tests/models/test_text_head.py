@@ -98,6 +98,7 @@ def test_embeddings_are_read_as_they_were_saved(tmp_path, shape):
         (torch.ones(2), ["a", "b"], "they must be floats"),
         (torch.ones(2, 0, 3), ["a", "b"], "they must be floats"),
         (torch.zeros(1, 2, 3), ["a"], "a row that is not finite or 0"),
+        (torch.tensor([[[1.0, 2.0], [-2.0, -4.0]]]), ["a"], "templates of opposite directions"),
         (torch.ones(2, 3), ["a_b", "A B"], "several rows for the name 'a b'"),
     ],
 )

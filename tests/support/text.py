@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from uuid import uuid4
 
-import torch
 from torch import Tensor
 
 from cl_lightning.models import save_text_embeddings
@@ -20,14 +19,12 @@ def digit_rows(size: int) -> Tensor:
     return independent + 0.7 * independent.roll(1, dims=0)
 
 
-def digits_file(size: int, rows: Tensor | None = None) -> str:
-    """Path of a file with :func:`digit_rows`, or with other rows; each process writes the same."""
+def digits_file(size: int) -> str:
+    """Path of a file with :func:`digit_rows`; the first process of a session that asks for it writes it."""
     shared.begin()
-    rows = digit_rows(size) if rows is None else rows
-    total = int(torch.frombuffer(bytearray(rows.float().numpy().tobytes()), dtype=torch.int32).long().sum())
-    path = Path(os.environ[shared.FOLDER]) / f"digits_{size}_{total}.npz"
+    path = Path(os.environ[shared.FOLDER]) / f"digits_{size}.npz"
     if not path.exists():
         draft = path.with_suffix(f".{uuid4().hex}")
-        save_text_embeddings(draft, rows, DIGITS)
+        save_text_embeddings(draft, digit_rows(size), DIGITS)
         os.replace(draft, path)
     return str(path)
