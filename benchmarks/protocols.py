@@ -133,6 +133,12 @@ def subset(scenario: str, per_class: int, test_per_class: int) -> str:
     )
 
 
+def noisy(scenario: str, rate: float) -> str:
+    """Options for wrong labels of a share of the training samples, of a scenario's options."""
+    inner = scenario.replace("--data.scenario", "--data.scenario.base")
+    return f"--data.scenario NoisyLabels {inner} --data.scenario.rate {rate}"
+
+
 def online(scenario: str) -> str:
     """Options for one pass in batches of 10, of a scenario's options, with the learning rate of online papers."""
     return (
@@ -244,6 +250,15 @@ for _name, _row in METHODS.items():
     if _name == "ER + EMA":
         SHORT_TASKS["ER + EMA of 10 steps"] = Method("er_ema", f"{MEMORY} --trainer.callbacks.momentum 0.9")
 SHORT_TASKS["PODNet"] = Method("podnet", MEMORY, online=False)  # needs a backbone with stages
+
+NOISES = (0.0, 0.2, 0.4)
+UNDER_NOISE = {  # the rate is an option of a row, so that one table has all rates
+    f"{name}, {100 * rate:.0f} %": Method(
+        METHODS[name].config, f"{METHODS[name].options} {FASHION} {noisy(subset(FIVE, 500, 200), rate)}".strip()
+    )
+    for name in ("Finetune", "ER", "ER-ACE", "AER-ABS", "PuriDivER")
+    for rate in NOISES
+}
 
 LOCAL = "--model.loss_classes current"
 TASK_INCREMENTAL = {
@@ -400,6 +415,15 @@ PROTOCOLS = {
         f"{OFFLINE} {MLP} --trainer.max_epochs 3",
         methods=TASK_INCREMENTAL,
         columns=WITH_TASKS,
+    ),
+    "fashion_mlp_noise": Protocol(
+        "Split-Fashion-MNIST with noisy labels, 5 tasks of 2 classes, MLP, offline",
+        "500 training images of each class, of which 0, 20 or 40 % have the label of the other class of their task, "
+        "and 200 test images with correct labels; MLP 784-400-400, 6 epochs per task, batches of 32, no augmentation, "
+        "a memory of 500 for methods with a memory. AER-ABS replays in half of the epochs; PuriDivER has 8 further "
+        "epochs on the memory at the end of each task.",
+        f"{MLP} --data.batch_size 32 --trainer.max_epochs 6",
+        methods=UNDER_NOISE,
     ),
     "fashion_slim": Protocol(
         "Split-Fashion-MNIST, 5 tasks of 2 classes, slim ResNet-18, offline",
