@@ -202,7 +202,7 @@ class StreamDataModule(LightningDataModule):
             train_domains=train.domains,
             test_domains=test.domains,
             domain_names=train.domain_names,
-            parents=train.parents if isinstance(train, TwoLevelSource) else (),
+            parents=getattr(train, "parents", ()),
         )
 
     def make_stream(self, seed: int, earlier: Stream | None = None) -> Stream:

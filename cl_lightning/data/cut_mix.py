@@ -4,8 +4,8 @@ With probability p, and r the share of the pixels that remain,
 
     L = r CE(f(x), y_a) + (1 - r) CE(f(x), y_b),    box of area 1 - u, u ~ Beta(alpha, alpha), cut at the border
 
-The box is the same in all images of a step, and the other image is the previous one of the batch of all processes, so
-the result does not depend on the number of processes.
+The box is the same in all images of a step, and the other image is the previous one of the batch of all processes, or
+the previous one of the same group, so the result does not depend on the number of processes.
 """
 
 import math
@@ -38,7 +38,7 @@ def cut_box(height: int, width: int, share: float, centre: tuple[float, float]) 
     return ends[0], ends[1]
 
 
-def cutmix(batch: Batch, probability: float, alpha: float) -> Batch:
+def cutmix(batch: Batch, probability: float, alpha: float, *, groups: Tensor | None = None) -> Batch:
     """A batch whose images are mixed by CutMix with a probability; the loss of a mixed batch is :func:`mixed_loss`.
 
     Every process must call this, also without rows, since the images are exchanged.
@@ -47,6 +47,7 @@ def cutmix(batch: Batch, probability: float, alpha: float) -> Batch:
         batch: Batch with finished images ``(B, C, H, W)``; its rows may be the parts of a joint batch.
         probability: p, in [0, 1].
         alpha: alpha, above 0.
+        groups: Images are mixed with images of the same group; group of each row, int64 ``(B,)``. None for one group.
 
     Returns:
         The batch itself, or a copy whose images have the box and whose ``extra`` has the column of the other image,
@@ -59,14 +60,30 @@ def cutmix(batch: Batch, probability: float, alpha: float) -> Batch:
     height, width = batch.images.shape[2:]
     rows, columns = cut_box(height, width, float(share), (float(centre[0]), float(centre[1])))
     places = _places(batch)
-    boxes, labels, order = all_gather_together((batch.images[:, :, rows, columns], batch.labels, places))
+    groups = torch.zeros_like(places) if groups is None else groups
+    boxes, labels, order, groups = all_gather_together(
+        (batch.images[:, :, rows, columns], batch.labels, places, groups)
+    )
     order = order.argsort()
-    other = order[(places - 1) % max(len(order), 1)]
+    other = order[previous(groups[order])[places]]
     images = batch.images.clone()
     images[:, :, rows, columns] = boxes[other]
     remains = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
     extra = {_PARTNER: labels[other], _REMAINS: torch.full_like(images[:, 0, 0, 0], remains)}
     return batch.replace(images=images, extra={**batch.extra, **extra})
+
+
+def previous(groups: Tensor) -> Tensor:
+    """Place of the previous element of the same group, for the first element of the last one; int64 ``(n,)``.
+
+    Args:
+        groups: Group of each element, int64 ``(n,)``.
+    """
+    order = groups.argsort(stable=True)
+    found = order.roll(1)  # wrong for the first element of each group, which follows the last one of another
+    first = groups[order] != groups[found]
+    ends = torch.searchsorted(groups[order], groups[order], right=True) - 1
+    return torch.empty_like(order).index_copy_(0, order, torch.where(first, order[ends], found))
 
 
 def mixed_loss(loss: Callable[[Batch], Tensor], batch: Batch) -> Tensor:

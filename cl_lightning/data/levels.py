@@ -79,7 +79,5 @@ def column_levels(module: HasStream) -> Tensor | None:
 
     None for labels of one level.
     """
-    source = module.samples(train=True)
-    if not isinstance(source, TwoLevelSource):
-        return None
-    return (torch.tensor(source.parents)[list(module.stream.order)] >= 0).long()
+    parents = getattr(module.samples(train=True), "parents", ())
+    return (torch.tensor(parents)[list(module.stream.order)] >= 0).long() if parents else None

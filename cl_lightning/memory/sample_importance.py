@@ -127,13 +127,18 @@ class ImportanceMemory(Memory):
         one = held[same.to(torch.uint8).argmax(dim=1)]
         return one + (same * (held - one[:, None])).sum(dim=1) / same.sum(dim=1)
 
-    def use(self, rows: Tensor) -> None:
+    def use(self, rows: Tensor, where: Tensor | None = None) -> None:
         """Mark samples that a step trains on.
 
         Args:
             rows: Rows of all processes, int64 ``(n,)``.
+            where: Whether each of these rows is used, bool ``(n,)``, without a synchronisation; None for all.
         """
-        self.fields["used"][rows] = True
+        if where is None:
+            self.fields["used"][rows] = True
+        else:
+            marked = torch.zeros_like(self.labels).index_add_(0, rows, where.long()) > 0
+            self.fields["used"].logical_or_(marked)
 
     def credit(self, losses: Tensor) -> None:
         """Credit the samples that were used since the last call with the decrease of the mean loss.

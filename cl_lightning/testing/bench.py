@@ -252,6 +252,7 @@ class _Watched:
         self._source, self._note = source, note
         self.labels, self.class_names, self.in_memory = source.labels, source.class_names, source.in_memory
         self.domains, self.domain_names = source.domains, source.domain_names
+        self.parents = getattr(source, "parents", ())
 
     @property
     def image_shape(self) -> ImageShape:
@@ -276,16 +277,18 @@ class _Probe(Callback):
 
     def watch(self, data: ContinualDataModule) -> None:
         """Record which samples are read from ``data``."""
-        source = data.source
+        samples, made = data.samples, dict[bool, SampleSource]()
 
         def watched(*, train: bool) -> SampleSource:
             def note(indices: Tensor) -> None:
                 task = data.task.index if hasattr(data, "task") else 0
                 self.touches.append(Touch(task, self._stage, train, indices.clone()))
 
-            return _Watched(source(train=train), note)
+            if train not in made:
+                made[train] = _Watched(samples(train=train), note)
+            return made[train]
 
-        data.source = watched  # type: ignore[method-assign]
+        data.samples = watched  # type: ignore[method-assign]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from cl_lightning.batch import Draw, join
 from cl_lightning.data import cut_box, cutmix, mixed_loss
+from cl_lightning.data.cut_mix import previous
 from cl_lightning.distributed import all_gather_rows, rank
 
 
@@ -57,6 +58,17 @@ def test_images_are_mixed_with_the_given_probability():
     wide = [float(mixed(1.0, key, 50.0)[1].extra["remains"][0]) for key in range(40)]
     narrow = [float(mixed(1.0, key, 0.1)[1].extra["remains"][0]) for key in range(40)]
     assert torch.tensor(wide).std() < torch.tensor(narrow).std()
+
+
+def test_images_are_mixed_with_the_previous_one_of_their_group():
+    assert previous(torch.tensor([1, 0, 1, 2, 0, 1])).tolist() == [5, 4, 0, 3, 1, 2]
+    assert previous(torch.tensor([7, 7, 7])).tolist() == [2, 0, 1]
+    batch = numbered(0, 5, total=5)
+    found = cutmix(batch, 1.0, 1.0, groups=torch.tensor([0, 1, 0, 0, 1]))
+    assert found.extra["partner"].tolist() == [3, 4, 0, 2, 1]
+    other = batch.images[found.extra["partner"]]
+    assert ((found.images == batch.images) | (found.images == other)).all()
+    assert (found.images != batch.images).any()
 
 
 @pytest.mark.parametrize("rows", [0, 1])

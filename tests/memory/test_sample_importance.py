@@ -142,6 +142,14 @@ def test_used_samples_are_credited_with_the_mean_decrease_of_the_samples_that_st
     assert memory.fields["losses"].tolist() == [1, 1.5, 0.5, 9]
 
 
+def test_some_of_the_rows_are_marked_as_used():
+    memory = filled(5, [0, 1, 2, 3])
+    memory.use(torch.tensor([0, 2, 2, 3]), torch.tensor([True, False, True, False]))
+    assert memory.fields["used"].tolist() == [True, False, True, False]
+    memory.use(torch.tensor([0, 3]), torch.tensor([False, True]))
+    assert memory.fields["used"].tolist() == [True, False, True, True]
+
+
 def test_a_window_has_the_decrease_since_its_begin():
     memory = filled(5, [0, 1])
     memory.credit(torch.tensor([3.0, 2.0]))

@@ -76,7 +76,9 @@ class CLIB(MemoryReplay):
         **kwargs: Any,
     ) -> None:
         if kwargs.get("policy") is not None:
-            raise ValueError("CLIB: remove policy: the memory keeps the samples of the largest importance")
+            raise ValueError(
+                f"{type(self).__name__}: remove policy: the memory keeps the samples of the largest importance"
+            )
         super().__init__(memory_size=memory_size, replay_size=replay_size, **kwargs)
         check_loss_classes(self)
         at_least(self, 1, memory_size=memory_size, replay_size=replay_size, period=period, rate_periods=rate_periods)
@@ -85,7 +87,9 @@ class CLIB(MemoryReplay):
         above(self, 0, mix_alpha=mix_alpha)
         schedule = next((name for name in ("scheduler", "first_scheduler") if kwargs.get(name) is not None), None)
         if adaptive_rate and schedule is not None:
-            raise ValueError(f"CLIB: remove {schedule}, or use adaptive_rate false: the learning rate is adapted")
+            raise ValueError(
+                f"{type(self).__name__}: remove {schedule}, or use adaptive_rate false: the learning rate is adapted"
+            )
         self.memory: ImportanceMemory = ImportanceMemory(memory_size, momentum=importance_momentum, released=released)
         self.rate = AlternatingRate() if adaptive_rate else None
         self.period, self.rate_periods = period, rate_periods
@@ -135,7 +139,10 @@ class CLIB(MemoryReplay):
         """
 
         def losses(samples: Batch) -> Tensor:
-            logits = full_precision(self.network(samples.images).logits)
-            return F.cross_entropy(logits, samples.labels, reduction="none")
+            return self.loss_of(full_precision(self.network(samples.images).logits), samples.labels)
 
         return of_memory(self, self.memory, losses)
+
+    def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Loss of samples of the memory, ``(B,)``, in nats, of logits ``(B, C)`` and columns ``(B,)``."""
+        return F.cross_entropy(logits, labels, reduction="none")
