@@ -417,7 +417,7 @@ class TestTimeAdaptation(ContinualStrategy):
     def edit_gradients(self, batch: Batch) -> None:
         self._moves = self.parts.step_moves()
         if not self._moves:  # momentum would change the parameters even for a gradient of 0
-            for parameter in self.trained_parameters().values():
+            for parameter in self.trainable():
                 parameter.grad = None
 
     def after_step(self, batch: Batch) -> None:
@@ -471,10 +471,12 @@ class TestTimeAdaptation(ContinualStrategy):
     def bytes_kept(self) -> dict[str, int]:
         kept = {"optimizer": self.optimizer_state, "source": self.start}
         state = sum(part.num_bytes() for part in self._all_parts())
+        counts = self.online.nbytes
         return {
             **super().bytes_kept(),
             **{name: part.num_bytes() for name, part in kept.items() if part},
             **({"parts": state} if state else {}),
+            **({"online counts": counts} if counts else {}),
         }
 
     def _choose_statistics(self) -> None:

@@ -71,8 +71,8 @@ class Part(nn.Module):
         """Set the state to its values at the beginning of the stream; called when the network is reset."""
 
     def num_bytes(self) -> int:
-        """Bytes of the state."""
-        return sum(value.nbytes for value in self.buffers())
+        """Bytes of the state and of the parameters of the part."""
+        return sum(value.nbytes for value in (*self.buffers(), *self.parameters()))
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         restore_shapes(self, state_dict, prefix, tuple(self._buffers))
