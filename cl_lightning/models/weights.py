@@ -1,5 +1,6 @@
 """Weight files: where they hold the weights of a network, and how these are copied into it."""
 
+import json
 import re
 import warnings
 from collections import Counter
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from cl_lightning.stream import Stream
 
 CLASSIFIERS = ("linear", "fc", "classifier", "head")
 """Names of the classifier in weight files; backbones have none."""
@@ -68,20 +71,21 @@ def read_classifier(path: str, num_features: int) -> tuple[Tensor, Tensor | None
     """Weight and bias of the classifier in a weight file; backbones ignore these keys.
 
     The classifier is called ``linear``, ``fc``, ``classifier`` or ``head`` in the file, possibly with a prefix. A head
-    in blocks, as in a checkpoint of a run, is joined.
+    in blocks, as in a checkpoint of a run, is joined, and its rows are put into the order of the raw labels.
 
     Args:
         path: Weight file, as for :func:`load_weights`.
         num_features: Number of features of the backbone, d.
 
     Returns:
-        Weight ``(classes, d)`` and bias ``(classes,)``, or None if it has no bias.
+        Weight ``(classes, d)`` and bias ``(classes,)``, or None if it has no bias. Rows of labels that a run has not
+        learnt are not a number.
 
     Raises:
         ValueError: If the file has no classifier, or a classifier for another number of features.
     """
     owner = "source_head"
-    state, _ = read_weights(path, owner)
+    state, own = read_weights(path, owner)
     found = [
         key
         for key, weight in state.items()
@@ -104,7 +108,26 @@ def read_classifier(path: str, num_features: int) -> tuple[Tensor, Tensor | None
         keys = [f"{block[1]}{number}.weight" for number in range(count)]
     biases = [state.get(key.removesuffix("weight") + "bias") for key in keys]
     weight = torch.cat([state[key] for key in keys])
-    return weight, None if any(bias is None for bias in biases) else torch.cat([b for b in biases if b is not None])
+    bias = None if any(bias is None for bias in biases) else torch.cat([b for b in biases if b is not None])
+    labels = _labels_of_rows(path)[: len(weight)] if own else []
+    if not labels:
+        return weight, bias
+    return _by_label(weight, labels), None if bias is None else _by_label(bias, labels)
+
+
+def _labels_of_rows(path: str) -> list[int]:
+    """Raw labels of a run's classes in the order of their arrival, which is that of the rows of its head."""
+    part = torch.load(path, "cpu", weights_only=True)["cl_lightning"]
+    if not isinstance(text := part.get("manifest"), str):
+        return []
+    stream = Stream.from_dict(json.loads(text), f"source_head: {path}: manifest")
+    return [label for task in stream.tasks for label in task.new_classes]
+
+
+def _by_label(rows: Tensor, labels: list[int]) -> Tensor:
+    result = rows.new_full((max(labels) + 1, *rows.shape[1:]), torch.nan)
+    result[labels] = rows
+    return result
 
 
 def load_weights(

@@ -355,6 +355,11 @@ class TestTimeAdaptation(ContinualStrategy):
                 f"{type(self).__name__}: source_head has {len(weight)} classes, the source domain has a class "
                 f"{max(task.classes)}; give the classifier of these classes"
             )
+        if unknown := [label for label in task.classes if weight[label].isnan().any()]:
+            raise ValueError(
+                f"{type(self).__name__}: source_head {path} is of a run that has not learnt class {unknown[0]} of the "
+                "source domain; give a checkpoint of a run on these classes"
+            )
         block, labels, columns = self.network.head.blocks[0], list(task.classes), list(task.columns)
         assert isinstance(block, nn.Linear)
         block.weight[columns] = weight[labels].to(block.weight)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.adaptation import OtherLabels, adapt, batches, scores, source_file, source_network, stream, watching
 from support.runs import assert_same
+from support.runs import loop as digits_loop
 from torch import nn
 
 from cl_lightning.batch import Batch
@@ -14,6 +15,7 @@ from cl_lightning.losses import entropy
 from cl_lightning.measures import mean_online_error, online_error
 from cl_lightning.models import MLP, CifarResNet, CosineHead
 from cl_lightning.models.backbones import read_classifier
+from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.test_time.base import TestTimeAdaptation
 from cl_lightning.strategies.test_time.bn_adapt import BNAdapt
 from cl_lightning.strategies.test_time.cotta import CoTTA
@@ -21,7 +23,7 @@ from cl_lightning.strategies.test_time.eata import EATA
 from cl_lightning.strategies.test_time.lame import LAME, LaplacianAdjustment
 from cl_lightning.strategies.test_time.source import Source
 from cl_lightning.strategies.test_time.tent import Tent
-from cl_lightning.stream import Task
+from cl_lightning.stream import ClassIncremental, Task
 
 frozen = partial(torch.optim.SGD, lr=0.0)
 adam = partial(torch.optim.Adam, lr=0.01)
@@ -246,3 +248,23 @@ def test_batches_of_the_stream_are_not_augmented_and_those_of_the_source_are():
     data.finish = noting  # type: ignore[method-assign]
     adapt(strategy, data)
     assert seen == {"source": {True}, "adapt": {False}}
+
+
+def test_a_run_of_this_package_with_another_order_of_classes_is_adapted(tmp_path):
+    """Rows of a head stand in the order in which classes arrived; the source network has them by raw label."""
+
+    def trained(tasks: int, name: str, **options: Any) -> tuple[str, Any]:
+        scenario = ClassIncremental(tasks=tasks, class_order=[3, 9, 4, 0, 5, 1, 2, 6, 8, 7])
+        strategy = Finetune(backbone=partial(CifarResNet, depth=8, width=4))
+        run = digits_loop(strategy, folder=tmp_path / name, data={"scenario": scenario}, options=options)
+        run.fit()
+        return str(tmp_path / name / "checkpoints" / "last.ckpt"), run
+
+    path, run = trained(1, "whole")
+    options = {"backbone": partial(CifarResNet, depth=8, width=4, weights=path), "source_head": path}
+    adapted = adapt(watching(Source, **options), stream(corruptions=["brightness"]))
+    assert float(run.matrix.R_ci[0, 0]) > 0.4
+    assert float(adapted.matrix.R_ci[0, 0]) == pytest.approx(float(run.matrix.R_ci[0, 0]), abs=0.1)
+    path, _ = trained(2, "half", stop_after_task=0)
+    with pytest.raises(ValueError, match=r"source_head .* is of a run that has not learnt class 1 of"):
+        adapt(watching(Source, source_head=path))
