@@ -97,22 +97,31 @@ def run(protocol: str, methods: Iterable[str], seeds: Sequence[int], data: str, 
             target = folder(protocol, method, seed, runs)
             if finished(target):
                 continue
-            arguments = shlex.split(command(protocol, method, data))
-            arguments += ["--seed_everything", str(seed), "--run_dir", str(target), "--ckpt_path", "auto"]
-            target.parent.mkdir(parents=True, exist_ok=True)
             begun = time.monotonic()
-            with target.with_suffix(".log").open("a") as log:
-                path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-                code = subprocess.run(
-                    [sys.executable, "-m", "cl_lightning", "fit", *arguments],
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    check=False,
-                    env={**os.environ, "PYTHONPATH": path, "CL_LIGHTNING_DATA": data},
-                ).returncode
+            code = launch(shlex.split(command(protocol, method, data)), seed, target, data)
             print(f"{protocol} {method} seed {seed}: exit code {code}, {time.monotonic() - begun:.0f} s", flush=True)
-            if code == 130:
-                raise KeyboardInterrupt
+
+
+def launch(arguments: Sequence[str], seed: int, target: Path, data: str) -> int:
+    """Run ``fit`` in a process, or resume it, with its output in the log beside its folder; returns the exit code.
+
+    Raises:
+        KeyboardInterrupt: If the run was interrupted.
+    """
+    own = ["--seed_everything", str(seed), "--run_dir", str(target), "--ckpt_path", "auto"]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".log").open("a") as log:
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        code = subprocess.run(
+            [sys.executable, "-m", "cl_lightning", "fit", *arguments, *own],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+            env={**os.environ, "PYTHONPATH": path, "CL_LIGHTNING_DATA": data},
+        ).returncode
+    if code == 130:
+        raise KeyboardInterrupt
+    return code
 
 
 def finished(target: Path) -> bool:
