@@ -51,7 +51,7 @@ ROOMS = (
         "strategies.base",
         "the base class of methods and its parts",
         "strategy, replay, task_incremental, phases, schedules, optimizers, terms, passes, evaluation, traits, "
-        "host, gradients, exemplars, expanding, virtual, rehearse, alternating_rate, inner_adam",
+        "host, gradients, exemplars, expanding, virtual, second_pass, rehearse, alternating_rate, inner_adam",
     ),
     Room(
         "data",
@@ -70,6 +70,7 @@ ROOMS = (
         "accuracy matrix, measures and cost of a run",
         "accuracy, matrix, functional, curves, cost, compatibility",
     ),
+    Room("optim", "optimizers that any strategy takes", "default, sam"),
     Room(
         "memory",
         "samples, prototypes, networks and importances kept from earlier tasks",

@@ -1,5 +1,6 @@
 """The base class of all continual-learning methods, and its components."""
 
+from cl_lightning.optim import default_optimizer
 from cl_lightning.strategies.base.alternating_rate import AlternatingRate
 from cl_lightning.strategies.base.exemplars import (
     BALANCED,
@@ -14,7 +15,7 @@ from cl_lightning.strategies.base.expanding import ExpandingReplay
 from cl_lightning.strategies.base.gradients import flat_gradient, set_gradient, without_conflict
 from cl_lightning.strategies.base.inner_adam import adam_step
 from cl_lightning.strategies.base.optimizers import refuse_weight_decay, require_plain_sgd, separate_group
-from cl_lightning.strategies.base.phases import Phase, PhaseOptions, default_optimizer, sigmoid_optimizer
+from cl_lightning.strategies.base.phases import Phase, PhaseOptions, sigmoid_optimizer
 from cl_lightning.strategies.base.rehearse import (
     finetune_on_memory,
     module_of,

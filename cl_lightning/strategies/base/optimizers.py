@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from cl_lightning.optim import SAM
+
 _KEY = "lr_factor"
 
 
@@ -149,8 +151,11 @@ def fuse(optimizer: torch.optim.Optimizer) -> None:
     """Select the fused implementation of SGD, Adam and AdamW, unless ``fused`` or ``foreach`` was given.
 
     The flag is set on the groups, not in the constructor, so that gradients can still be clipped under mixed precision:
-    an optimizer constructed with ``fused=True`` also declares that it unscales gradients itself.
+    an optimizer constructed with ``fused=True`` also declares that it unscales gradients itself. Of :class:`SAM` it is
+    the base optimizer.
     """
+    if isinstance(optimizer, SAM):
+        optimizer = optimizer.base
     if type(optimizer) not in _FUSED:
         return
     for group in optimizer.param_groups:

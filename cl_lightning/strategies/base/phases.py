@@ -83,11 +83,6 @@ class Phase:
     needed: Callable[[], bool] | None = None
 
 
-def default_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD with learning rate 0.05 and momentum 0.9, the optimizer of strategies without the option ``optimizer``."""
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
-
-
 def sigmoid_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """SGD with learning rate 0.02 and momentum 0.9, for the sigmoid cross-entropy that is summed over the classes.
 

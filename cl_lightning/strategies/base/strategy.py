@@ -12,20 +12,21 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from cl_lightning.batch import Batch, ImageShape, mix
+from cl_lightning.batch import Batch, ImageShape
 from cl_lightning.checks import one_of, within
 from cl_lightning.data.feature_cache import KEYS, STORED
-from cl_lightning.distributed import rank
 from cl_lightning.lightning_private import HOOK_NAME
 from cl_lightning.losses import cross_entropy, masked_logits
 from cl_lightning.memory import Memory, bytes_by_kind, restore_shapes
 from cl_lightning.models import MLP, Backbone, Head, LinearHead, Network, Output, batch_norms, built, joined
+from cl_lightning.optim import default_optimizer
 from cl_lightning.recorded import options_of
 from cl_lightning.strategies.base.evaluation import Evaluation
 from cl_lightning.strategies.base.optimizers import apply_lr_factors, fuse, with_lr_factors, without_lr
 from cl_lightning.strategies.base.passes import Passes, StrategyData
-from cl_lightning.strategies.base.phases import Interval, Phase, PhaseOptions, default_optimizer
+from cl_lightning.strategies.base.phases import Interval, Phase, PhaseOptions
 from cl_lightning.strategies.base.schedules import scheduled
+from cl_lightning.strategies.base.second_pass import SecondPass, seed_layers
 from cl_lightning.strategies.base.terms import AddsLosses, LossTerms
 from cl_lightning.strategies.base.traits import Traits
 from cl_lightning.stream import Task
@@ -134,6 +135,7 @@ class ContinualStrategy(LightningModule):
         self.register_buffer("task_columns", torch.zeros(0, 0, dtype=torch.bool))
         self.data, self.passes = StrategyData(self), Passes(self)
         self.terms, self.evaluation = LossTerms(), Evaluation(self)
+        self._second_pass = SecondPass(self)
         self._arrived: Batch | None = None
         self._phase_origin = 0
 
@@ -328,8 +330,9 @@ class ContinualStrategy(LightningModule):
         return self.predict(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self._arrived = batch
+        self._arrived = arrived = batch
         batch = self.prepare_batch(batch)
+        self._second_pass.keep(arrived, batch)
         self.terms.samples = len(batch)
         if len(batch) == 0 and not self.traits.needs_empty_batches:
             # Other processes have the rows of this batch; this process takes part with gradients of zero.
@@ -370,18 +373,16 @@ class ContinualStrategy(LightningModule):
         return terms
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # Dropout and other layers draw from the global generators, which are seeded at each step, so that a resumed run
-        # draws the same numbers as an uninterrupted run.
-        key = mix(batch.draw.key, 0xD80, rank())
-        torch.default_generator.manual_seed(key)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(key)
+        # The global generators are seeded at each step, so that a resumed run draws the same numbers as an
+        # uninterrupted run.
+        seed_layers(batch, self.device)
         passes: int = self.data.module.stream.passes
         batch.first_pass = self.epoch == 0 and batch_idx % passes == 0
         batch.last_pass = self.epoch + 1 == self.phase.options.epochs and batch_idx % passes == passes - 1
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.terms.rate = optimizer.param_groups[0]["lr"]
+        self._second_pass.run(optimizer)
         if self._arrived is not None:
             self.edit_gradients(self._arrived)
 
@@ -417,6 +418,7 @@ class ContinualStrategy(LightningModule):
         optimizer = build(groups)
         apply_lr_factors(optimizer)
         fuse(optimizer)
+        self._second_pass.begin(optimizer)
         if build_scheduler is None:
             return optimizer
         interval = self.phase.options.interval or self._options.interval

@@ -41,7 +41,7 @@ def output_at(network: nn.Module, weights: Weights, images: Tensor, *, update_st
         update_statistics: Whether the pass changes the running statistics of batch normalisation, in training mode.
     """
     buffers = {} if update_statistics else {name: value.clone() for name, value in network.named_buffers()}
-    with uncompiled(network), _no_half_precision(images.device):
+    with uncompiled(network), no_half_precision(images.device):
         output: Output = functional_call(network, {**buffers, **weights}, (images,))
     return output
 
@@ -123,6 +123,7 @@ def relative_step(weights: Weights, direction: Weights, length: float) -> dict[s
     return {name: direction[name] * factor for name, factor in zip(names, factors, strict=True)}
 
 
-def _no_half_precision(device: torch.device) -> AbstractContextManager[object]:
+def no_half_precision(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast to float16 is disabled, for gradients without a loss scale; bfloat16 stays."""
     half = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
     return torch.autocast(device.type, enabled=False) if half else nullcontext()

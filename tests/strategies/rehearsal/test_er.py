@@ -10,6 +10,7 @@ from support.watching import watching
 from cl_lightning.batch import join
 from cl_lightning.memory import ClassBalanced
 from cl_lightning.models import Output
+from cl_lightning.optim import GSAM
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.baselines.joint import Joint
 from cl_lightning.strategies.online.pcr import PCR
@@ -19,7 +20,7 @@ from cl_lightning.strategies.rehearsal.gem import AGEM
 from cl_lightning.stream import ClassIncremental, Online
 from cl_lightning.testing import Subject, small
 
-SLOW = "three configurations pass the suite"
+SLOW = "four configurations pass the suite"
 
 SUBJECTS = {
     "ER": Subject(small(ER), first_task_is_finetuning=False, reason="the memory is replayed from the second step on"),
@@ -28,6 +29,11 @@ SUBJECTS = {
         small(ER, reduction="sum", replay_size=7),
         first_task_is_finetuning=False,
         reason="the memory is replayed from the second step on",
+    ),
+    "ER(optimizer=GSAM)": Subject(
+        small(ER, optimizer=partial(GSAM, base=partial(torch.optim.SGD, lr=0.05, momentum=0.9))),
+        first_task_is_finetuning=False,
+        reason="the second gradient of each step is on the same replayed samples",
     ),
 }
 

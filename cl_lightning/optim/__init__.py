@@ -1,0 +1,6 @@
+"""Optimizers that ``torch.optim`` does not have; any strategy takes them as its ``optimizer``."""
+
+from cl_lightning.optim.default import default_optimizer
+from cl_lightning.optim.sam import GSAM, SAM
+
+__all__ = ["GSAM", "SAM", "default_optimizer"]
