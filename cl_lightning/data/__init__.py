@@ -2,7 +2,7 @@
 
 from cl_lightning.data.auto_augment import AutoAugment
 from cl_lightning.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from cl_lightning.data.cut_mix import cut_box, cutmix, mixed_loss
+from cl_lightning.data.cut_mix import cut_box, cutmix, mixed_loss, mixup
 from cl_lightning.data.feature_cache import FeatureCache, FeatureStore, Table
 from cl_lightning.data.feature_pool import FeaturePool, GaussianFeatures
 from cl_lightning.data.loaders import MEMORY_ROWS, FeatureLoader, Plan, PlannedLoader, Rows, StreamLoader
@@ -66,6 +66,7 @@ __all__ = [
     "cut_box",
     "cutmix",
     "mixed_loss",
+    "mixup",
     "permute_pixels",
     "resized_crop",
     "rotate_batch",

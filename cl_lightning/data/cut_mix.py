@@ -1,11 +1,13 @@
-"""CutMix (Yun et al., ICCV 2019, arXiv:1905.04899): a box of each image is replaced by a part of another image.
+"""CutMix and mixup: each image is mixed with another image of the batch, and the loss with the loss of its label.
 
-With probability p, and r the share of the pixels that remain,
+CutMix (Yun et al., ICCV 2019, arXiv:1905.04899) replaces a box of each image by a part of another image. With r the
+share of the pixels that remain,
 
     L = r CE(f(x), y_a) + (1 - r) CE(f(x), y_b),    box of area 1 - u, u ~ Beta(alpha, alpha), cut at the border
 
 The box is the same in all images of a step, and the other image is the previous one of the batch of all processes, or
-the previous one of the same group, so the result does not depend on the number of processes.
+the previous one of the same group, so the result does not depend on the number of processes. Mixup (Zhang et al., ICLR
+2018, arXiv:1710.09412) takes the means r x_a + (1 - r) x_b of whole images with r ~ Beta(alpha, alpha).
 """
 
 import math
@@ -18,7 +20,7 @@ from torch import Tensor
 from cl_lightning.batch import Batch
 from cl_lightning.distributed import all_gather_together
 
-_CUTMIX = 0x6D2  # salt of the draw of the box
+_CUTMIX, _MIXUP = 0x6D2, 0x317  # salts of the draws of the box, and of the weight
 _PARTNER, _REMAINS = "partner", "remains"
 
 
@@ -59,18 +61,32 @@ def cutmix(batch: Batch, probability: float, alpha: float, *, groups: Tensor | N
         return batch
     height, width = batch.images.shape[2:]
     rows, columns = cut_box(height, width, float(share), (float(centre[0]), float(centre[1])))
-    places = _places(batch)
-    groups = torch.zeros_like(places) if groups is None else groups
-    boxes, labels, order, groups = all_gather_together(
-        (batch.images[:, :, rows, columns], batch.labels, places, groups)
-    )
-    order = order.argsort()
-    other = order[previous(groups[order])[places]]
+    boxes, labels = _previous(batch, batch.images[:, :, rows, columns], groups)
     images = batch.images.clone()
-    images[:, :, rows, columns] = boxes[other]
+    images[:, :, rows, columns] = boxes
     remains = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
-    extra = {_PARTNER: labels[other], _REMAINS: torch.full_like(images[:, 0, 0, 0], remains)}
-    return batch.replace(images=images, extra={**batch.extra, **extra})
+    return _mixed(batch, images, labels, remains)
+
+
+def mixup(batch: Batch, probability: float, alpha: float) -> Batch:
+    """A batch whose images are mixed by mixup with a probability; the loss of a mixed batch is :func:`mixed_loss`.
+
+    Every process must call this, also without rows, since the images are exchanged.
+
+    Args:
+        batch: Batch with finished images ``(B, C, H, W)``; its rows may be the parts of a joint batch.
+        probability: p, in [0, 1].
+        alpha: alpha, above 0.
+
+    Returns:
+        As :func:`cutmix`.
+    """
+    random = np.random.default_rng(batch.draw.fork(_MIXUP).key)  # the same numbers on every process
+    remains, chance = float(random.beta(alpha, alpha)), random.random()
+    if chance >= probability:
+        return batch
+    others, labels = _previous(batch, batch.images)
+    return _mixed(batch, remains * batch.images + (1 - remains) * others, labels, remains)
 
 
 def previous(groups: Tensor) -> Tensor:
@@ -91,12 +107,27 @@ def mixed_loss(loss: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
 
     Args:
         loss: Loss of a batch by its ``labels``.
-        batch: Result of :func:`cutmix`.
+        batch: Result of :func:`cutmix` or :func:`mixup`.
     """
     if _PARTNER not in batch.extra:
         return loss(batch)
     remains = batch.extra[_REMAINS].mean()  # the same in all rows
     return remains * loss(batch) + (1 - remains) * loss(batch.replace(labels=batch.extra[_PARTNER]))
+
+
+def _previous(batch: Batch, rows: Tensor, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows and labels of the previous sample of each sample, or of its group, in the batch of all processes."""
+    places = _places(batch)
+    groups = torch.zeros_like(places) if groups is None else groups
+    gathered, labels, order, groups = all_gather_together((rows, batch.labels, places, groups))
+    order = order.argsort()
+    other = order[previous(groups[order])[places]]
+    return gathered[other], labels[other]
+
+
+def _mixed(batch: Batch, images: Tensor, labels: Tensor, remains: float) -> Batch:
+    extra = {_PARTNER: labels, _REMAINS: torch.full_like(images[:, 0, 0, 0], remains)}
+    return batch.replace(images=images, extra={**batch.extra, **extra})
 
 
 def _places(batch: Batch) -> Tensor:

@@ -136,6 +136,28 @@ def cross_entropy(
     return loss / labelled.sum().clamp(min=1)
 
 
+def dot_regression(cosines: Tensor, labels: Tensor, *, weights: Tensor | None = None) -> Tensor:
+    """Half of the squared difference between 1 and the cosine of the own class, mean over the labelled rows.
+
+        L = 1/(2n) sum_i w_i (z_i,y_i - 1)^2
+
+    Yang et al., NeurIPS 2022, arXiv:2203.09081, for fixed unit vectors of the classes. Unlike in a cross-entropy, there
+    is no term that moves a sample away from other classes.
+
+    Args:
+        cosines: Cosines of the samples and the vectors of the classes, ``(B, C)``.
+        labels: Columns, int64 ``(B,)``; rows with -1 are ignored. Without any labelled row, loss and gradient are 0.
+        weights: w, a factor for each row, at least 0, without gradient, ``(B,)``; None for 1.
+
+    Returns:
+        A scalar, in [0, 2] for weights of 1.
+    """
+    labelled = labels >= 0
+    own = full_precision(cosines).gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+    loss = _weighted_sum(0.5 * (own - 1).square().where(labelled, 0.0), weights)
+    return loss / labelled.sum().clamp(min=1)
+
+
 def _weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
     return values.sum() if weights is None else (weights.detach().to(values.dtype) * values).sum()
 

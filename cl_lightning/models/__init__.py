@@ -107,7 +107,14 @@ from cl_lightning.models.prompts import (
     orthonormal_rows,
 )
 from cl_lightning.models.random_layer import Nonlinearity, RandomLayer
-from cl_lightning.models.simplex_head import SimplexHead, simplex
+from cl_lightning.models.simplex_head import (
+    NeckFactory,
+    ResidualNeck,
+    SimplexHead,
+    TargetHead,
+    rotated_simplex,
+    simplex,
+)
 from cl_lightning.models.svm import linear_svm
 from cl_lightning.models.text_head import TextHead, save_text_embeddings, template_mean
 from cl_lightning.models.vae import VAE, kl_to_standard_normal
@@ -150,6 +157,7 @@ __all__ = [
     "MaxMarginHead",
     "Mixture",
     "NearestMeanHead",
+    "NeckFactory",
     "Network",
     "Nonlinearity",
     "NullSpaceHead",
@@ -174,12 +182,14 @@ __all__ = [
     "ResNet20",
     "ResNet32",
     "ResNet56",
+    "ResidualNeck",
     "RidgeHead",
     "SideBySide",
     "SimplexHead",
     "Site",
     "SlimResNet18",
     "SolutionSet",
+    "TargetHead",
     "Temporary",
     "TextHead",
     "Timm",
@@ -226,6 +236,7 @@ __all__ = [
     "refit_norms",
     "risen_scale",
     "save_text_embeddings",
+    "rotated_simplex",
     "set_statistics",
     "shortfall",
     "simplex",

@@ -1,4 +1,4 @@
-"""CutMix."""
+"""CutMix and mixup."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from support.fakes import batch_of
 from torch.nn import functional as F
 
 from cl_lightning.batch import Draw, join
-from cl_lightning.data import cut_box, cutmix, mixed_loss
+from cl_lightning.data import cut_box, cutmix, mixed_loss, mixup
 from cl_lightning.data.cut_mix import previous
 from cl_lightning.distributed import all_gather_rows, rank
 
@@ -71,11 +71,32 @@ def test_images_are_mixed_with_the_previous_one_of_their_group():
     assert (found.images != batch.images).any()
 
 
+def test_mixup_is_a_weighted_mean_with_the_previous_image():
+    shares = []
+    for key in range(60):
+        before = numbered(0, 4, key=key)
+        after = mixup(before, 1.0, 0.8)
+        share = after.extra["remains"]
+        assert share.shape == (4,)
+        own, other = torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([3.0, 0.0, 1.0, 2.0])
+        expected = (share * own + (1 - share) * other)[:, None, None, None].expand(-1, 2, 8, 8)
+        torch.testing.assert_close(after.images, expected)
+        assert after.extra["partner"].tolist() == [3, 0, 1, 2]
+        assert after.labels.tolist() == [0, 1, 2, 3]
+        shares.append(float(share[0]))
+    assert 0.4 < sum(shares) / 60 < 0.6
+    assert 0.07 < torch.tensor(shares).var() < 0.12  # Beta(0.8, 0.8): 0.096
+    assert not mixup(numbered(0, 4), 0.0, 0.8).extra
+    hits = sum(bool(mixup(numbered(0, 4, key=key), 0.3, 0.8).extra) for key in range(300))
+    assert 60 < hits < 120
+
+
+@pytest.mark.parametrize("mixing", [cutmix, mixup])
 @pytest.mark.parametrize("rows", [0, 1])
-def test_a_batch_of_one_image_or_none_is_mixed_with_itself(rows):
+def test_a_batch_of_one_image_or_none_is_mixed_with_itself(rows, mixing):
     batch = numbered(0, rows, total=rows)
-    found = cutmix(batch, 1.0, 1.0)
-    assert torch.equal(found.images, batch.images)
+    found = mixing(batch, 1.0, 1.0)
+    torch.testing.assert_close(found.images, batch.images)
     assert torch.equal(found.extra["partner"], batch.labels)
 
 
@@ -88,22 +109,29 @@ def test_the_loss_weighs_both_labels_by_their_pixels():
     assert torch.equal(plain, F.cross_entropy(logits, labels))
 
 
+MIXINGS = (cutmix, mixup)
+
+
 def _mix_in_a_pair(path):
     """7 images of the stream and 4 replayed images, unevenly split; afterwards in the order of one process."""
     dist.init_process_group("gloo")
     stream, replay = ((0, 5), (0, 1)) if rank() == 0 else ((5, 7), (1, 4))
     joint = join({"stream": numbered(*stream, total=7), "replay": numbered(*replay)})
-    found = cutmix(joint, 1.0, 1.0)
-    rows = [all_gather_rows(found.images[part]) for part, _ in joint.parts.values()]
-    partners = [all_gather_rows(found.extra["partner"][part]) for part, _ in joint.parts.values()]
+    results = []
+    for mixing in MIXINGS:
+        found = mixing(joint, 1.0, 1.0)
+        rows = [all_gather_rows(found.images[part]) for part, _ in joint.parts.values()]
+        partners = [all_gather_rows(found.extra["partner"][part]) for part, _ in joint.parts.values()]
+        results.append((torch.cat(rows), torch.cat(partners)))
     if rank() == 0:
-        torch.save((torch.cat(rows), torch.cat(partners)), path)
+        torch.save(results, path)
 
 
 def test_two_processes_mix_the_images_of_one(tmp_path):
     forks.pair(_mix_in_a_pair, tmp_path / "two.pt")
-    images, partners = torch.load(tmp_path / "two.pt", weights_only=True)
-    found = cutmix(join({"stream": numbered(0, 7, total=7), "replay": numbered(0, 4)}), 1.0, 1.0)
-    assert torch.equal(images, found.images)
-    assert torch.equal(partners, found.extra["partner"])
-    assert partners.tolist() == [3, 0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
+    results = torch.load(tmp_path / "two.pt", weights_only=True)
+    for mixing, (images, partners) in zip(MIXINGS, results, strict=True):
+        found = mixing(join({"stream": numbered(0, 7, total=7), "replay": numbered(0, 4)}), 1.0, 1.0)
+        assert torch.equal(images, found.images)
+        assert torch.equal(partners, found.extra["partner"])
+        assert partners.tolist() == [3, 0, 1, 2, 3, 4, 5, 6, 0, 1, 2]

@@ -9,6 +9,7 @@ from cl_lightning.losses import (
     binary_cross_entropy,
     cosine_feature_distillation,
     cross_entropy,
+    dot_regression,
     feature_distillation,
     feature_norm_distillation,
     lwf_mc_targets,
@@ -332,3 +333,17 @@ def test_on_one_process_the_rows_of_all_are_the_rows():
     z = normal(4, 2)
     assert rows(z) is z
     assert factor == 2
+
+
+def test_dot_regression_is_its_closed_form_and_ignores_hidden_labels():
+    cosines = torch.tensor([[0.5, -1.0], [1.0, 0.0], [0.3, 0.2]], dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 1, -1])
+    loss = dot_regression(cosines, labels)
+    assert float(loss) == pytest.approx((0.5 * 0.25 + 0.5 * 1.0) / 2)
+    loss.backward()
+    expected = torch.tensor([[-0.25, 0.0], [0.0, -0.5], [0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(cosines.grad, expected)
+    weighted = dot_regression(cosines, labels, weights=torch.tensor([4.0, 2.0, 9.0]))
+    assert float(weighted) == pytest.approx((4 * 0.5 * 0.25 + 2 * 0.5 * 1.0) / 2)
+    assert float(dot_regression(cosines, torch.full((3,), -1))) == 0.0
+    assert float(dot_regression(torch.ones(2, 3), torch.tensor([0, 2]))) == 0.0

@@ -7,7 +7,7 @@ import torch
 from support.fakes import normal
 from support.runs import plain_net, run, sgd
 
-from cl_lightning.models import LinearHead, SimplexHead, simplex
+from cl_lightning.models import LinearHead, ResidualNeck, SimplexHead, rotated_simplex, simplex
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.stream import ClassIncremental
 
@@ -80,3 +80,40 @@ def test_any_method_learns_with_it():
     made = run(Finetune(backbone=plain_net, optimizer=partial(torch.optim.SGD, lr=0.3), head=fixed), **options)
     assert made.matrix.R_ci[0, 0] > 0.85, made.matrix.R_ci  # measured: .93
     torch.testing.assert_close(made.strategy.network.head.weight(), simplex(10).float())
+
+
+@pytest.mark.parametrize(("size", "dimensions"), [(2, 1), (4, 3), (5, 9)])
+def test_a_simplex_in_a_larger_space_has_the_gram_matrix_of_the_corners(size, dimensions):
+    corners = rotated_simplex(size, dimensions)
+    assert corners.shape == (size, dimensions)
+    expected = size / (size - 1) * (torch.eye(size, dtype=torch.float64) - 1 / size)
+    torch.testing.assert_close(corners @ corners.T, expected, rtol=0, atol=1e-14)
+    assert torch.equal(corners, rotated_simplex(size, dimensions))
+    if size > 2:
+        assert (corners - rotated_simplex(size, dimensions, key=1)).abs().max() > 0.1
+
+
+def test_logits_with_cosine_are_cosines_of_the_embedding_of_a_neck():
+    head = SimplexHead(6, size=5, dimensions=8, neck=ResidualNeck, cosine=True).double()
+    head.grow(3)
+    features, neck = normal(4, 6), head.projection
+    hidden = features
+    for number in (0, 3):
+        linear, norm = neck.layers[number], neck.layers[number + 1]
+        hidden = hidden @ linear.weight.T + linear.bias
+        hidden = (hidden - hidden.mean(1, keepdim=True)) / (hidden.var(1, correction=0, keepdim=True) + norm.eps).sqrt()
+        hidden = torch.where(hidden > 0, hidden, 0.1 * hidden)  # weight 1 and bias 0 of the normalisation
+    assert hidden.shape == (4, 12)
+    embedded = hidden @ neck.layers[6].weight.T + features @ neck.skip.weight.T
+    torch.testing.assert_close(head.embed(features), embedded)
+    targets = head.targets
+    torch.testing.assert_close(targets, rotated_simplex(5, 8), rtol=0, atol=1e-7)
+    expected = torch.nn.functional.cosine_similarity(embedded[:, None], targets[None], dim=2)
+    torch.testing.assert_close(head.all_logits(embedded), expected)
+    torch.testing.assert_close(head(features), expected[:, :3])
+    torch.testing.assert_close(head.classify(features), expected[:, :3])
+
+
+def test_too_few_dimensions_are_an_error():
+    with pytest.raises(ValueError, match="SimplexHead: dimensions is 3; it must be at least 4"):
+        SimplexHead(6, size=5, dimensions=3)

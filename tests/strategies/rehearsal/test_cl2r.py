@@ -52,7 +52,7 @@ class Notes(CL2R):
     def losses(self, batch, output):
         terms = super().losses(batch, output)
         features = output.features @ self.head.projection.weight.T
-        logits = features @ self.head.corners.T
+        logits = features @ self.head.targets.T
         assert logits.shape[1] == 12
         torch.testing.assert_close(terms["ce"], F.cross_entropy(logits, batch.labels))
         stream = len(batch.parts["stream"][1]) if batch.parts else len(batch)

@@ -64,7 +64,7 @@ class Notes(HOC):
     def losses(self, batch, output):
         terms = super().losses(batch, output)
         features = output.features @ self.head.projection.weight.T
-        ce = F.cross_entropy(features @ self.head.corners.T, batch.labels)
+        ce = F.cross_entropy(features @ self.head.targets.T, batch.labels)
         has = "compatibility" in terms
         torch.testing.assert_close(terms["ce"], (0.3 if has else 1.0) * ce)
         if has:
