@@ -139,9 +139,8 @@ def page(found: Found, budgets: Sequence[float] = BUDGETS) -> str:
         sizes = [budget for name, budget in found if name == method]
         rows.append([method, f"{min(sizes):g} to {max(sizes):g} MB", *(_area(area) for area in areas(found, method))])
     parts.append(table(["method", "budgets", "AUC-A", "AUC-L"], rows))
-    parts.append(
-        "Areas over different ranges of budgets are not comparable. –: not run, or the network exceeds the budget."
-    )  # noqa: RUF001
+    parts.append("Areas over different ranges of budgets are not comparable.")
+    parts.append("A dash: not run, or the network exceeds the budget.")
     return "\n\n".join(parts) + "\n"
 
 
