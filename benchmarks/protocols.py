@@ -340,6 +340,7 @@ ADAPTED = {
     "PROOF": Method("proof_vit32", f"{NAMES} {MEMORY} --trainer.max_epochs {{epochs}}"),
 }
 STEPLESS = {"prototypes (ProtoCosine)": Method("proto_cosine"), "TEEN": Method("teen")}
+FEW_SHOT_METHODS = {**STEPLESS, "NC-FSCIL": Method("nc_fscil")}
 ADAPTING = {
     "source": Method("source_cifar10"),
     "batch statistics": Method("source_cifar10", "--model BNAdapt"),
@@ -540,6 +541,7 @@ PROTOCOLS = {
         "the next section has a gain with better features.",
         f"{SESSIONS} --model.backbone ResNet20 --trainer.max_epochs 4 --trainer.precision bf16-mixed",
         methods=STEPLESS | {"FACT": Method("fact")},
+        methods=FEW_SHOT_METHODS,
         columns=FEW_SHOT,
         detail="average_accuracy",
     ),
