@@ -228,6 +228,7 @@ METHODS = {
         online=False,
     ),
     "LUCIR": Method("lucir", MEMORY, online=False),
+    "COIL": Method("coil", MEMORY, online=False),
     "AER-ABS": Method("aer_abs", MEMORY, online=False),
     "PuriDivER": Method("puridiver", MEMORY, online=False),
     "RER": Method("rer", MEMORY, online=False),

@@ -22,7 +22,6 @@ The running statistics of batch normalisation are computed again for the merged 
 """
 
 import functools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,29 +32,8 @@ from torch.nn import functional as F
 from cl_lightning.checks import above, at_least, within
 from cl_lightning.losses import cross_entropy
 from cl_lightning.memory import WeightSets, class_means, network_tensors, shifted, task_vector, write_weights
-from cl_lightning.models import LinearHead
+from cl_lightning.models import LinearHead, transport
 from cl_lightning.strategy import Batch, ContinualStrategy, Output, Phase, PhaseOptions, Task, Traits
-
-
-def transport(cost: Tensor, reg: float, iterations: int = 1000) -> Tensor:
-    """Plan of optimal transport with entropy between two uniform distributions (Sinkhorn: Cuturi, NeurIPS 2013).
-
-    Args:
-        cost: Q, ``(n, m)``.
-        reg: eps, above 0.
-        iterations: Number of rescalings of the rows and of the columns.
-
-    Returns:
-        T, at least 0, ``(n, m)``, float64. Its columns sum to 1 / m exactly and, after enough iterations, its rows to
-        1 / n.
-    """
-    scores = -cost.double() / reg
-    n, m = scores.shape
-    rows, columns = scores.new_zeros(n, 1), scores.new_zeros(1, m)
-    for _ in range(iterations):
-        rows = -math.log(n) - (scores + columns).logsumexp(dim=1, keepdim=True)
-        columns = -math.log(m) - (scores + rows).logsumexp(dim=0, keepdim=True)
-    return (scores + rows + columns).exp()
 
 
 def transported(old: Tensor, new: Tensor, plan: Tensor, share: float) -> Tensor:
