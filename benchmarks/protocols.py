@@ -541,8 +541,7 @@ PROTOCOLS = {
         "towards the mean of all base prototypes, which improves none of them. The paper's gain is with 600 epochs; "
         "the next section has a gain with better features.",
         f"{SESSIONS} --model.backbone ResNet20 --trainer.max_epochs 4 --trainer.precision bf16-mixed",
-        methods=STEPLESS | {"FACT": Method("fact")},
-        methods=FEW_SHOT_METHODS,
+        methods=FEW_SHOT_METHODS | {"FACT": Method("fact")},
         columns=FEW_SHOT,
         detail="average_accuracy",
     ),

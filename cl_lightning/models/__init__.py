@@ -117,7 +117,6 @@ from cl_lightning.models.simplex_head import (
 )
 from cl_lightning.models.svm import linear_svm
 from cl_lightning.models.text_head import TextHead, save_text_embeddings, template_mean
-from cl_lightning.models.text_head import TextHead
 from cl_lightning.models.transport import transport
 from cl_lightning.models.vae import VAE, kl_to_standard_normal
 

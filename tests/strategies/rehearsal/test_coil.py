@@ -241,7 +241,6 @@ def test_it_is_far_above_finetuning():
     common = {"backbone": partial(MLP, hidden=(64,))}
     plain = finetuning(common, **five).measures()["average_accuracy"]
     ours = run(COIL(**common, memory_size=100), **five).matrix.measures()["average_accuracy"]
-    print(plain, ours)
     assert ours > plain + 0.5
 
 
