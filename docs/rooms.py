@@ -83,8 +83,8 @@ ROOMS = (
         "modules with parameters: backbones, heads, adapters",
         "backbones, weights, convnet, heads, growing, text_head, closed_form, network, normalization, prompts, "
         "expert_prompts, expansion, masks, svm, consolidated_head, cut, energy_head, kmeans, max_margin, "
-        "null_space, random_layer, simplex_head, vae, mean_head, mixture, dependence, domain_head, "
-        "`peft/` (a file per mechanism), transport, transport",
+        "null_space, random_layer, simplex_head, vae, mean_head, mixture, dependence, domain_head, transport, "
+        "`peft/` (a file per mechanism)",
     ),
     Room("losses", "functions of logits, features, labels", "classification, distillation, contrastive"),
     Room(
