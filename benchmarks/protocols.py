@@ -357,12 +357,13 @@ ADAPTING = {
     "ROID": Method("source_cifar10", "--model ROID"),
     "CMF": Method("source_cifar10", "--model CMF"),
     "CoTTA": Method("source_cifar10", "--model CoTTA"),
+    "RoTTA": Method("source_cifar10", "--model RoTTA"),
     "T3A": Method("source_cifar10", "--model T3A"),
     "LAME": Method("source_cifar10", "--model LAME"),
     "LAME (rbf)": Method("source_cifar10", "--model LAME --model.affinity rbf"),
 }
 # Methods with something to reset.
-LEARNING = ("Core", "Tent", "RPL", "EATA", "SAR", "DeYO", "WisdomOfCrowds", "ROID", "CMF", "CoTTA", "T3A")
+LEARNING = ("Core", "Tent", "RPL", "EATA", "SAR", "DeYO", "WisdomOfCrowds", "ROID", "CMF", "CoTTA", "RoTTA", "T3A")
 
 PROTOCOLS = {
     "fashion_mlp": Protocol(

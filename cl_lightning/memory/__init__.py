@@ -2,6 +2,7 @@
 
 from cl_lightning.memory.accounting import KeepsBytes, bytes_by_kind, exemplars_within
 from cl_lightning.memory.budget import SharedBudget
+from cl_lightning.memory.category_balanced import CategoryBalancedMemory, category_balanced
 from cl_lightning.memory.class_statistics import (
     ClassStatistics,
     Metric,
@@ -61,6 +62,7 @@ __all__ = [
     "FREE",
     "Average",
     "Breadcrumbs",
+    "CategoryBalancedMemory",
     "ClassBalanced",
     "ClassStatistics",
     "Consolidation",
@@ -102,6 +104,7 @@ __all__ = [
     "bytes_by_kind",
     "calibrate_new",
     "calibrated",
+    "category_balanced",
     "class_means",
     "class_statistics",
     "credited",

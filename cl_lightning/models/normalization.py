@@ -7,9 +7,12 @@ A layer computes ``gamma (x - mean) / sqrt(var + eps) + beta`` with, per channel
     mix       (1 - a) source + a batch; a is given, or n / (n + N) for a batch of n images (Schneider et al.,
               NeurIPS 2020, arXiv:2006.16971)
     collect   mean and variance of the batch, which also update the running statistics
+    robust    running statistics updated with the batch, ``r <- (1 - a) r + a batch``; the gradient passes through the
+              share of the batch (robust batch normalisation: Yuan et al., CVPR 2023, arXiv:2303.13899)
 
-Variances of a batch are biased, as in training. The batch spans all processes: sums are taken over processes, with
-gradient. If a channel has a single value in the batch (one image with a map of one pixel), source statistics are used.
+Variances of a batch are biased, as in training; ``collect`` updates the running ones with unbiased ones. The batch
+spans all processes: sums are taken over processes, with gradient. If a channel has a single value in the batch (one
+image with a map of one pixel), source statistics are used.
 """
 
 import math
@@ -27,7 +30,7 @@ from cl_lightning.distributed import is_distributed, sum_over_processes
 from cl_lightning.losses import full_precision
 from cl_lightning.models.network import in_eval_mode
 
-Statistics = Literal["running", "batch", "mix", "collect"]
+Statistics = Literal["running", "batch", "mix", "collect", "robust"]
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -37,10 +40,10 @@ class AdaptiveBatchNorm(_BatchNorm):
     Parameters and buffers have the names of the layer that it replaces; :meth:`of` shares the tensors of that layer.
 
     Attributes:
-        statistics: Statistics in eval mode: ``running``, ``batch``, ``mix`` or ``collect``.
+        statistics: Statistics in eval mode: ``running``, ``batch``, ``mix``, ``collect`` or ``robust``.
         share: a of ``mix``, in [0, 1].
         prior: N of ``mix``, in images; None to use ``share``.
-        rate: Weight of the batch in the update of the running statistics with ``collect``, in [0, 1].
+        rate: Weight of the batch in the update of the running statistics with ``collect`` and ``robust``, in [0, 1].
     """
 
     statistics: Statistics = "running"
@@ -71,7 +74,7 @@ class AdaptiveBatchNorm(_BatchNorm):
         how = "batch" if self.running_mean is None else self.statistics
         if not self.training and how == "running":
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        if is_distributed() or (not self.training and how == "mix"):
+        if is_distributed() or (not self.training and how in ("mix", "robust")):
             return self._by_sums(x, how)
         if self.training:
             return super().forward(x)
@@ -97,9 +100,15 @@ class AdaptiveBatchNorm(_BatchNorm):
                 pixels = math.prod(x.shape[2:])
                 images = count / pixels
                 share = self.share if self.prior is None else images / (images + self.prior)
+            elif how == "robust":
+                share = self.rate
             share = torch.where(count > 1, torch.as_tensor(share, dtype=mean.dtype, device=mean.device), 0.0)
             mean = torch.lerp(self.running_mean, mean, share)
             var = torch.lerp(self.running_var, var, share)
+            if how == "robust":
+                with torch.no_grad():
+                    self.running_mean.copy_(mean)
+                    self.running_var.copy_(var)
         scale = (var + self.eps).rsqrt()
         if self.weight is not None:
             scale = scale * self.weight
@@ -145,7 +154,7 @@ def set_statistics(module: nn.Module, statistics: Statistics, **options: Any) ->
 
     Args:
         module: Any module.
-        statistics: ``running``, ``batch``, ``mix`` or ``collect``.
+        statistics: ``running``, ``batch``, ``mix``, ``collect`` or ``robust``.
         options: Further attributes of ``AdaptiveBatchNorm``: ``share``, ``prior``, ``rate``.
     """
     for layer in module.modules():

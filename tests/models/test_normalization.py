@@ -60,6 +60,34 @@ def test_statistics_of_the_batch_match_train_mode_and_update_nothing():
     torch.testing.assert_close(made.running_mean, 0.9 * before["running_mean"] + 0.1 * x.mean((0, 2, 3)))
 
 
+@pytest.mark.parametrize("maps", [0, 2])
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_robust_statistics_are_updated_and_then_normalise_with_a_gradient_through_the_batch(maps: int, rate: float):
+    norm, x = layer(maps), normal(5, 3, *(4, 4)[:maps], seed=5).requires_grad_()
+    twin, axes = x.detach().clone().requires_grad_(), (0, *range(2, x.dim()))
+    made = AdaptiveBatchNorm.of(layer(maps)).eval()
+    set_statistics(made, "robust", rate=rate)
+    mean, var = norm.running_mean, norm.running_var
+    for seed in (6, 7):  # the second pass starts from the statistics of the first
+        weights = normal(*x.shape, seed=seed)
+        mean = (1 - rate) * mean.detach() + rate * twin.mean(axes)
+        var = (1 - rate) * var.detach() + rate * twin.var(axes, unbiased=False)
+        found, expected = made(x), by_hand(twin, norm, mean, var)
+        torch.testing.assert_close(found, expected)
+        for mine, wanted in ((made.running_mean, mean), (made.running_var, var)):
+            torch.testing.assert_close(mine, wanted.detach())
+            assert not mine.requires_grad
+        (found * weights).sum().backward()
+        (expected * weights).sum().backward()
+        torch.testing.assert_close(x.grad, twin.grad)
+        torch.testing.assert_close(made.weight.grad, norm.weight.grad)
+    assert int(made.num_batches_tracked) == 0
+    statistics = [made.running_mean.clone(), made.running_var.clone()]
+    set_statistics(made, "running")
+    torch.testing.assert_close(made(x), by_hand(x, norm, *statistics))
+    assert torch.equal(made.running_mean, statistics[0])
+
+
 def test_in_train_mode_it_is_what_it_was_to_the_bit():
     norm, made, x = layer().train(), AdaptiveBatchNorm.of(layer()).train(), normal(5, 3, 4, 4, seed=5)
     assert torch.equal(norm(x), made(x))
@@ -67,7 +95,7 @@ def test_in_train_mode_it_is_what_it_was_to_the_bit():
         assert torch.equal(value, made.state_dict()[name])
 
 
-@pytest.mark.parametrize("statistics", ["train", "batch", "mix", "collect"])
+@pytest.mark.parametrize("statistics", ["train", "batch", "mix", "collect", "robust"])
 def test_sums_over_processes_are_the_same_as_the_plain_layer(monkeypatch, statistics):
     x, made = normal(5, 3, 4, 4, seed=5), [AdaptiveBatchNorm.of(layer()) for _ in range(2)]
     for one in made:
@@ -83,9 +111,10 @@ def test_sums_over_processes_are_the_same_as_the_plain_layer(monkeypatch, statis
 def test_a_single_value_takes_the_statistics_of_the_source():
     norm, x = layer(0), normal(1, 3)
     made = AdaptiveBatchNorm.of(norm).eval()
-    for statistics in ("batch", "mix"):
-        set_statistics(made, statistics, share=0.5)
+    for statistics in ("batch", "mix", "robust"):
+        set_statistics(made, statistics, share=0.5, rate=0.5)
         torch.testing.assert_close(made(x), norm.eval()(x))
+    torch.testing.assert_close(made.running_var, layer(0).running_var)
 
 
 def test_all_layers_are_exchanged_under_their_names_and_keep_what_timm_puts_in_them():
@@ -157,7 +186,7 @@ def _in_two(rank: int, folder: str, statistics: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("statistics", ["train", "batch", "mix"])
+@pytest.mark.parametrize("statistics", ["train", "batch", "mix", "robust"])
 def test_two_processes_give_what_one_gives_with_gradient(tmp_path: Path, statistics: str):
     mp.spawn(_in_two, (str(tmp_path), statistics), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))

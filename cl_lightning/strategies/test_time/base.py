@@ -421,9 +421,14 @@ class TestTimeAdaptation(ContinualStrategy):
 
     def edit_gradients(self, batch: Batch) -> None:
         self._moves = self.parts.step_moves()
-        if not self._moves:  # momentum would change the parameters even for a gradient of 0
-            for parameter in self.trainable():
-                parameter.grad = None
+        if not self._moves:
+            self._skip_step()
+
+    def _skip_step(self) -> None:
+        """Leave the parameters as they are in this step: momentum would change them even for a gradient of 0."""
+        self._moves = False
+        for parameter in self.trainable():
+            parameter.grad = None
 
     def after_step(self, batch: Batch) -> None:
         if self.phase.name != ADAPT:

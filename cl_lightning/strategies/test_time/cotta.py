@@ -22,31 +22,17 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cl_lightning.checks import at_least, within
 from cl_lightning.distributed import all_sum
 from cl_lightning.losses import full_precision
 from cl_lightning.strategies.test_time.base import TestTimeAdaptation, Trained
-from cl_lightning.strategies.test_time.mean_teacher import MeanTeacherAdaptation
+from cl_lightning.strategies.test_time.mean_teacher import MeanTeacherAdaptation, consistency
 from cl_lightning.strategies.test_time.parts.restoration import RestorationRule, StochasticRestore
 from cl_lightning.strategies.test_time.parts.views import viewed
 from cl_lightning.strategy import Batch, Output
 
 _VIEWS = 0xC0  # salt
-
-
-def consistency(logits: Tensor, target: Tensor, *, symmetric: bool = False) -> Tensor:
-    """Cross-entropy between the softmax of teacher and student for each row, ``(B,)``, in nats.
-
-    Args:
-        logits: Logits of the student, ``(B, C)``.
-        target: Logits of the teacher, ``(B, C)``; no gradient passes through them.
-        symmetric: Whether to return the mean of both directions: teacher as target, and student as target.
-    """
-    student, teacher = (F.log_softmax(full_precision(values), dim=1) for values in (logits, target.detach()))
-    forward = -(teacher.exp() * student).sum(dim=1)
-    return (forward - (student.exp() * teacher).sum(dim=1)) / 2 if symmetric else forward
 
 
 class CoTTA(MeanTeacherAdaptation):

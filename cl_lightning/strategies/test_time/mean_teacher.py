@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cl_lightning.batch import Batch
 from cl_lightning.checks import within
@@ -20,6 +21,19 @@ def move_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> Non
     pairs = [(teacher.get_parameter(name), student.get_parameter(name).detach()) for name in names]
     mine, theirs = (list(column) for column in zip(*pairs, strict=True))
     torch._foreach_lerp_(mine, theirs, 1 - momentum)
+
+
+def consistency(logits: Tensor, target: Tensor, *, symmetric: bool = False) -> Tensor:
+    """Cross-entropy between the softmax of teacher and student for each row, ``(B,)``, in nats.
+
+    Args:
+        logits: Logits of the student, ``(B, C)``.
+        target: Logits of the teacher, ``(B, C)``; no gradient passes through them.
+        symmetric: Whether to return the mean of both directions: teacher as target, and student as target.
+    """
+    student, teacher = (F.log_softmax(full_precision(values), dim=1) for values in (logits, target.detach()))
+    forward = -(teacher.exp() * student).sum(dim=1)
+    return (forward - (student.exp() * teacher).sum(dim=1)) / 2 if symmetric else forward
 
 
 class MeanTeacherAdaptation(TestTimeAdaptation):

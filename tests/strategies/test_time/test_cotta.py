@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from cl_lightning.strategies.test_time.bn_adapt import BNAdapt
-from cl_lightning.strategies.test_time.cotta import CoTTA, consistency
-from cl_lightning.strategies.test_time.mean_teacher import move_teacher
+from cl_lightning.strategies.test_time.cotta import CoTTA
+from cl_lightning.strategies.test_time.mean_teacher import consistency, move_teacher
 from cl_lightning.strategies.test_time.parts import views
 from cl_lightning.strategies.test_time.source import Source
 from cl_lightning.testing import Subject, small
