@@ -325,6 +325,7 @@ ADAPTED = {
     "CoFiMA": Method("cofima_vit32", "--trainer.max_epochs {epochs}"),
     "CoMA": Method("cofima_vit32", "--trainer.max_epochs {epochs} --model.importance equal"),
     "MagMax": Method("magmax_vit32", "--trainer.max_epochs {epochs}"),
+    "ITA": Method("ita_vit32", "--trainer.max_epochs {epochs}"),
     "SD-LoRA": Method("sd_lora_vit32", "--trainer.max_epochs {epochs}"),
     "CL-LoRA": Method("cl_lora_vit32", "--trainer.max_epochs {epochs}"),
     "MOS": Method("mos_vit32", "--trainer.max_epochs {epochs}"),
