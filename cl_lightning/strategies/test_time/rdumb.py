@@ -19,6 +19,7 @@ class RDumb(EATA):
         reset_every: Number of steps between resets, at least 1: 1,000 in the paper.
         margin: Threshold of the entropy, see ``EATA``.
         diversity: Largest cosine with the mean prediction, see ``EATA``: 0.05 in the paper for ImageNet.
+        fisher_weight: Weight of the penalty of ``EATA``, at least 0.
         restoration: Further rules, see ``TestTimeAdaptation``.
         kwargs: Options of ``EATA``.
     """
@@ -33,9 +34,9 @@ class RDumb(EATA):
         reset_every: int = 1000,
         margin: float = 0.4,
         diversity: float = 0.4,
+        fisher_weight: float = 0.0,
         restoration: list[RestorationRule] | None = None,
         **kwargs: Any,
     ) -> None:
         rules: list[RestorationRule] = [PeriodicReset(reset_every), *(restoration or ())]
-        options = {"fisher_weight": 0.0, **kwargs}
-        super().__init__(margin=margin, diversity=diversity, restoration=rules, **options)
+        super().__init__(margin=margin, diversity=diversity, fisher_weight=fisher_weight, restoration=rules, **kwargs)

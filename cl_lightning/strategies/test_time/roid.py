@@ -65,9 +65,12 @@ class WeightedConsistency(Tent):
         output: OutputHead | None = None if prior_correction == "off" else PriorCorrection(prior_correction)
         chosen: Trained = params
         super().__init__(
-            **{"loss": SoftLikelihoodRatio(), "output": output, "mean_over": "batch", **kwargs},
+            loss=SoftLikelihoodRatio(),
+            output=output,
+            mean_over="batch",
             params=chosen,
             filters=[DiversityCertainty(temperature), *(filters or ())],
+            **kwargs,
         )
         self.consistency_weight = consistency_weight
 
