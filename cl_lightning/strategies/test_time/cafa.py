@@ -8,7 +8,9 @@ of the classes of the source, h_i the features of x_i, and y^_i its predicted cl
 
 No gradient passes through y^. Sigma is regularised by ``jitter`` times its mean variance, and D is at least 10^-6.
 Public sources state the two distances; their combination, the covariance shared by all classes, and that the sum
-includes y^ (``inter="all"``) are our reading. Source features are measured with the statistics of batch normalisation
+includes y^ (``inter="all"``) are our reading. Means need labels of source images: in a stream whose source images are
+clean test images (``source_part="test"``) these are labels of test images, and results are not to be compared with
+methods that use none. Source features are measured with the statistics of batch normalisation
 that the stream uses.
 """
 

@@ -102,6 +102,13 @@ class RMT(MeanTeacherAdaptation):
 
     def end_task(self, task: Task) -> None:
         super().end_task(task)
-        if task.is_first and self.memory.size:
-            for batch in self.passes.batches(samples=self.memory.size):
-                self.memory.add(batch.raw, batch.labels, batch.tasks, batch.draw, gathered=False)
+        if not (task.is_first and self.memory.size):
+            return
+        if getattr(self.data.module, "source_part", "train") == "test":
+            raise ValueError(
+                f"{type(self).__name__}: memory_size is {self.memory.size}, but the source images of this stream are "
+                "the clean images of its test set, and the method would train on their labels; give "
+                "--model.memory_size 0, or a stream with source_part train"
+            )
+        for batch in self.passes.batches(samples=self.memory.size):
+            self.memory.add(batch.raw, batch.labels, batch.tasks, batch.draw, gathered=False)

@@ -70,6 +70,12 @@ def test_source_images_are_stored_and_replayed_with_their_labels():
     assert len(noted) == 8
 
 
+def test_labels_of_test_images_are_not_trained_on():
+    with pytest.raises(ValueError, match=r"memory_size is 20, but the source images .* give --model\.memory_size 0"):
+        adapt(watching(RMT, memory_size=20), stream(source_part="test"))
+    adapt(watching(RMT, memory_size=0), stream(source_part="test", corruptions=["contrast"]))
+
+
 @pytest.mark.parametrize(("option", "term"), [("contrast_weight", "contrast"), ("source_weight", "source")])
 def test_weights_weight_their_terms(option, term):
     values = {}

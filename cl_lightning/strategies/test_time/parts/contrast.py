@@ -6,7 +6,9 @@ Over the 3 B vectors of a batch,
 
     L = mean_a 1/2 sum_{b != a, of the same image} -log( exp(v_a v_b / T) / sum_{k != a} exp(v_a v_k / T) )
 
-Images with the same nearest prototype are negatives of each other, as in the authors' code.
+Images with the same nearest prototype are negatives of each other, as in the authors' code. Prototypes need labels of
+source images: in a stream whose source images are clean test images (``source_part="test"``) these are labels of test
+images, and results are not to be compared with methods that use none.
 """
 
 import torch
