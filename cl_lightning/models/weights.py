@@ -116,7 +116,7 @@ def read_classifier(path: str, num_features: int) -> tuple[Tensor, Tensor | None
 
 
 def _labels_of_rows(path: str) -> list[int]:
-    """Raw labels of a run's classes in the order of their arrival, which is that of the rows of its head."""
+    """Raw labels of a run's classes in the order of their arrival, in which the rows of its head stand."""
     part = torch.load(path, "cpu", weights_only=True)["cl_lightning"]
     if not isinstance(text := part.get("manifest"), str):
         return []

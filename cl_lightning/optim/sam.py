@@ -35,7 +35,7 @@ _TINY = 1e-12
 class SAM(torch.optim.Optimizer):
     """Sharpness-aware minimisation: steps with the gradient at the weights that are moved along the gradient.
 
-    Each step takes two gradients. As the ``optimizer`` of a strategy, the second gradient is that of the same losses on
+    Each step takes two gradients. As the ``optimizer`` of a strategy, the second gradient comes from the same losses on
     the same batches: also with accumulated gradients, several processes, a memory and callbacks that add losses.
     Gradients are edited by the method, and clipped, after the second pass. Loss terms are logged at the weights before
     the step, and batch normalisation counts the first pass alone. In a loop of one's own, ``step(closure)`` calls the
@@ -47,7 +47,7 @@ class SAM(torch.optim.Optimizer):
             loss(model(x), y).backward()
         optimizer.step()
 
-    Groups, learning rates and state are those of the base optimizer; nothing else is kept between two steps.
+    Groups, learning rates and state belong to the base optimizer; nothing else is kept between two steps.
 
     Args:
         params: Parameters or groups.

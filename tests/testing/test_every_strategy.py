@@ -20,7 +20,7 @@ HIGH = 2.0**40
 
 
 def computes_in_half(strategy: ContinualStrategy) -> bool:
-    """Whether gradients are in half precision: those of a head in float32 on a frozen backbone do not overflow."""
+    """Whether gradients are in half precision: a head in float32 on a frozen backbone has none that overflow."""
     if not strategy.freeze_backbone:
         return True
     head = strategy.network.head

@@ -1,7 +1,7 @@
 """PROOF: projection fusion for models of images and text (Zhou et al., TPAMI 2025, arXiv:2305.19270).
 
 Each task b adds a linear map P_b of the normalised features f(x) of a frozen image tower, a linear map Q_b of the text
-embeddings e_c of the class names, and context vectors c_b. The maps are summed over the tasks; those of earlier tasks
+embeddings e_c of the class names, and context vectors c_b. The maps are summed over the tasks; maps of earlier tasks
 are frozen:
 
     q = norm( sum_b P_b f(x) ),   t_c = norm( sum_b Q_b e_c ),   p_c = norm( sum_b P_b mu_c )

@@ -248,7 +248,7 @@ class DatasetCondensation(ContinualStrategy):
             batch: Batch of the stream as it arrived for the step.
 
         Returns:
-            This process's share; ``raw`` has the images with 256 levels, as those of the stream.
+            This process's share; ``raw`` has the images with 256 levels, as in the stream.
         """
         drawn = self.data.augment(self.memory.sample(self.replay_size or batch.draw.total, batch.draw))
         return drawn.replace(raw=(255 * drawn.raw).round().clamp(0, 255).to(torch.uint8))

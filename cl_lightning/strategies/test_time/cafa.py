@@ -1,7 +1,7 @@
 """CAFA, class-aware feature alignment (Jung et al., ICCV 2023, arXiv:2206.00205).
 
 Scales and shifts of the normalisation layers are trained so that the features of a test batch lie near the source
-features of their predicted class, and far from those of other classes. With means mu_c and the common covariance Sigma
+features of their predicted class, and far from other classes. With means mu_c and the common covariance Sigma
 of the classes of the source, h_i the features of x_i, and y^_i its predicted class,
 
     D_c(h) = (h - mu_c)^T Sigma^-1 (h - mu_c),     L = mean_i log( D_{y^_i}(h_i) / sum_c D_c(h_i) )
@@ -45,7 +45,7 @@ def alignment_ratio(distances: Tensor, labels: Tensor, *, inter: Literal["all", 
 
 
 class ClassAwareAlignment(TestTimeLoss):
-    """Mahalanobis distance to the source features of the predicted class, relative to those of all classes.
+    """Mahalanobis distance to the source features of the predicted class, relative to the distances to all classes.
 
     Args:
         samples: Number of source images for means and covariance, at least 2.

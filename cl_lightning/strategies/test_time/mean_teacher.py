@@ -1,4 +1,4 @@
-"""A mean teacher for test-time adaptation: a copy of the network whose parameters follow those of the student."""
+"""A mean teacher for test-time adaptation: a copy of the network whose parameters follow the student."""
 
 from typing import Any
 

@@ -6,7 +6,7 @@ cross-entropy,
 
     L = mean_i [ 1/2 SCE(z_i, z'_i) + 1/2 SCE(z~_i, z'_i) ] + contrast + CE(f(x_s), y_s)
 
-``contrast`` is that of ``PrototypeContrast``; (x_s, y_s) are as many source images as the batch has, from
+``contrast`` is ``PrototypeContrast``; (x_s, y_s) are as many source images as the batch has, from
 ``memory_size`` stored ones (0: source-free, without the last term), in a forward pass of their own. All parameters of
 the student are trained. The score is z + z', from before the step. m -> teacher_momentum.
 Departs from the authors' code: the student does not see source images with a rising learning rate before the stream

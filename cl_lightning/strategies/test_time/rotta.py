@@ -9,9 +9,9 @@ aug(x_i):
     theta' <- m theta' + (1 - m) theta                                  parameters only, not buffers
 
 a_i is the number of samples that arrived since x_i, itself included, N the size of the memory. theta are the scales and
-shifts of the normalisation layers. In this step both networks use robust batch normalisation: running statistics, at
-first those of the source, are moved towards the statistics of the memory (theta': of x_i, theta: of aug(x_i)), and then
-normalise:
+shifts of the normalisation layers. In this step both networks use robust batch normalisation: running statistics, which
+start from the source, are moved towards the statistics of the memory (theta': of x_i, theta: of aug(x_i)), and
+then normalise:
 
     mu <- (1 - a) mu + a mu_B,   var <- (1 - a) var + a var_B
 
@@ -22,7 +22,7 @@ Departs from the authors' code:
   middle of a batch of more than n samples. With batches of n samples both are the same;
 - the entropy is exact; the code adds 1e-6 to the probabilities;
 - apart from normalisation, networks are in eval mode; in the code dropout, if a network has it, is on;
-- views are those of ``CoTTA``, with its departures.
+- views are made as in ``CoTTA``, with its departures.
 """
 
 from typing import Any, Literal

@@ -1,12 +1,12 @@
 """SANTA, source anchoring and target alignment (Chakrabarty, Sreenivas, Biswas, TMLR 2023).
 
-Scales and shifts of the normalisation layers, and a projector, are trained so that predictions agree with those of the
+Scales and shifts of the normalisation layers, and a projector, are trained so that predictions agree with the
 frozen source network, the anchor, and features with source prototypes. With predictions p of the network for x, p~ for
 an augmented view of x, and p_a of the anchor for x,
 
     L = mean_i [ -1/2 sum_c p_c log p_a,c - 1/2 sum_c p~_c log p_a,c ] + contrast
 
-``contrast`` is that of ``PrototypeContrast``. The gradient passes through p and p~, which weight the log-probabilities
+``contrast`` is ``PrototypeContrast``. The gradient passes through p and p~, which weight the log-probabilities
 of the anchor. Both networks normalise with the statistics of the batch. The first forward pass predicts the batch.
 """
 

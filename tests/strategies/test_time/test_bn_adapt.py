@@ -93,7 +93,7 @@ def test_small_batches_need_the_statistics_of_the_source():
 
 
 def test_methods_state_whether_predictions_depend_on_the_test_batch():
-    told = {method.name: method.test_batch for method in methods() if method.family == "test-time"}
+    stated = {method.name: method.test_batch for method in methods() if method.family == "test-time"}
     expected = {"BNAdapt": True, "CoTTA": True, "EATA": True, "LAME": True, "Source": False, "Tent": True}
-    assert {name: told[name] for name in expected} == expected
+    assert {name: stated[name] for name in expected} == expected
     assert not any(method.test_batch for method in methods() if method.family != "test-time")

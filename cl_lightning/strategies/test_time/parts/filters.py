@@ -124,7 +124,7 @@ def scaled_to_unit(values: Tensor, of: Tensor) -> Tensor:
 class DiversityCertainty(SampleFilter):
     """Selects samples whose prediction differs from the mean prediction, and weights diverse and sure ones most.
 
-    The scales and the mean of the diversity are those of the batch of all processes. In a batch of equal predictions,
+    Scales, and the mean of the diversity, are over the batch of all processes. In a batch of equal predictions,
     or of one sample, all weights are 1.
 
     Args:

@@ -45,7 +45,7 @@ def marginal_entropy(logits: Tensor, batch: Batch) -> Tensor:
     """Entropy of the mean prediction of the batch, as this process's share of it, a scalar, in nats.
 
     With ``p^ = sum_i p_i / B`` over the B rows of all processes, the share is the mean over the rows of this process of
-    ``-sum_c p_ic log p^_c``, whose mean over the batch, and the gradient of that, are those of H(p^).
+    ``-sum_c p_ic log p^_c``. Its mean over the batch has the value and the gradient of H(p^).
     """
     p = full_precision(logits).softmax(dim=1)
     mean = all_sum(p.detach().sum(dim=0)) / batch.draw.total
