@@ -88,7 +88,7 @@ class FirstArrivals(GrowingBuffers):
 
 
 def both_levels(logits: Tensor, labels: Tensor, levels: Tensor) -> Tensor:
-    """Cross-entropy of the label in its level plus the one of the predicted class of the other one, ``(B,)``, in nats.
+    """Cross-entropy of the label in its level, plus the one of the class predicted in the other, ``(B,)``, in nats.
 
     Args:
         logits: ``(B, C)``.

@@ -5,8 +5,8 @@
     L = mean_i (1 - p_i,y^ ^ q) / q
 
 No gradient passes through y^. q -> 0 is the cross-entropy, q = 1 the mean absolute error: with a larger q, unsure
-predictions, which are wrong more often, have a smaller gradient. The network that is trained gives the
-labels, at each step. Departs from the paper, which takes several passes over a test set and counts errors afterwards: here each
+predictions, which are wrong more often, have a smaller gradient. The network that is trained gives the labels, at each
+step. Departs from the paper, which takes several passes over a test set and counts errors afterwards: here each
 batch is seen once, and predicted before the step.
 """
 

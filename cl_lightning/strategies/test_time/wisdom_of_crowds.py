@@ -1,7 +1,7 @@
 """Wisdom of crowds: choice of samples for open-set test-time adaptation (Lee et al., ICCV 2023, arXiv:2308.06879).
 
-``Tent`` on the samples for which adaptation has not lowered the confidence. With p_i the prediction, p0_i the prediction of
-the source network, and c = argmax p0_i,
+``Tent`` on the samples for which adaptation has not lowered the confidence. With p_i the prediction, p0_i the
+prediction of the source network, and c = argmax p0_i,
 
     selected:  p_i,c >= p0_i,c
     L = 1/K sum_selected H(p_i) - alpha H(mean_i p_i)
