@@ -32,7 +32,7 @@ from cl_lightning.batch import ImageShape
 from cl_lightning.checks import at_least, one_of, within
 from cl_lightning.distributed import all_sum
 from cl_lightning.measures import EvaluationResult, online_error
-from cl_lightning.memory import NamedBuffers, Teacher, restore_shapes
+from cl_lightning.memory import Teacher, restore_shapes
 from cl_lightning.models import (
     LinearHead,
     adapt_norms,
@@ -46,7 +46,7 @@ from cl_lightning.models.normalization import Statistics
 from cl_lightning.strategies.base import default_optimizer
 from cl_lightning.strategies.base.evaluation import Evaluation
 from cl_lightning.strategies.test_time.parts.filters import SampleFilter
-from cl_lightning.strategies.test_time.parts.part import OutputHead, Part
+from cl_lightning.strategies.test_time.parts.part import OutputHead, Part, PersistentTensors
 from cl_lightning.strategies.test_time.parts.restoration import RestorationRule
 from cl_lightning.strategies.test_time.parts.together import Parts
 from cl_lightning.strategy import Batch, ContinualStrategy, Output, Phase, PhaseOptions, Task, Traits
@@ -60,23 +60,6 @@ def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3)
 
 
-class PersistentTensors(NamedBuffers):
-    """Named tensors that are kept from one fit to the next, and in checkpoints."""
-
-    known: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("known", torch.zeros((), dtype=torch.bool))
-
-    def __bool__(self) -> bool:
-        return bool(self._get("state"))
-
-    def clear(self) -> None:
-        self._clear()
-        self.known = torch.zeros_like(self.known)
-
-
 class SourceState(PersistentTensors):
     """Values, after the source domain, of the tensors of a network that the stream can change.
 
@@ -88,18 +71,11 @@ class SourceState(PersistentTensors):
         super().__init__()
         self._teacher = (teacher,)  # not a submodule: the method saves it
 
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Store copies of tensors, by name in the network."""
-        self.clear()
-        self.known = torch.ones_like(self.known)
-        for name, value in tensors.items():
-            self._set("state", name, value)
-
     @property
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Mapping[str, Tensor]:
         """The tensors, by name in the network."""
         network = self._teacher[0].network
-        return self._get("state") if network is None else network.state_dict()
+        return super().tensors if network is None else network.state_dict()
 
     @torch.no_grad()
     def restore(self, network: nn.Module) -> None:
@@ -112,19 +88,16 @@ class SourceState(PersistentTensors):
 class OptimizerState(PersistentTensors):
     """State of an optimizer, carried over to the next fit; a parameter is identified by its index in the optimizer."""
 
-    def take(self, optimizer: torch.optim.Optimizer) -> None:
+    def take_from(self, optimizer: torch.optim.Optimizer) -> None:
         """Store the state of an optimizer."""
-        self.clear()
-        self.known = torch.ones_like(self.known)
-        for place, entries in optimizer.state_dict()["state"].items():
-            for name, value in entries.items():
-                if isinstance(value, Tensor):
-                    self._set("state", f"{place}.{name}", value)
+        states = optimizer.state_dict()["state"].items()
+        values = ((f"{place}.{name}", value) for place, entries in states for name, value in entries.items())
+        self.take({name: value for name, value in values if isinstance(value, Tensor)})
 
     def give(self, optimizer: torch.optim.Optimizer) -> None:
         """Load the stored state into a new optimizer over the same parameters."""
         state: dict[int, dict[str, Tensor]] = {}
-        for key, value in self._get("state").items():
+        for key, value in self.tensors.items():
             place, _, name = key.partition(".")
             # Step counters are read by the host: on a GPU that would synchronise with the device.
             state.setdefault(int(place), {})[name] = value.cpu() if name == "step" else value.clone()
@@ -393,7 +366,6 @@ class TestTimeAdaptation(ContinualStrategy):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         self._last_step, self._predicted = self.trainer.global_step, False
-        self.parts.begin_batch()
         if self.phase.name == ADAPT and self.reset_at == "batch":
             self.reset()
 
@@ -458,7 +430,7 @@ class TestTimeAdaptation(ContinualStrategy):
     @torch.no_grad()
     def end_phase(self, phase: Phase) -> None:
         if phase.name == ADAPT and self.reset_at == "never" and self.params is not None:
-            self.optimizer_state.take(self.trainer.optimizers[0])
+            self.optimizer_state.take_from(self.trainer.optimizers[0])
         elif phase.name == ADAPT and self.reset_at == "batch":
             self.reset()
 

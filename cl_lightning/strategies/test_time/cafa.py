@@ -24,7 +24,7 @@ from cl_lightning.losses import full_precision
 from cl_lightning.memory import class_statistics
 from cl_lightning.strategies.test_time.base import TestTimeAdaptation
 from cl_lightning.strategies.test_time.parts.losses import TestTimeLoss
-from cl_lightning.strategies.test_time.parts.part import Adapting
+from cl_lightning.strategies.test_time.parts.part import Adapting, source_features
 from cl_lightning.strategies.test_time.tent import Tent
 from cl_lightning.strategy import Batch, Output
 
@@ -67,13 +67,7 @@ class ClassAwareAlignment(TestTimeLoss):
 
     @torch.no_grad()
     def learn_source(self, strategy: Adapting) -> None:
-        with strategy.stream_statistics():
-            found = [
-                (strategy.network(batch.images).features, batch.labels)
-                for batch in strategy.passes.batches(samples=self.samples)
-            ]
-        features, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-        statistics = class_statistics(features, labels, strategy.num_source)
+        statistics = class_statistics(*source_features(strategy, self.samples), strategy.num_source)
         assert statistics.covariances is not None
         spread = (statistics.counts - 1).clamp(min=0).double()
         covariance = torch.einsum("c,cij->ij", spread, statistics.covariances) / spread.sum().clamp(min=1)

@@ -8,8 +8,10 @@ from torch import nn
 
 from cl_lightning.losses import entropy
 from cl_lightning.models import MLP, CifarResNet, Network, early_norm_parameters, norm_parameters
-from cl_lightning.strategies.test_time import sar
+from cl_lightning.optim import SAM
 from cl_lightning.strategies.test_time.bn_adapt import BNAdapt
+from cl_lightning.strategies.test_time.parts.filters import EntropyFilter
+from cl_lightning.strategies.test_time.parts.restoration import EntropyReset
 from cl_lightning.strategies.test_time.sar import SAR
 from cl_lightning.strategies.test_time.tent import Tent
 from cl_lightning.testing import Subject, small
@@ -120,16 +122,30 @@ def test_gradients_of_accumulated_batches_are_taken_at_the_moved_weights_too():
 
 
 def test_a_step_that_selects_nothing_at_the_moved_weights_moves_nothing(monkeypatch):
-    real = sar.output_at
+    real, calls = EntropyFilter.forward, []
 
-    def flat(network, weights, images):
-        output = real(network, weights, images)
-        return output._replace(logits=0.0 * output.logits)
+    def every_other(self, strategy, batch, output):
+        calls.append(batch.draw.key)
+        weights = real(self, strategy, batch, output)
+        return weights if calls.count(batch.draw.key) == 1 else 0.0 * weights
 
-    monkeypatch.setattr(sar, "output_at", flat)
-    state = adapt(watching(SAR, margin=0.9, optimizer=sgd)).strategy.network.state_dict()
+    monkeypatch.setattr(EntropyFilter, "forward", every_other)
+    momentum = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    state = adapt(watching(SAR, margin=0.9, optimizer=momentum)).strategy.network.state_dict()
     before = source_network("source").state_dict()
     assert all(torch.equal(state[name], value) for name, value in before.items() if name in state)
+    assert all(calls.count(key) == 2 for key in calls)
+
+
+def test_tent_with_the_same_parts_is_the_same():
+    rules = {"filters": [EntropyFilter(0.5)], "restoration": [EntropyReset(0.2)], "params": "norm"}
+    made = [
+        watching(SAR, margin=0.5, radius=0.3, reset_threshold=0.2, params="norm", optimizer=sgd),
+        watching(Tent, optimizer=partial(SAM, base=sgd, rho=0.3), **rules),
+    ]
+    for strategy in made:
+        adapt(strategy)
+    assert torch.equal(*(scores(strategy) for strategy in made))
 
 
 def test_a_collapse_resets_to_the_source():

@@ -19,7 +19,7 @@ from cl_lightning.batch import Batch
 from cl_lightning.checks import above, at_least
 from cl_lightning.losses import rows_of_all, supervised_contrastive
 from cl_lightning.memory import class_means
-from cl_lightning.strategies.test_time.parts.part import Adapting, Part
+from cl_lightning.strategies.test_time.parts.part import Adapting, Part, source_features
 
 
 class PrototypeContrast(Part):
@@ -49,13 +49,7 @@ class PrototypeContrast(Part):
 
     def learn_source(self, strategy: Adapting) -> None:
         self.start = nn.utils.parameters_to_vector(self.projector.parameters()).detach().clone()
-        with torch.no_grad(), strategy.stream_statistics():
-            found = [
-                (strategy.network(batch.images).features, batch.labels)
-                for batch in strategy.passes.batches(samples=self.samples)
-            ]
-        features, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-        self.prototypes = class_means(features.float(), labels, strategy.num_source)
+        self.prototypes = class_means(*source_features(strategy, self.samples), strategy.num_source)
 
     @torch.no_grad()
     def reset(self) -> None:

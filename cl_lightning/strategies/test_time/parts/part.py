@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from cl_lightning.memory import Teacher, restore_shapes
+from cl_lightning.losses import full_precision
+from cl_lightning.memory import NamedBuffers, Teacher, restore_shapes
 from cl_lightning.models import Network
 from cl_lightning.strategies.base.passes import Passes, StrategyData
 from cl_lightning.strategy import Output
@@ -50,6 +52,31 @@ class SourceTensors(Protocol):
         """The tensors, by name in the network."""
 
 
+class PersistentTensors(NamedBuffers):
+    """Named tensors that are kept from one fit to the next, and in checkpoints."""
+
+    known: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("known", torch.zeros((), dtype=torch.bool))
+
+    def __bool__(self) -> bool:
+        return bool(self._get("state"))
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace all tensors by copies of these, by name; ``known`` is true afterwards."""
+        self._clear()
+        self.known = torch.ones_like(self.known)
+        for name, value in tensors.items():
+            self._set("state", name, value)
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The tensors, by name."""
+        return self._get("state")
+
+
 class Part(nn.Module):
     """A part of a test-time adaptation method; its state is buffers, saved in checkpoints with the strategy.
 
@@ -77,6 +104,26 @@ class Part(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         restore_shapes(self, state_dict, prefix, tuple(self._buffers))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@torch.no_grad()
+def source_features(strategy: Adapting, samples: int) -> tuple[Tensor, Tensor]:
+    """Features of this process's share of source images, normalised as in the stream, and their columns.
+
+    Args:
+        strategy: The method, when the source domain ends.
+        samples: Number of images of all processes, at most.
+
+    Returns:
+        Features ``(n, d)``, at least float32, and columns, int64 ``(n,)``.
+    """
+    with strategy.stream_statistics():
+        found = [
+            (full_precision(strategy.network.backbone(batch.images)), batch.labels)
+            for batch in strategy.passes.batches(samples=samples)
+        ]
+    features, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return features, labels
 
 
 class OutputHead(Part, ABC):

@@ -20,8 +20,7 @@ from cl_lightning.batch import Batch, mix
 from cl_lightning.checks import above, at_least, one_of, within
 from cl_lightning.distributed import all_sum
 from cl_lightning.losses import entropy
-from cl_lightning.memory import NamedBuffers
-from cl_lightning.strategies.test_time.parts.part import Adapting, Part
+from cl_lightning.strategies.test_time.parts.part import Adapting, Part, PersistentTensors
 from cl_lightning.strategy import Output
 
 _RESTORE = 0xC1  # salt
@@ -43,27 +42,6 @@ def restore(parameters: Mapping[str, nn.Parameter], source: Mapping[str, Tensor]
         mask = torch.rand(value.shape, generator=generator, device=device) < share
         if name in source:
             value.copy_(torch.where(mask, source[name], value))
-
-
-class HiddenState(NamedBuffers):
-    """A tensor per trained parameter; ``fresh`` says that it is still to be set to the source."""
-
-    fresh: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("fresh", torch.ones((), dtype=torch.bool))
-
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Store copies of tensors, by name in the network."""
-        self._clear()
-        for name, value in tensors.items():
-            self._set("state", name, value)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors, by name in the network."""
-        return self._get("state")
 
 
 class RestorationRule(Part, ABC):
@@ -150,14 +128,15 @@ class MomentumFilter(RestorationRule):
         within(self, "[0, 1)", noise=noise)
         one_of(self, ("updated", "predicted"), ensemble=ensemble)
         self.decay, self.momentum, self.noise, self.ensemble = decay, momentum, noise, ensemble
-        self.hidden = HiddenState()
+        self.hidden = PersistentTensors()  # h; not known before the first step
         self.register_buffer("variance", torch.zeros((), dtype=torch.float64))
 
     def learn_source(self, strategy: Adapting) -> None:
         self.hidden.take(strategy.trained_parameters())
+        self.reset()
 
     def reset(self) -> None:
-        self.hidden.fresh.fill_(value=True)
+        self.hidden.known.zero_()
         self.variance.zero_()
 
     @torch.no_grad()
@@ -167,8 +146,8 @@ class MomentumFilter(RestorationRule):
         start = [source[name] for name in parameters]
         hidden = [self.hidden.tensors[name] for name in parameters]
         for mine, first in zip(hidden, start, strict=True):
-            mine.copy_(torch.where(self.hidden.fresh, first, mine))
-        self.hidden.fresh.fill_(value=False)
+            mine.copy_(torch.where(self.hidden.known, mine, first))
+        self.hidden.known.fill_(value=True)
         q = min(self.noise * sum(value.numel() for value in theta) / 38_400, 1 - 1e-6)
         predicted = self.variance * self.decay**2 + q
         gain = (1 - q) / (predicted + 1 - q)
@@ -230,7 +209,6 @@ class EntropyReset(RestorationRule):
     """
 
     moving: Tensor
-    _last: Tensor
 
     def __init__(self, threshold: float = 0.2, momentum: float = 0.9) -> None:
         super().__init__()
@@ -238,7 +216,7 @@ class EntropyReset(RestorationRule):
         within(self, "[0, 1]", momentum=momentum)
         self.threshold, self.momentum = threshold, momentum
         self.register_buffer("moving", torch.full((), -1.0))  # e; -1 before the first step
-        self.register_buffer("_last", torch.full((), torch.nan), persistent=False)  # mean H of the last pass
+        self._last: Tensor | None = None  # mean H of the last pass
 
     def reset(self) -> None:
         self.moving.fill_(-1.0)
@@ -252,6 +230,7 @@ class EntropyReset(RestorationRule):
 
     @torch.no_grad()
     def forward(self, strategy: Adapting, batch: Batch) -> None:
+        assert self._last is not None
         moved = torch.lerp(self._last, self.moving, self.momentum)
         moved = torch.where(self.moving < 0, self._last, moved)
         self.moving.copy_(torch.where(self._last.isfinite(), moved, self.moving))

@@ -19,8 +19,8 @@ from cl_lightning.strategy import Output
 class Parts(nn.Module):
     """Copies of the filters, of the restoration rules and of the output head of a method.
 
-    A step may take several forward passes over its batch (a sharpness-aware optimizer). The first one selects samples;
-    a sample that a pass rejects is left out of it.
+    A step may take several forward passes over a batch (a sharpness-aware optimizer). The first one selects samples; a
+    further pass leaves out samples that the first one, or itself, rejects. Its number of samples counts.
 
     Args:
         filters: Choose samples.
@@ -41,8 +41,9 @@ class Parts(nn.Module):
         self._filters, self._rules = (nn.ModuleList(copy.deepcopy(list(parts or ()))) for parts in (filters, rules))
         self.output = copy.deepcopy(output)
         self.mean_over = mean_over
-        self._selected: Tensor | None = None  # rows of the batch that filters selected in the first pass
-        self._selected_in_step: Tensor | None = None  # number of selected samples, () in all processes
+        # By batch of the step: rows that the first pass selected, and the number in all processes of the last pass.
+        self._selected: dict[int, Tensor] = {}
+        self._counts: dict[int, Tensor] = {}
 
     def __iter__(self) -> Iterator[Part]:
         return (module for module in self.modules() if isinstance(module, Part))
@@ -56,15 +57,6 @@ class Parts(nn.Module):
     def rules(self) -> list[RestorationRule]:
         """The restoration rules."""
         return [part for part in self._rules if isinstance(part, RestorationRule)]
-
-    @property
-    def selected(self) -> Tensor | None:
-        """Rows ``(B,)``, bool, of the batch that the filters selected in the first pass; None before it."""
-        return self._selected
-
-    def begin_batch(self, selected: Tensor | None = None) -> None:
-        """Begin a batch: the next pass selects samples, or is a further one over a batch with these selected rows."""
-        self._selected = selected
 
     def averaged(self, strategy: Adapting, terms: dict[str, Tensor], batch: Batch, output: Output) -> dict[str, Tensor]:
         """Each term as a mean over the selected samples of all processes.
@@ -82,7 +74,7 @@ class Parts(nn.Module):
             return {name: mean_over_rows(term) if term.dim() else term for name, term in terms.items()}
         selected = weights > 0
         count = all_sum(selected.sum())
-        self._selected_in_step = count if self._selected_in_step is None else self._selected_in_step + count
+        self._counts[batch.draw.key] = count
         # The base class weights the terms of a process by its share of the batch. Undo that: the mean is over the
         # selected samples of all processes.
         share = world_size() / batch.weight if batch.weight else 0.0
@@ -98,17 +90,18 @@ class Parts(nn.Module):
         weights = torch.ones(len(batch.images), device=output.logits.device)
         for part in self.filters:
             weights = weights * part(strategy, batch, output)
-        if self._selected is not None:
-            return weights * self._selected
-        self._selected = weights > 0
+        if (selected := self._selected.get(batch.draw.key)) is not None:
+            return weights * selected
+        self._selected[batch.draw.key] = selected = weights > 0
         for part in self.filters:
-            part.learn(output, self._selected)
+            part.learn(output, selected)
         return weights
 
     def step_moves(self) -> bool:
-        """Whether a sample was selected since the last call; synchronises with the device if there are filters."""
-        count, self._selected_in_step = self._selected_in_step, None
-        return count is None or bool(count)
+        """End a step: whether a sample was selected; synchronises with the device if there are filters."""
+        counts = list(self._counts.values())
+        self._selected, self._counts = {}, {}
+        return not counts or bool(torch.stack(counts).sum())
 
     def corrected(self, output: Output) -> Tensor:
         """Scores ``(B, classes)`` after correction by the output head."""

@@ -93,7 +93,7 @@ def test_a_row_that_the_first_pass_of_a_step_rejects_stays_rejected_and_filters_
     mean = strategy.parts.filters[1].mean.clone()
     assert (strategy.parts.weights(strategy, batch, Output(second, second)) > 0).tolist() == [False, True]
     assert torch.equal(strategy.parts.filters[1].mean, mean)
-    strategy.parts.begin_batch()  # of the next batch
+    assert strategy.parts.step_moves()  # a new step
     assert (strategy.parts.weights(strategy, batch, Output(second, second)) > 0).all()
 
 
