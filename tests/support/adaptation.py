@@ -94,6 +94,13 @@ def adapt(strategy: Any, data: CorruptionStream | None = None, **options: Any) -
     return made
 
 
+def online_errors(*methods: tuple[type[TestTimeAdaptation], dict[str, Any]]) -> list[float]:
+    """Mean online error of each method with its options on all test images, in batches of 71."""
+    data = {"samples": None, "batch_size": 71}
+    made = [adapt(watching(cls, **options), stream(**data)) for cls, options in methods]
+    return [one.matrix.measures()["mean_online_error"] for one in made]
+
+
 def scores(strategy: Any) -> Tensor:
     return torch.cat([part for parts in strategy.noted.values() for part in parts])
 

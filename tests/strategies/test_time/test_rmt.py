@@ -2,7 +2,17 @@ from functools import partial
 
 import pytest
 import torch
-from support.adaptation import adapt, batches, scores, source_network, stream, tiny_resnet, watching
+from support.adaptation import (
+    adapt,
+    batches,
+    normalised,
+    online_errors,
+    scores,
+    source_network,
+    stream,
+    tiny_resnet,
+    watching,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -57,17 +67,20 @@ def test_steps_without_contrast_and_source_are_those_of_a_plain_loop(monkeypatch
 
 
 def test_source_images_are_stored_and_replayed_with_their_labels():
-    strategy = watching(RMT, contrast_weight=0.0, memory_size=100, optimizer=sgd)
+    strategy = watching(RMT, contrast_weight=0.0, memory_size=100, optimizer=partial(torch.optim.SGD, lr=0.0))
+    adapting, noted = strategy.adapt, []
+    strategy.adapt = lambda batch, output: (noted.append((batch.draw, adapting(batch, output))), noted[-1][1])[1]
     adapt(strategy)
     assert len(strategy.memory) == 100
     assert strategy.bytes_kept()["exemplars"] > 0
-    noted = []
-    again = watching(RMT, contrast_weight=0.0, memory_size=100, optimizer=partial(torch.optim.SGD, lr=0.0))
-    losses = again.adapt
-    again.adapt = lambda *given: (noted.append(losses(*given)), noted[-1])[1]
-    adapt(again)
-    assert all(float(terms["source"]) < 0.5 for _, terms in noted)  # the source is known; by chance it were 2.3
     assert len(noted) == 8
+    plain = source_network()
+    for draw, (_, terms) in noted:
+        drawn = strategy.memory.sample(draw.total, draw.fork(rmt._SOURCE))
+        assert len(drawn) == draw.total
+        logits = plain(normalised(drawn.raw)).logits
+        assert float(terms["source"]) == pytest.approx(float(F.cross_entropy(logits, drawn.labels)), rel=1e-3)
+        assert float(terms["source"]) < 0.5  # the source is known; by chance it were 2.3
 
 
 def test_labels_of_test_images_are_not_trained_on():
@@ -100,11 +113,7 @@ def test_without_steps_the_score_is_twice_that_of_the_source():
 
 
 def test_it_adapts_to_corruptions():
-    options = {"samples": None, "batch_size": 71}
-    errors = [
-        adapt(watching(cls, **chosen), stream(**options)).matrix.measures()["mean_online_error"]
-        for cls, chosen in ((Source, {}), (RMT, {"optimizer": partial(torch.optim.Adam, lr=1e-3)}))
-    ]
+    errors = online_errors((Source, {}), (RMT, {"optimizer": partial(torch.optim.Adam, lr=1e-3)}))
     assert errors[1] < errors[0] - 0.15
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.adaptation import adapt, batches, scores, source_network, stream, tiny_resnet, watching
+from support.adaptation import adapt, batches, online_errors, scores, source_network, tiny_resnet, watching
 from support.fakes import batch_of, normal
 from torch import nn
 from torch.nn import functional as F
@@ -135,11 +135,7 @@ def test_with_momentum_0_each_batch_is_predicted_by_the_source():
 
 
 def test_it_adapts_to_corruptions():
-    options = {"samples": None, "batch_size": 71}
-    errors = [
-        adapt(watching(cls, **chosen), stream(**options)).matrix.measures()["mean_online_error"]
-        for cls, chosen in ((Source, {}), (ROID, {"optimizer": partial(torch.optim.Adam, lr=1e-3)}))
-    ]
+    errors = online_errors((Source, {}), (ROID, {"optimizer": partial(torch.optim.Adam, lr=1e-3)}))
     assert errors[1] < errors[0] - 0.15
 
 

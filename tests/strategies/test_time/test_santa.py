@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.adaptation import adapt, batches, scores, source_network, stream, tiny_resnet, watching
+from support.adaptation import adapt, batches, online_errors, scores, source_network, tiny_resnet, watching
 from support.fakes import batch_of, normal
 from torch import nn
 from torch.nn import functional as F
@@ -107,11 +107,7 @@ def test_without_a_learning_rate_it_is_batch_norm_adaptation():
 
 
 def test_it_adapts_to_corruptions():
-    options = {"samples": None, "batch_size": 71}
-    errors = [
-        adapt(watching(cls, **chosen), stream(**options)).matrix.measures()["mean_online_error"]
-        for cls, chosen in ((Source, {}), (SANTA, {"optimizer": partial(torch.optim.Adam, lr=1e-3)}))
-    ]
+    errors = online_errors((Source, {}), (SANTA, {"optimizer": partial(torch.optim.Adam, lr=1e-3)}))
     assert errors[1] < errors[0] - 0.15
 
 
