@@ -20,7 +20,8 @@ on the data of the task and on herded exemplars. eps -> transport_reg, tau -> te
 The prediction is the class of the largest logit, or of the nearest mean of exemplars.
 Departs from a released implementation: the plan of a task is made when the task begins, since class means of the next
 task are not known when a task ends; its second marginal is 1 / C_new; V is computed at the start of each epoch instead
-of each 30 iterations, by a pass over the task and the exemplars. Sinkhorn's iterations are the ones of
+of each 30 iterations, by a pass over the task and the exemplars. That R takes unit rows P^ in epoch 0 is our reading of
+the paper, as in the implementation. Sinkhorn's iterations are the ones of
 ``cl_lightning.models.transport``, with logarithms in float64: a transport library would add a dependency for ten lines.
 """
 
