@@ -231,3 +231,18 @@ def test_the_command_line_builds_it_around_any_optimizer(tmp_path, monkeypatch):
     assert chosen["class_path"] == "cl_lightning.optim.GSAM"
     assert chosen["init_args"]["base"]["init_args"]["lr"] == 0.003
     assert last.is_file()
+
+
+def test_gradients_that_an_earlier_phase_left_behind_take_no_part():
+    class Stale(Finetune):
+        """The backbone keeps a gradient although it is not trained."""
+
+        def on_train_start(self):
+            super().on_train_start()
+            for value in self.network.backbone.parameters():
+                assert not value.requires_grad
+                value.grad = torch.ones_like(value)
+
+    options = {"backbone": plain_net, "freeze_backbone": True, "optimizer": partial(SAM, base=STEP, rho=0.5)}
+    made = [run(cls(**options), max_epochs=1).strategy for cls in (Stale, Finetune)]
+    assert_same(*(strategy.network.head.state_dict() for strategy in made))

@@ -50,7 +50,12 @@ class SecondPass:
             return
         batches, self._batches = self._batches, []
         module: nn.Module = self._strategy
-        parameters = {name: value for name, value in module.named_parameters() if value.grad is not None}
+        own = {
+            id(value) for group in optimizer.param_groups for value in group["params"]
+        }  # others may have old gradients
+        parameters = {
+            name: value for name, value in module.named_parameters() if id(value) in own and value.grad is not None
+        }
         buffers = {name: value for name, value in module.named_buffers() if name.startswith("network.")}
         before = {name: value.clone() for name, value in buffers.items()}
         others = {name: (value, value._version) for name, value in module.named_buffers() if name not in buffers}
