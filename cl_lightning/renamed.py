@@ -27,6 +27,10 @@ MODULES = {
 CLASSES = {
     "heads.PrototypeHead": "memory.PrototypeHead",
     "memory.Herding": "memory.HerdingPolicy",
+    **{
+        f"memory.replay.{name}": f"memory.{name}"
+        for name in ("ClassBalanced", "HerdingPolicy", "Policy", "Reservoir", "Ring")
+    },
     "stream.core.Catalogue": "stream.DatasetInfo",
     "stream.modifiers.Thinning": "stream.Subsampling",
     "stream.Thinning": "stream.Subsampling",

@@ -74,15 +74,15 @@ ROOMS = (
     Room(
         "memory",
         "samples, prototypes, networks and importances kept from earlier tasks",
-        "replay, herding, prototypes, class_statistics, drift, teacher, importance, paths, sensitivity, "
+        "replay, policies, herding, prototypes, class_statistics, drift, teacher, importance, paths, sensitivity, "
         "consolidation, owners, input_spaces, growing, accounting, mean_covariance, budget, slots, weight_space, "
         "sample_importance, dual_spaces, hyper_domains, category_balanced",
     ),
     Room(
         "models",
         "modules with parameters: backbones, heads, adapters",
-        "backbones, weights, convnet, heads, growing, text_head, closed_form, network, normalization, prompts, "
-        "expert_prompts, expansion, masks, svm, consolidated_head, cut, energy_head, kmeans, max_margin, "
+        "backbones, residual, weights, convnet, heads, growing, text_head, closed_form, network, normalization, "
+        "prompts, expert_prompts, expansion, masks, svm, consolidated_head, cut, energy_head, kmeans, max_margin, "
         "null_space, random_layer, simplex_head, vae, mean_head, mixture, dependence, domain_head, transport, "
         "`peft/` (a file per mechanism)",
     ),

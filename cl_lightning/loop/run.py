@@ -1,5 +1,6 @@
-"""Position of a run in its stream, and restoring of a strategy and callbacks from a checkpoint."""
+"""Position of a run in its stream, and restoring of stream, strategy and callbacks from a checkpoint."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cl_lightning.batch import ImageShape
 from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.loop.checkpoint_parts import named
 from cl_lightning.loop.options import LoopOptions
 from cl_lightning.measures import AccuracyMatrix, CostMeter
 from cl_lightning.strategy import ContinualStrategy
@@ -76,6 +78,34 @@ def check_processes(saved: Mapping[str, Any], processes: int) -> None:
             "the results may differ from those of an uninterrupted run by rounding, by the random numbers of dropout, "
             "and by batch normalisation, whose statistics are those of the samples of each process"
         )
+
+
+def extended_stream(saved: Mapping[str, Any], data: ContinualDataModule, seed: int, path: Path | None) -> Stream:
+    """The stream of a checkpoint, extended by tasks for the classes that the data have gained since.
+
+    Args:
+        saved: Content of the checkpoint.
+        data: Data of the stream.
+        seed: Seed of the run.
+        path: File of the checkpoint, for messages.
+
+    Raises:
+        ValueError: If the checkpoint is of another stream.
+    """
+    with named(path):
+        earlier = Stream.from_dict(json.loads(saved["cl_lightning"]["manifest"]))
+        data.load_state_dict(saved.get(type(data).__qualname__, {}))
+        expected_hashes = saved["cl_lightning"]["fingerprints"]
+        if (place := saved["cl_lightning"]["place"]["task"]) >= len(earlier.tasks):
+            raise ValueError(f"its part place is in task {place}, of {len(earlier)}")
+    stream = data.make_stream(seed, earlier)
+    for index, expected in enumerate(expected_hashes):
+        if index < len(stream.tasks) and data.fingerprint(index) != expected:
+            raise ValueError(
+                f"the checkpoint is of another stream: task {index} ({stream.tasks[index].name}) has other classes or "
+                "other samples than in that run; give the data, class order and seed of that run"
+            )
+    return stream
 
 
 def restore(strategy: ContinualStrategy, trainer: Trainer, saved: Mapping[str, Any]) -> None:

@@ -1,10 +1,10 @@
 """Files of a run: checkpoints, the manifest, and the results."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -50,6 +50,31 @@ class RunFiles:
     def last(self) -> Path:
         assert self.run.run_dir is not None
         return self.run.run_dir / "checkpoints" / "last.ckpt"
+
+    def check_are_free(self, saved: Mapping[str, Any] | None) -> None:
+        """Raise a ValueError if the folder of a new run has a checkpoint already."""
+        if saved is None and self.run.run_dir is not None and checksums.candidates(self.last):
+            raise ValueError(
+                f"{self.run.run_dir} holds a run already; add --ckpt_path last to resume it, or give another --run_dir"
+            )
+
+    def path_of(self, ckpt_path: str | Path) -> Path:
+        """Path of a checkpoint; ``last`` is the newest one of the run folder that is whole.
+
+        Raises:
+            ValueError: If the run has no folder, or no whole checkpoint in it.
+        """
+        if str(ckpt_path) != "last":
+            return Path(ckpt_path)
+        if self.run.run_dir is None:
+            raise ValueError("ckpt_path 'last' needs a run folder; give run_dir, or the path of a checkpoint")
+        path, problems = checksums.newest(self.last)
+        if path is None:
+            found = problems[0] if problems else f"ckpt_path 'last': there is no checkpoint under {self.run.run_dir}"
+            raise ValueError(found)
+        for problem in problems:
+            rank_zero_warn(f"{problem}; the run resumes from {path.name}", stacklevel=4)
+        return path
 
     @contextmanager
     def writing(self, resumed: Path | None) -> Iterator[None]:

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from cl_lightning import checksums, distributed
+from cl_lightning import distributed
 from cl_lightning.batch import mix
 from cl_lightning.callback import AddsLosses, ContinualCallback, Progress
 from cl_lightning.data import FeatureCache
@@ -42,7 +42,7 @@ from cl_lightning.loop.options import (
     check_trainer,
     check_watched,
 )
-from cl_lightning.loop.run import Position, _class_path, begin_task, check_processes, restore
+from cl_lightning.loop.run import Position, _class_path, begin_task, check_processes, extended_stream, restore
 from cl_lightning.loop.run_files import RunFiles
 from cl_lightning.loop.stopping import Interrupted, StopRequest
 from cl_lightning.loop.warning_filters import ignore_lightning_warnings
@@ -144,7 +144,7 @@ class TaskLoop:
             Interrupted: After SIGINT or SIGTERM, or after a stop of the Trainer by ``max_time`` or a callback, when a
                 checkpoint was written.
         """
-        path = self._path_of(ckpt_path) if ckpt_path is not None else None
+        path = self.files.path_of(ckpt_path) if ckpt_path is not None else None
         self.files.io.process = (self.trainer.global_rank, self.trainer.world_size)
         saved = self.files.io.read(path) if path is not None else None
         if saved is not None and not saved["cl_lightning"].get("exact", True):
@@ -152,7 +152,7 @@ class TaskLoop:
                 f"checkpoint {path}: a callback wrote it inside a step or an epoch (ModelCheckpoint does), so a run "
                 "cannot be resumed from it exactly; use --ckpt_path last, and this file for test and predict"
             )
-        self._check_is_free(saved)
+        self.files.check_are_free(saved)
         if saved is not None:
             check_processes(saved, self.trainer.world_size)
         self._prepare(saved, path, resume=True)
@@ -178,7 +178,7 @@ class TaskLoop:
             self.run_logging,
             closing(self.datamodule),
         ):
-            self._check_is_free(saved)  # a run may have ended there since
+            self.files.check_are_free(saved)  # a run may have ended there since
             self.run_logging.open(saved["cl_lightning"] if saved is not None else None)
             with self.files.writing(path):
                 for task in self.stream.tasks[self.position.task + self.position.done :]:
@@ -193,7 +193,7 @@ class TaskLoop:
 
     def test(self, ckpt_path: str | Path) -> AccuracyMatrix:
         """Evaluate a checkpoint on the test data of all tasks so far, and return the matrix with this row."""
-        path = self._path_of(ckpt_path)
+        path = self.files.path_of(ckpt_path)
         self._prepare(checkpoints.load(path), path)
         task = self._last_seen()
         self.datamodule.begin(task)
@@ -203,7 +203,7 @@ class TaskLoop:
 
     def validate(self, ckpt_path: str | Path) -> dict[str, float]:
         """Accuracy and loss of a checkpoint on the validation samples of all tasks so far."""
-        path = self._path_of(ckpt_path)
+        path = self.files.path_of(ckpt_path)
         self._prepare(checkpoints.load(path), path)
         self.datamodule.begin(self._last_seen())
         if not self.datamodule.val_dataloader():
@@ -367,7 +367,8 @@ class TaskLoop:
         self.datamodule.whole_batches = self.strategy.traits.transductive
         self.strategy.passes.cache = self._feature_cache
         self.strategy.passes.watch = self._watch_pass
-        self.stream = self._match(saved, path) if saved is not None else self.datamodule.make_stream(self.seed)
+        data, seed = self.datamodule, self.seed
+        self.stream = data.make_stream(seed) if saved is None else extended_stream(saved, data, seed, path)
         self._manifest = json.dumps(self.stream.to_dict())
         self.fingerprints = [self.datamodule.fingerprint(task.index) for task in self.stream.tasks]
         if not self.strategy.is_built:
@@ -399,26 +400,6 @@ class TaskLoop:
             self.datamodule.prepare_data()
         self.trainer.strategy.barrier("prepare_data")
 
-    def _match(self, saved: Mapping[str, Any], path: Path | None) -> Stream:
-        """The stream of a checkpoint, extended by tasks for the classes that the data have gained since."""
-        data = self.datamodule
-        with named(path):
-            earlier = Stream.from_dict(json.loads(saved["cl_lightning"]["manifest"]))
-            data.load_state_dict(saved.get(type(data).__qualname__, {}))
-            expected_hashes = saved["cl_lightning"]["fingerprints"]
-            if saved["cl_lightning"]["place"]["task"] >= len(earlier.tasks):
-                raise ValueError(
-                    f"its part place is in task {saved['cl_lightning']['place']['task']}, of {len(earlier)}"
-                )
-        stream = data.make_stream(self.seed, earlier)
-        for index, expected in enumerate(expected_hashes):
-            if index < len(stream.tasks) and data.fingerprint(index) != expected:
-                raise ValueError(
-                    f"the checkpoint is of another stream: task {index} ({stream.tasks[index].name}) has other "
-                    "classes or other samples than in that run; give the data, class order and seed of that run"
-                )
-        return stream
-
     def _note_changes(self, saved: Mapping[str, Any]) -> None:
         """Record options that differ from the checkpoint; report those that do not hold from now on."""
         found = changes(saved, self.config or self.recorded, self.strategy, from_config=bool(self.config))
@@ -441,25 +422,6 @@ class TaskLoop:
         self.meter.load_state_dict(part["costs"])
         self._optimizers = part.get("optimizers", [])  # missing in checkpoints of earlier releases
         strategy.task = self.stream.tasks[self.position.task]
-
-    def _check_is_free(self, saved: Mapping[str, Any] | None) -> None:
-        if saved is None and self.run_dir is not None and checksums.candidates(self.files.last):
-            raise ValueError(
-                f"{self.run_dir} holds a run already; add --ckpt_path last to resume it, or give another --run_dir"
-            )
-
-    def _path_of(self, ckpt_path: str | Path) -> Path:
-        if str(ckpt_path) != "last":
-            return Path(ckpt_path)
-        if self.run_dir is None:
-            raise ValueError("ckpt_path 'last' needs a run folder; give run_dir, or the path of a checkpoint")
-        path, problems = checksums.newest(self.files.last)
-        if path is None:
-            found = problems[0] if problems else f"ckpt_path 'last': there is no checkpoint under {self.run_dir}"
-            raise ValueError(found)
-        for problem in problems:
-            rank_zero_warn(f"{problem}; the run resumes from {path.name}", stacklevel=3)
-        return path
 
     def _last_seen(self) -> Task:
         if self.position.task == 0 and not self.position.done and not self.strategy.task_columns.numel():

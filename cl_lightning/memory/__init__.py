@@ -24,18 +24,9 @@ from cl_lightning.memory.input_spaces import InputSpaces, input_grams, linear_ma
 from cl_lightning.memory.mean_covariance import MeanCovariance
 from cl_lightning.memory.owners import FREE, Held, Owners, PastMasks
 from cl_lightning.memory.paths import PathIntegral, RiemannianWalk
+from cl_lightning.memory.policies import ClassBalanced, HerdingPolicy, Policy, Reservoir, Ring, group_ids, rank_in_group
 from cl_lightning.memory.prototypes import GaussianPrototypes, PrototypeHead, Prototypes
-from cl_lightning.memory.replay import (
-    ClassBalanced,
-    HerdingPolicy,
-    Memory,
-    Policy,
-    Reservoir,
-    Ring,
-    group_ids,
-    rank_in_group,
-    valid_columns,
-)
+from cl_lightning.memory.replay import Memory, valid_columns
 from cl_lightning.memory.sample_importance import ImportanceMemory, credited, least_important, mean_decrease
 from cl_lightning.memory.sensitivity import fisher_diagonal, output_norm
 from cl_lightning.memory.slots import SlotMemory

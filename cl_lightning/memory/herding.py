@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_lightning.batch import Draw
-from cl_lightning.memory.replay import rank_in_group
+from cl_lightning.memory.policies import rank_in_group
 
 
 def herding_indices(features: Tensor, count: int, *, normalize: bool = True, normalize_mean: bool = False) -> Tensor:

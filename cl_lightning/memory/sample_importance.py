@@ -5,7 +5,8 @@ from torch import Tensor
 
 from cl_lightning.batch import Draw
 from cl_lightning.distributed import all_gather_together
-from cl_lightning.memory.replay import Memory, rank_in_group
+from cl_lightning.memory.policies import rank_in_group
+from cl_lightning.memory.replay import Memory
 
 _MARK = "window_losses"
 

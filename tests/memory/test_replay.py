@@ -1,7 +1,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -403,59 +403,6 @@ def test_damaged_state_is_an_error() -> None:
         Memory(5).load_state_dict({name: value for name, value in state.items() if name != "keys"})
     with pytest.raises(RuntimeError, match="damaged"):
         Memory(5).load_state_dict({**state, "labels": state["labels"][:2]})
-
-
-# herding
-
-
-def plain_herding(features: Tensor, count: int) -> list[int]:
-    """Algorithm 4 of iCaRL, read aloud."""
-    phi = nn.functional.normalize(features, dim=1)
-    mu, chosen = phi.mean(0), list[int]()
-    for k in range(1, count + 1):
-        distance = {
-            row: float((mu - (phi[chosen].sum(0) + phi[row]) / k).norm())
-            for row in range(len(phi))
-            if row not in chosen
-        }
-        chosen.append(min(distance, key=lambda row: distance[row]))
-    return chosen
-
-
-@pytest.fixture
-def clouds() -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return (torch.randn(23, 5, generator=generator, dtype=torch.float64) + 1 for _ in range(5))
-
-
-def test_herding_equals_the_plain_loop_and_ends_as_a_permutation(clouds: Iterator[Tensor]) -> None:
-    for features in clouds:
-        rows = herding_indices(features, 23)
-        assert rows.tolist() == plain_herding(features, 23)
-        assert sorted(rows.tolist()) == list(range(23))
-
-
-def test_a_shorter_herding_is_the_beginning_of_a_longer_one(clouds: Iterator[Tensor]) -> None:
-    features = next(clouds)
-    assert all(torch.equal(herding_indices(features, m), herding_indices(features, 99)[:m]) for m in range(24))
-
-
-def test_herding_comes_nearer_to_the_mean_than_the_first_rows(clouds: Iterator[Tensor]) -> None:
-    for features in clouds:
-        phi = nn.functional.normalize(features, dim=1)
-        chosen = phi[herding_indices(features, 10)]
-        errors = [float((phi.mean(0) - chosen[:k].mean(0)).norm()) for k in range(1, 11)]
-        assert sum(errors[5:]) < sum(errors[:5])
-        assert errors[-1] < float((phi.mean(0) - phi[:10].mean(0)).norm())
-
-
-def test_herding_without_normalisation_and_with_a_normalised_mean() -> None:
-    features = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.9, 0.1]])
-    assert herding_indices(features, 1, normalize=False).tolist() == [2]  # mean (1.3, 0.37)
-    assert herding_indices(features * 10, 1, normalize=False).tolist() == [2]
-    line = torch.tensor([[0.1, 0.0], [1.0, 0.0], [0.0, 0.3]])  # mean (0.37, 0.1) points along (0.96, 0.26)
-    assert herding_indices(line, 1, normalize=False).tolist() == [0]
-    assert herding_indices(line, 1, normalize=False, normalize_mean=True).tolist() == [1]
 
 
 # errors, configuration, devices, processes

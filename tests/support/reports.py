@@ -1,13 +1,17 @@
 """Contents of ``results.json`` that are made up, and a reader of the page of a report."""
 
+import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cl_lightning.loop import results
 from cl_lightning.measures import AccuracyMatrix, EvaluationResult
+from cl_lightning.report import runs
+from cl_lightning.report.runs import Run
 
 FINETUNE = "cl_lightning.strategies.baselines.finetune.Finetune"
 ER = "cl_lightning.strategies.rehearsal.er.ER"
@@ -153,3 +157,19 @@ def check_page(html: str) -> Page:
     assert not re.search(r"https?://|@import", html)
     html.encode("utf-8")
     return found
+
+
+def parsed(*args: Any, **kwargs: Any) -> Run:
+    return runs.parse(content(*args, **kwargs), Path(f"runs/{args[0] if args else ER}/{kwargs.get('seed', 0)}"))
+
+
+def put(folder: Path, data: Any) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
+    return folder
+
+
+def two_methods(seeds: int = 3) -> list[Run]:
+    return [
+        parsed(method, seed, level=level) for method, level in ((FINETUNE, 0.4), (ER, 0.8)) for seed in range(seeds)
+    ]
