@@ -180,6 +180,60 @@ def complete(arguments: list[str]) -> tuple[list[str], dict[str, Any] | None]:
     return [command, *with_current_names(rest)], content
 
 
+SOURCE = "--model.source"
+"""Network of test-time adaptation; as the path of a checkpoint it names a run."""
+_PIXELS = ("mean", "std", "resize", "center_crop", "interpolation")
+
+
+def with_source_run(arguments: list[str]) -> tuple[list[str], dict[str, Any] | None]:
+    """The arguments with the path of a checkpoint as ``--model.source`` replaced by the strategy of the run.
+
+    The images are normalised and scaled as those of the run, unless options or configs say otherwise.
+
+    Returns:
+        The arguments, and the configuration of the strategy, ``{"model": ...}``; None without such an option.
+    """
+    path = value_of(arguments, SOURCE)
+    if path is None or not path.endswith(".ckpt"):
+        return arguments, None
+    if not Path(path).is_file():
+        raise ValueError(f"{SOURCE} {printable(path)}: there is no such file; give the path of a .ckpt file")
+    from cl_lightning.loop import checkpoint as checkpoints  # torch takes seconds to import
+
+    part = checkpoints.load(path)["cl_lightning"]
+    content = _of_checkpoint(config, path) if (config := part.get("config", "")) else {}
+    if not isinstance(model := content.get("model"), Mapping) or "class_path" not in model:
+        raise ValueError(
+            f"{SOURCE} {printable(path)}: the checkpoint has no configuration; a run that was made in Python is "
+            "adapted in Python, with SourceRun(strategy, checkpoint)"
+        )
+    run = {"class_path": "SourceRun", "init_args": {"strategy": model, "checkpoint": path}}
+    options = _pixels(content, part.get("normalisation", {}))
+    taken = [f"--data.{name}={json.dumps(value)}" for name, value in options.items() if not _is_given(arguments, name)]
+    for option in taken:
+        print(f"note: of the run of {printable(path)}: {printable(option)}", file=sys.stderr)
+    return [*without(arguments, SOURCE), *taken, f"{SOURCE}={json.dumps(run)}"], {"model": dict(model)}
+
+
+def _pixels(content: Mapping[str, Any], normalisation: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with which the images of a run became inputs of its network."""
+    data = content.get("data")
+    given = data.get("init_args", {}) if isinstance(data, Mapping) else {}
+    found = {name: given.get(name) for name in _PIXELS} | dict(normalisation)
+    if found["resize"] is None:
+        found["interpolation"] = None
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _is_given(arguments: Sequence[str], name: str) -> bool:
+    """Whether an option or a config sets an option of the data."""
+    if value_of(arguments, f"--data.{name}") is not None:
+        return True
+    contents = [content for config in configs_of(arguments) if isinstance(content := _content(config), Mapping)]
+    data = [content["data"] for content in contents if isinstance(content.get("data"), Mapping)]
+    return any(name in part.get("init_args", {}) for part in data if isinstance(part.get("init_args", {}), Mapping))
+
+
 def _of_checkpoint(text: Any, path: str) -> dict[str, Any]:
     """The configuration of a checkpoint with current names, without options of one call such as files to write."""
     content = renamed.config(

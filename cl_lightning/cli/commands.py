@@ -25,7 +25,16 @@ from cl_lightning import distributed, report
 from cl_lightning.callbacks.stream_progress import StreamProgress
 from cl_lightning.checks import origin
 from cl_lightning.cli import discovery, prediction, trust
-from cl_lightning.cli.arguments import COMMANDS, OF_A_CALL, PROGRAM, complete, fail, value_of
+from cl_lightning.cli.arguments import (
+    COMMANDS,
+    OF_A_CALL,
+    PROGRAM,
+    SOURCE,
+    complete,
+    fail,
+    value_of,
+    with_source_run,
+)
 from cl_lightning.cli.parsing import Parser, explain, single_line
 from cl_lightning.cli.processes import _was_started_by_another, is_follower, process_arguments, quiet, shown
 from cl_lightning.datamodules.base import ContinualDataModule
@@ -47,10 +56,19 @@ class ContinualCLI(LightningCLI):
     Args:
         saved: Configuration of a checkpoint among the arguments, to be checked; None if it is trusted or not used.
         path: The checkpoint.
+        source: Configuration of the strategy of a run that is adapted, to be checked; None as above.
+        source_path: The checkpoint of that run.
     """
 
-    def __init__(self, saved: Mapping[str, Any] | None = None, path: str = "") -> None:
+    def __init__(
+        self,
+        saved: Mapping[str, Any] | None = None,
+        path: str = "",
+        source: Mapping[str, Any] | None = None,
+        source_path: str = "",
+    ) -> None:
         self.saved, self.path = saved, path
+        self.source, self.source_path = source, source_path
         self.loop: TaskLoop | None = None
         self.run_dir = Path()
         self.text = ""
@@ -134,11 +152,11 @@ class ContinualCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        if self.saved is None:
-            super().parse_arguments(parser, args)
-            return
         command, *given = sys.argv[1:]
-        trust.check(self.saved, trust.option_types(self._subcommand_parsers[command]), self.path, given)
+        if self.source is not None:
+            trust.check(self.source, trust.option_types(self._subcommand_parsers[command]), self.source_path)
+        if self.saved is not None:
+            trust.check(self.saved, trust.option_types(self._subcommand_parsers[command]), self.path, given)
         super().parse_arguments(parser, args)
 
     def trust_option(self) -> str:
@@ -333,9 +351,16 @@ def run(arguments: list[str]) -> int:
     try:
         completed, saved = complete(arguments)
         trusted = saved is None or trust.FLAG in arguments
+        source_path = value_of(completed, SOURCE) or ""
+        completed, source = with_source_run(completed)
         with process_arguments(completed):
             with nullcontext() if trusted else trust.only_allowed_imports(arguments):
-                cli = ContinualCLI(None if trusted else saved, value_of(arguments, "--ckpt_path") or "")
+                cli = ContinualCLI(
+                    None if trusted else saved,
+                    value_of(arguments, "--ckpt_path") or "",
+                    None if trust.FLAG in arguments else source,
+                    source_path,
+                )
             _LostProcessReporter(cli)
             with _ends_with_parent(cli):
                 cli.act()

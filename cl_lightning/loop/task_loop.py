@@ -439,6 +439,7 @@ class TaskLoop:
             "manifest": self._manifest,
             "fingerprints": self.fingerprints,
             "class_names": list(self.stream.class_names),
+            "normalisation": {"mean": list(self.datamodule.normalize.mean), "std": list(self.datamodule.normalize.std)},
             "raw_shape": list(self.datamodule.samples(train=True).image_shape),
             "matrix": self.matrix.state_dict(),
             "costs": self.meter.state_dict(),

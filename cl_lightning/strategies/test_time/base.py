@@ -49,6 +49,7 @@ from cl_lightning.strategies.test_time.parts.filters import SampleFilter
 from cl_lightning.strategies.test_time.parts.part import OutputHead, Part, PersistentTensors
 from cl_lightning.strategies.test_time.parts.restoration import RestorationRule
 from cl_lightning.strategies.test_time.parts.together import Parts
+from cl_lightning.strategies.test_time.source_run import TIMM, RunHead, SourceRun, timm_backbone, timm_classifier
 from cl_lightning.strategy import Batch, ContinualStrategy, Output, Phase, PhaseOptions, Task, Traits
 
 SOURCE, ADAPT = "source", "adapt"
@@ -119,6 +120,10 @@ class TestTimeAdaptation(ContinualStrategy):
     """Base class of test-time adaptation methods: predicts each batch of a test stream, and adapts the network to it.
 
     Args:
+        source: Network that is adapted: a :class:`~cl_lightning.strategies.test_time.source_run.SourceRun`, on the
+            command line the path of a checkpoint of any run (.ckpt); or ``timm/NAME``, a model of timm with its
+            pretrained classifier, whose rows are the raw labels. Nothing is trained on the source domain then. None to
+            use the options of backbone and ``source_head``.
         source_head: File with the classifier of the source network: a state dict in which the classifier is called
             ``linear``, ``fc``, ``classifier`` or ``head``, with rows in the order of the raw labels. The weights of the
             backbone are an option of the backbone. Nothing is trained on the source domain then. None to train the
@@ -156,6 +161,7 @@ class TestTimeAdaptation(ContinualStrategy):
     def __init__(
         self,
         *,
+        source: SourceRun | str | None = None,
         source_head: str | None = None,
         statistics: Literal["source", "batch", "mix", "moving"] = "batch",
         alpha: float = 0.1,
@@ -172,6 +178,17 @@ class TestTimeAdaptation(ContinualStrategy):
         first_optimizer: OptimizerCallable | None = None,
         **kwargs: Any,
     ) -> None:
+        others = {"source_head": source_head, "backbone": kwargs.get("backbone"), "head": kwargs.get("head")}
+        if source is not None and (given := [name for name, value in others.items() if value is not None]):
+            raise ValueError(
+                f"{type(self).__name__}: {given[0]} is given with source, which has a backbone and a head; leave one "
+                "of them out"
+            )
+        self._source_run = source if isinstance(source, SourceRun) else None
+        if self._source_run is not None:
+            kwargs |= {"backbone": self._source_run.backbone, "head": self._source_run.head}
+        elif isinstance(source, str):
+            kwargs["backbone"], source_head = timm_backbone(source, self), source
         super().__init__(
             optimizer=optimizer or adam,
             first_optimizer=first_optimizer or default_optimizer,
@@ -306,7 +323,7 @@ class TestTimeAdaptation(ContinualStrategy):
             if not isinstance(self.network.head, LinearHead):
                 name = type(self.network.head).__name__
                 raise ValueError(f"{type(self).__name__}: source_head goes into a LinearHead, not into a {name}")
-            read_classifier(self.source_head, self.network.head.num_features)  # so that a wrong file raises here
+            self._classifier(self.source_head)  # so that a wrong file raises here
 
     def mark_columns(self, task: Task) -> None:
         super().mark_columns(task)
@@ -315,14 +332,16 @@ class TestTimeAdaptation(ContinualStrategy):
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
         self.online = torch.cat([self.online, self.online.new_zeros(1, 2)])
-        if task.is_first and self.source_head is not None:
+        if task.is_first and isinstance(self.network.head, RunHead):
+            self.network.head.choose([label for _, label in sorted(zip(task.columns, task.classes, strict=True))])
+        elif task.is_first and self.source_head is not None:
             self._load_head(task, self.source_head)
         if self.reset_at == "domain" and not task.is_first:
             self.reset()
 
     @torch.no_grad()
     def _load_head(self, task: Task, path: str) -> None:
-        weight, bias = read_classifier(path, self.network.head.num_features)
+        weight, bias = self._classifier(path)
         if len(weight) <= max(task.classes):
             raise ValueError(
                 f"{type(self).__name__}: source_head has {len(weight)} classes, the source domain has a class "
@@ -339,9 +358,13 @@ class TestTimeAdaptation(ContinualStrategy):
         if block.bias is not None:
             block.bias[columns] = 0.0 if bias is None else bias[labels].to(block.bias)
 
+    def _classifier(self, path: str) -> tuple[Tensor, Tensor | None]:
+        read = timm_classifier if path.startswith(TIMM) else read_classifier
+        return read(path, self.network.head.num_features)
+
     def phases(self, task: Task) -> list[Phase]:
         if task.is_first:
-            return [Phase(SOURCE)] if self.source_head is None else []
+            return [Phase(SOURCE)] if self.source_head is None and self._source_run is None else []
         return [Phase(ADAPT, PhaseOptions(epochs=1), unaugmented=True)]
 
     def trainable(self) -> Iterable[nn.Parameter]:
