@@ -188,7 +188,8 @@ _PIXELS = ("mean", "std", "resize", "center_crop", "interpolation")
 def with_source_run(arguments: list[str]) -> tuple[list[str], dict[str, Any] | None]:
     """The arguments with the path of a checkpoint as ``--model.source`` replaced by the strategy of the run.
 
-    The images are normalised and scaled as those of the run, unless options or configs say otherwise.
+    The images are normalised and scaled as those of the run, unless options or configs say otherwise. A backbone that a
+    config names is left out.
 
     Returns:
         The arguments, and the configuration of the strategy, ``{"model": ...}``; None without such an option.
@@ -212,7 +213,9 @@ def with_source_run(arguments: list[str]) -> tuple[list[str], dict[str, Any] | N
     taken = [f"--data.{name}={json.dumps(value)}" for name, value in options.items() if not _is_given(arguments, name)]
     for option in taken:
         print(f"note: of the run of {printable(path)}: {printable(option)}", file=sys.stderr)
-    return [*without(arguments, SOURCE), *taken, f"{SOURCE}={json.dumps(run)}"], {"model": dict(model)}
+    given = {argument.partition("=")[0].split(".")[1] for argument in arguments if argument.startswith("--model.")}
+    taken += [f"--model.{part}=null" for part in ("backbone", "head", "source_head") if part not in given]
+    return [*without(arguments, SOURCE), f"{SOURCE}={json.dumps(run)}", *taken], {"model": dict(model)}
 
 
 def _pixels(content: Mapping[str, Any], normalisation: Mapping[str, Any]) -> dict[str, Any]:

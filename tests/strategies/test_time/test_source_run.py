@@ -169,7 +169,8 @@ def test_the_command_line_takes_the_path_of_a_checkpoint(tmp_path, monkeypatch, 
     )
     assert said.code == 0, said.err
     path = "a/checkpoints/last.ckpt"
-    use = f"fit --model Tent --model.source {path} --data CorruptionStream --data.base Digits"
+    Path("method.yaml").write_text("model: {class_path: Tent, init_args: {backbone: ResNet20, source_head: w.pt}}")
+    use = f"fit --config method.yaml --model.source {path} --data CorruptionStream --data.base Digits"
     more = f"--data.corruptions [fog] --data.samples 60 {quick}"
     assert command(capsys, f"{use} {more} --run_dir b").code == 0
     results = json.loads((tmp_path / "b" / "results.json").read_text())
