@@ -1,9 +1,11 @@
 """Streams of corrupted test images for test-time adaptation."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -13,48 +15,15 @@ from cl_lightning.batch import ImageShape, mix
 from cl_lightning.checks import above, at_least, one_of, reason
 from cl_lightning.data import CORRUPTIONS, SEVERITIES, SampleSource, Transform, corrupt
 from cl_lightning.data.corruptions import check
+from cl_lightning.data.joined import JoinedSource
 from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.datamodules.orders import Order, Variant, arranged, interleaved, walk
 from cl_lightning.files import require_regular
 from cl_lightning.stream import DatasetInfo, DomainIncremental, IntArray, Scenario
 
-SOURCE = "source"
-Order = Literal["given", "shuffled", "sorted", "dirichlet"]
-Variant = tuple[str, int]  # a corruption and its severity
+SOURCE, UNKNOWN = "source", "unknown"
 _MOST_BYTES = 2**30  # maximum size of the cache of corrupted images
 _ORDER = 0xC0DE  # salt of the order of a domain
-
-
-def arranged(labels: IntArray, order: Order, chance: np.random.Generator, *, delta: float = 0.1) -> IntArray:
-    """Order of the samples of a domain in the stream.
-
-    Args:
-        labels: Raw labels of the samples, ``(n,)``.
-        order: ``given``; ``shuffled``; ``sorted`` by class; or ``dirichlet``: the samples of each class are split over
-            as many slots as there are classes, in shares drawn from Dirichlet(delta). The slots are shuffled within and
-            then concatenated (as in NOTE, Gong et al., NeurIPS 2022, arXiv:2208.05117; the number of slots is our
-            choice).
-        chance: Random generator.
-        delta: Concentration, positive. With a small delta each class is in few slots; with a large delta all slots have
-            nearly the same classes.
-
-    Returns:
-        Indices of the samples in the order of the stream, ``(n,)``.
-    """
-    if order == "given":
-        return np.arange(len(labels))
-    if order == "shuffled":
-        return chance.permutation(len(labels))
-    if order == "sorted":
-        return np.argsort(labels, kind="stable").astype(np.int64)
-    classes = np.unique(labels)
-    slots: list[list[IntArray]] = [[] for _ in classes]
-    for label in classes:
-        members = chance.permutation(np.flatnonzero(labels == label))
-        shares = chance.dirichlet(np.full(len(classes), delta))
-        cuts = np.round(shares.cumsum()[:-1] * len(members)).astype(np.int64)
-        for slot, part in zip(slots, np.split(members, cuts), strict=True):
-            slot.append(part)
-    return np.concatenate([chance.permutation(np.concatenate(slot)) for slot in slots])
 
 
 class CorruptedSource:
@@ -65,8 +34,8 @@ class CorruptedSource:
     Args:
         clean: Images and labels of the first samples.
         images: Images to be corrupted, with their labels.
-        count: Number of clean samples: the first ones of ``clean``.
-        variants: All pairs of corruption and severity.
+        rows: Index into ``clean`` of each clean sample, int64 ``(count,)``.
+        variants: All combinations of corruptions with their severities.
         variant: Index into ``variants`` of each corrupted sample, int64 ``(m,)``.
         places: Index into ``images`` of each corrupted sample, int64 ``(m,)``.
         domains: Domain of each sample, int64 ``(count + m,)``.
@@ -82,7 +51,7 @@ class CorruptedSource:
         clean: SampleSource,
         images: SampleSource,
         *,
-        count: int,
+        rows: IntArray,
         variants: Sequence[Variant],
         variant: IntArray,
         places: IntArray,
@@ -91,15 +60,15 @@ class CorruptedSource:
         seed: int,
         folder: Path | None = None,
     ) -> None:
-        self.clean, self.images, self.count, self.variants = clean, images, count, list(variants)
+        self.clean, self.images, self.count, self.variants = clean, images, len(rows), list(variants)
+        self.rows = torch.from_numpy(rows)
         self.variant, self.places = torch.from_numpy(variant), torch.from_numpy(places)
-        self.labels = np.concatenate([clean.labels[:count], images.labels[places]])
+        self.labels = np.concatenate([clean.labels[rows], images.labels[places]])
         self.class_names = images.class_names
         self.domains: np.ndarray | None = domains
         self.domain_names = tuple(domain_names)
         self.seed, self.folder = seed, folder
-        self._blocks: dict[int, Tensor] = {}  # by variant, the most recently used last
-        self._everything: Tensor | None = None
+        self._blocks: dict[int, tuple[Tensor, Tensor]] = {}  # by variant, the most recently used last
 
     @property
     def image_shape(self) -> ImageShape:
@@ -110,42 +79,48 @@ class CorruptedSource:
         result = torch.empty(len(indices), *self.image_shape, dtype=torch.uint8)
         first = indices < count
         if first.any():
-            result[first] = self.clean.take(indices[first])
+            result[first] = self.clean.take(self.rows[indices[first]])
         variants = torch.where(first, -1, self.variant[(indices - count).clamp(min=0)] if len(self.variant) else -1)
         for number in sorted(set(variants[~first].tolist())):
             rows = variants == number
-            result[rows] = self._block(number)[self.places[indices[rows] - count]]
+            places, images = self._block(number)
+            result[rows] = images[torch.searchsorted(places, self.places[indices[rows] - count])]
         return result
 
     def digest(self, indices: np.ndarray) -> bytes:
         """Hash of the clean images and of the parameters of their corruption; computes no corruption."""
         count, digest = self.count, hashlib.blake2b(digest_size=16)
-        digest.update(self.clean.digest(indices[indices < count]))
+        digest.update(self.clean.digest(self.rows.numpy()[indices[indices < count]]))
         further = indices[indices >= count] - count
         digest.update(self.images.digest(self.places.numpy()[further]))
         digest.update(self.variant.numpy()[further].astype("<i8").tobytes())
-        for name, severity in self.variants:
-            file = None if self.folder is None else self.folder / f"{name}.npy"
-            made = f"seed {self.seed}" if file is None or not file.is_file() else f"{file.stat().st_size} bytes"
-            digest.update(f"{name} {severity} {made};".encode())
+        for variant in self.variants:
+            for name, severity in variant:
+                file = None if self.folder is None else self.folder / f"{name}.npy"
+                made = f"seed {self.seed}" if file is None or not file.is_file() else f"{file.stat().st_size} bytes"
+                digest.update(f"{name} {severity} {made};".encode())
+            digest.update(b"+" * (len(variant) - 1))
         return digest.digest()
 
-    def _block(self, number: int) -> Tensor:
-        """All images of the stream in one variant, uint8 ``(n, C, H, W)``; cached up to 1 GiB."""
+    def _block(self, number: int) -> tuple[Tensor, Tensor]:
+        """The images of the stream that have one variant: their places, int64 ``(k,)`` ascending, and the corrupted
+        images, uint8 ``(k, C, H, W)``; cached up to 1 GiB."""
         block = self._blocks.pop(number, None)
         if block is None:
-            block = self._make(*self.variants[number])
-            while self._blocks and sum(kept.nbytes for kept in self._blocks.values()) + block.nbytes > _MOST_BYTES:
+            places = torch.unique(self.places[self.variant == number])
+            block = places, self._make(self.variants[number], places)
+            size = block[1].nbytes
+            while self._blocks and sum(kept.nbytes for _, kept in self._blocks.values()) + size > _MOST_BYTES:
                 del self._blocks[next(iter(self._blocks))]
         self._blocks[number] = block
         return block
 
-    def _make(self, name: str, severity: int) -> Tensor:
-        if self.folder is not None and (path := self.folder / f"{name}.npy").is_file():
-            return _from_file(path, severity, len(self.images.labels), self.image_shape)
-        if self._everything is None:
-            self._everything = self.images.take(torch.arange(int(self.places.max()) + 1))
-        return corrupt(self._everything, name, severity, seed=self.seed)
+    def _make(self, variant: Variant, places: Tensor) -> Tensor:
+        *earlier, (name, severity) = variant
+        if not earlier and self.folder is not None and (path := self.folder / f"{name}.npy").is_file():
+            return _from_file(path, severity, len(self.images.labels), self.image_shape)[places]
+        images = self._make(tuple(earlier), places) if earlier else self.images.take(places)
+        return corrupt(images, name, severity, indices=places.tolist(), seed=self.seed)
 
 
 def _load(path: Path) -> np.ndarray:
@@ -192,11 +167,21 @@ class CorruptionStream(ContinualDataModule):
         severity: Severity of the corruptions, 1 to 5.
         setting: ``continual``: one domain per corruption, at the given severity; ``gradual``: one domain per
             corruption, with the severities 1, 2, ..., severity, ..., 2, 1 in turn; ``mixed``: a single domain with all
-            corruptions, shuffled together.
+            corruptions, shuffled together; ``walk``: one domain for each way from a corruption to the next one, two of
+            them at a time (:func:`~cl_lightning.datamodules.orders.walk`).
+        speed: Images of ``walk`` between two changes of a severity, at least 1; the test images repeat as needed.
+        rounds: How often the corruptions come, one round after another, at least 1.
         order: Order of the images in each domain (and severity): ``given``, the order of the test set; ``shuffled``;
-            ``sorted`` by class; ``dirichlet``, correlated in time, see :func:`arranged`.
+            ``sorted`` by class; or correlated in time, ``dirichlet`` or ``label_shift``
+            (:func:`~cl_lightning.datamodules.orders.arranged`).
         delta: Concentration of ``dirichlet``, above 0.
+        imbalance: Ratio of the frequent class of ``label_shift`` to another one, at least 1.
         samples: Use this number of test images, the first ones, clean and corrupted; None for all.
+        unknown_classes: Raw labels of classes that the source domain lacks: their images come in the stream alone. They
+            are never predicted correctly, so errors are counted on the other classes, and how well the confidence
+            separates both is measured (``unknown_auroc``). None for no such classes.
+        unknown: Data module whose test images are mixed evenly into the stream as images of unknown classes, such as
+            those of another data set, corrupted likewise; None for none.
         source_part: Images of the source task: ``train``; or ``test``, if there are no training images and the network
             is not trained on the source. Statistics of the source are then computed on clean test images.
         evaluated: Test samples after each task: ``source``, the clean ones, which measures forgetting of the source
@@ -219,9 +204,14 @@ class CorruptionStream(ContinualDataModule):
         *,
         corruptions: list[str] | None = None,
         severity: int = 5,
-        setting: Literal["continual", "gradual", "mixed"] = "continual",
+        setting: Literal["continual", "gradual", "mixed", "walk"] = "continual",
+        speed: int = 1000,
+        rounds: int = 1,
         order: Order = "given",
         delta: float = 0.1,
+        imbalance: float = 10.0,
+        unknown_classes: list[int] | None = None,
+        unknown: ContinualDataModule | None = None,
         samples: int | None = None,
         source_part: Literal["train", "test"] = "train",
         evaluated: Literal["source", "all"] = "source",
@@ -233,8 +223,9 @@ class CorruptionStream(ContinualDataModule):
         self.base = base
         at_a_time = batch_size if eval_batch_size is None else eval_batch_size
         super().__init__(batch_size=batch_size, eval_batch_size=at_a_time, **kwargs)
-        one_of(self, ("continual", "gradual", "mixed"), setting=setting)
-        one_of(self, ("given", "shuffled", "sorted", "dirichlet"), order=order)
+        one_of(self, ("continual", "gradual", "mixed", "walk"), setting=setting)
+        one_of(self, get_args(Order), order=order)
+        at_least(self, 1, speed=speed, rounds=rounds, imbalance=imbalance)
         one_of(self, ("train", "test"), source_part=source_part)
         one_of(self, ("source", "all"), evaluated=evaluated)
         names = list(CORRUPTIONS) if corruptions is None else corruptions
@@ -247,18 +238,26 @@ class CorruptionStream(ContinualDataModule):
                 raise ValueError(f"CorruptionStream: {error}") from None
         above(self, 0, delta=delta)
         at_least(self, 1, samples=samples, optional=True)
+        if setting == "walk" and len(names) * rounds < 2:
+            raise ValueError(f"CorruptionStream: a walk needs two corruptions or rounds; there is {names[0]} alone")
+        if folder is not None and unknown is not None:
+            raise ValueError("CorruptionStream: leave folder out with unknown; its files have no images of it")
         if self.val_fraction:
             raise ValueError(
                 f"CorruptionStream: val_fraction is {self.val_fraction}; it must be 0, a test stream has no validation"
             )
         self.corruptions, self.severity, self.setting = names, severity, setting
         self.order, self.delta, self.num_samples = order, delta, samples
+        self.speed, self.rounds, self.imbalance = speed, rounds, imbalance
+        self.unknown_classes, self.unknown = sorted(set(unknown_classes or ())), unknown
         self.source_part, self.evaluated = source_part, evaluated
         self.folder = None if folder is None else Path(folder).expanduser()
         self._streamed: tuple[list[Variant], IntArray, IntArray, IntArray] | None = None
 
     def prepare_data(self) -> None:
         self.base.prepare_data()
+        if self.unknown is not None:
+            self.unknown.prepare_data()
 
     def statistics(self) -> tuple[Sequence[float] | None, Sequence[float] | None]:
         mean, std = super().statistics()
@@ -278,59 +277,96 @@ class CorruptionStream(ContinualDataModule):
         images = self.base.samples(train=False)
         clean = self.base.samples(train=True) if train and self.source_part == "train" else images
         self._check_files(images)
+        self._check_unknown(images)
         count = len(clean.labels) if train else len(images.labels[: self.num_samples])
-        variants, variant, places, domains = self._stream_of(images)
+        stream: SampleSource = images
+        if self.unknown is not None:
+            stream = JoinedSource(images, self.unknown.samples(train=False), UNKNOWN)
+        variants, variant, places, domains = self._stream_of(stream)
+        known = ~np.isin(clean.labels[:count], self.unknown_classes)
         if not train:
-            last = np.array([severity == self.severity for _, severity in variants])[variant]
-            keep = last if self.evaluated == "all" else np.zeros_like(last)
+            last = np.array([len(parts) == 1 and parts[0][1] == self.severity for parts in variants])[variant]
+            keep = last & self._is_known(stream.labels[places]) if self.evaluated == "all" else np.zeros_like(last)
             variant, places, domains = variant[keep], places[keep], domains[keep]
-        names = ["mixed"] if self.setting == "mixed" else self.corruptions
         return CorruptedSource(
             clean,
-            images,
-            count=count,
+            stream,
+            rows=np.flatnonzero(known),
             variants=variants,
             variant=variant,
             places=places,
-            domains=np.concatenate([np.zeros(count, np.int64), domains + 1]),
-            domain_names=[SOURCE, *names],
+            domains=np.concatenate([np.zeros(int(known.sum()), np.int64), domains + 1]),
+            domain_names=[SOURCE, *self._domain_names()],
             seed=self.seed or 0,
             folder=self.folder,
         )
+
+    def _is_known(self, labels: IntArray) -> np.ndarray:
+        outside = [len(self.base.samples(train=False).class_names)] if self.unknown is not None else []
+        return ~np.isin(labels, [*self.unknown_classes, *outside])
+
+    def _ways(self) -> list[tuple[str, list[Variant]]]:
+        """Name of each domain, and the variants that its images have in turn."""
+        names = self.corruptions * self.rounds
+        up = list(range(1, self.severity + 1)) if self.setting == "gradual" else [self.severity]
+        if self.setting != "walk":
+            return [(name, [((name, level),) for level in [*up, *up[-2::-1]]]) for name in names]
+        ways = [(f"{a} to {b}", walk(a, b, self.severity)) for a, b in pairwise(names)]
+        return ways[:1] + [(name, way[1:]) for name, way in ways[1:]]  # a walk begins where the one before ends
+
+    def _domain_names(self) -> list[str]:
+        if self.setting == "mixed":
+            return ["mixed"]
+        seen = Counter[str]()
+        names = []
+        for name, _ in self._ways():
+            seen[name] += 1
+            names.append(name if seen[name] == 1 else f"{name}, round {seen[name]}")
+        return names
 
     def _stream_of(self, images: SampleSource) -> tuple[list[Variant], IntArray, IntArray, IntArray]:
         """Variants, then variant, image and domain of each sample, in the order of the stream."""
         if self._streamed is not None:
             return self._streamed
-        labels = images.labels[: self.num_samples]
-        up = list(range(1, self.severity + 1)) if self.setting == "gradual" else [self.severity]
-        variants = [(name, severity) for name in self.corruptions for severity in up]
-        stretches = [
-            (domain, variants.index((name, severity)))
-            for domain, name in enumerate(self.corruptions)
-            for severity in [*up, *up[-2::-1]]
-        ]
-        every = np.arange(len(labels))
+        sizes = [len(self.base.samples(train=False).labels[: self.num_samples])]
+        start = len(self.base.samples(train=False).labels)
+        further = min(len(images.labels) - start, self.num_samples or len(images.labels))
+        every = interleaved(*sizes, further)
+        every = np.where(every < sizes[0], every, every - sizes[0] + start)
+        labels = images.labels[every]
+        ways = self._ways()
+        variants = list(dict.fromkeys(variant for _, way in ways for variant in way))
+        stretches = [(domain, variants.index(variant)) for domain, (_, way) in enumerate(ways) for variant in way]
+        numbers = np.array([number for _, number in stretches])
+        domains = np.array([domain for domain, _ in stretches])
         if self.setting == "mixed":
-            variant = np.repeat([number for _, number in stretches], len(labels))
-            places, domains = np.tile(every, len(stretches)), np.zeros(len(variant), np.int64)
+            variant, places = np.repeat(numbers, len(every)), np.tile(every, len(stretches))
             order: Order = "shuffled" if self.order == "given" else self.order
-            chosen = arranged(labels[places], order, self._chance(0), delta=self.delta)
-            self._streamed = variants, variant[chosen], places[chosen], domains
+            chosen = self._arranged(images.labels[places], 0, order)
+            self._streamed = variants, variant[chosen], places[chosen], np.zeros(len(variant), np.int64)
         else:
-            parts = [arranged(labels, self.order, self._chance(i), delta=self.delta) for i in range(len(stretches))]
-            numbers = np.array([number for _, number in stretches])
-            domains = np.array([domain for domain, _ in stretches])
-            self._streamed = (
-                variants,
-                np.repeat(numbers, len(labels)),
-                np.concatenate(parts),
-                np.repeat(domains, len(labels)),
-            )
+            length = self.speed if self.setting == "walk" else len(every)
+            passes = -(-length * len(stretches) // len(every))
+            places = np.concatenate([every[self._arranged(labels, number)] for number in range(passes)])
+            places = places[: length * len(stretches)]
+            self._streamed = variants, np.repeat(numbers, length), places, np.repeat(domains, length)
         return self._streamed
+
+    def _arranged(self, labels: IntArray, stretch: int, order: Order | None = None) -> IntArray:
+        chance = self._chance(stretch)
+        return arranged(labels, order or self.order, chance, delta=self.delta, imbalance=self.imbalance)
 
     def _chance(self, stretch: int) -> np.random.Generator:
         return np.random.default_rng(mix(self.seed or 0, _ORDER, stretch))
+
+    def _check_unknown(self, images: SampleSource) -> None:
+        if outside := [label for label in self.unknown_classes if not 0 <= label < len(images.class_names)]:
+            raise ValueError(
+                f"CorruptionStream: unknown_classes has {outside[0]}; give raw labels from 0 to "
+                f"{len(images.class_names) - 1}"
+            )
+        if len(self.unknown_classes) >= len(np.unique(images.labels)):
+            raise ValueError("CorruptionStream: unknown_classes has all classes; leave some for the source domain")
 
     def _check_files(self, images: SampleSource) -> None:
         if self.folder is None:

@@ -57,7 +57,7 @@ ROOMS = (
         "data",
         "from files to augmented tensors",
         "sources, images, loaders, transforms, auto_augment, pixels, corruptions, rotations, feature_pool, "
-        "feature_cache, arrays, files, datasets, decoding, labels, scaling, shifts, layout, balance, cut_mix, "
+        "feature_cache, arrays, joined, files, datasets, decoding, labels, scaling, shifts, layout, balance, cut_mix, "
         "levels",
     ),
     Room(

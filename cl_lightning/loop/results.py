@@ -416,6 +416,8 @@ def show(content: Mapping[str, Any], console: Console | None = None) -> None:
         lines[-1] += f", forgetting {_percent(measures[f'{mark}forgetting'])} %"
     if (online := measures.get("mean_online_error")) is not None:
         lines.append(f"online: error of predictions made before each step; mean over domains {_percent(online, 2)} %")
+    if (auroc := measures.get("mean_unknown_auroc")) is not None:
+        lines.append(f"unknown classes: AUROC of rejecting them; mean over domains {_percent(auroc, 2)} %")
     if (kept := _kept(content)) is not None:
         lines.append(f"kept from task to task in addition to the network: {kept}")
     console.print("\n".join(lines), highlight=False)

@@ -58,6 +58,7 @@ def line(run: Run, task: int) -> dict[str, Any]:
     rows: dict[str, Any] = {f"matrix.{name}": _numbers(getattr(matrix, name)[task].tolist()) for name in _ROWS}
     rows |= {f"cost.{name}": value for name, value in run.meter.of_task(task).items()}
     rows["matrix.online_error"] = _number(float(matrix.online_error[task]))
+    rows["matrix.unknown_auroc"] = _number(float(matrix.unknown_auroc[task]))
     rows["matrix.totals"] = int(matrix.totals[task])
     rows["measures_per_task"] = run.measured[task]
     rows |= {"protocol.epochs": dict(cost.epochs), "protocol.steps": cost.steps}

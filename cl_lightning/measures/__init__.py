@@ -19,12 +19,14 @@ from cl_lightning.measures.curves import (
     worst_case_accuracy,
 )
 from cl_lightning.measures.functional import (
+    CONFIDENCE_BINS,
     BaseNovel,
     area_under_budget,
     average_accuracy,
     average_incremental_accuracy,
     backward_transfer,
     base_novel_harmonic,
+    confidence_counts,
     expected_calibration_error,
     forgetting_last,
     forgetting_max,
@@ -41,10 +43,12 @@ from cl_lightning.measures.functional import (
     performance_drop,
     performance_maintenance,
     transfer_contrast,
+    unknown_auroc,
 )
 from cl_lightning.measures.matrix import AccuracyMatrix
 
 __all__ = [
+    "CONFIDENCE_BINS",
     "MEBIBYTE",
     "AccuracyMatrix",
     "BaseNovel",
@@ -62,6 +66,7 @@ __all__ = [
     "backward_compatibility",
     "backward_transfer",
     "base_novel_harmonic",
+    "confidence_counts",
     "expected_calibration_error",
     "forgetting_last",
     "forgetting_max",
@@ -82,6 +87,7 @@ __all__ = [
     "performance_maintenance",
     "retrieval_accuracy",
     "transfer_contrast",
+    "unknown_auroc",
     "verification_accuracy",
     "windowed_forgetting",
     "windowed_plasticity",

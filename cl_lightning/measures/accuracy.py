@@ -32,9 +32,12 @@ class EvaluationResult:
         ece: Expected calibration error per task, float64 ``(T,)``; None if it was not requested.
         online_error: Online error of the current task, in [0, 1], if the task is a test-time stream
             (:func:`~cl_lightning.measures.online_error`); else None.
+        unknown_auroc: How well the confidence rejects samples of unknown classes in this stream, in [0, 1]
+            (:func:`~cl_lightning.measures.unknown_auroc`); None without such samples.
     """
 
     online_error: float | None = None
+    unknown_auroc: float | None = None
 
     def __init__(
         self,

@@ -44,6 +44,46 @@ def online_error(counts: Tensor) -> Tensor:
     return 1 - right.double() / samples
 
 
+CONFIDENCE_BINS = 2048
+_MOST_LOG_ODDS = 16.0
+
+
+def confidence_counts(scores: Tensor, unknown: Tensor) -> Tensor:
+    """Samples by the confidence of their prediction, for :func:`unknown_auroc`; sums over batches and processes add up.
+
+    The confidence is the largest probability of a softmax over the scores (Hendrycks & Gimpel, ICLR 2017,
+    arXiv:1610.02136). Bins are equally wide in its log-odds, from -16 to 16, so that confidences near 1 are separated.
+
+    Args:
+        scores: ``(B, C)``, at least two classes.
+        unknown: Whether each sample is of an unknown class, bool ``(B,)``.
+
+    Returns:
+        Counts of known and of unknown samples, int64 ``(2, 2048)``.
+    """
+    top = scores.double().topk(scores.shape[1]).values
+    odds = top[:, 0] - top[:, 1:].logsumexp(dim=1)
+    places = (odds.clamp(-_MOST_LOG_ODDS, _MOST_LOG_ODDS) / _MOST_LOG_ODDS + 1) * (CONFIDENCE_BINS / 2)
+    bins = places.long().clamp(max=CONFIDENCE_BINS - 1) + CONFIDENCE_BINS * unknown
+    return torch.bincount(bins, minlength=2 * CONFIDENCE_BINS).view(2, CONFIDENCE_BINS)
+
+
+def unknown_auroc(counts: Tensor) -> float:
+    """Area under the ROC curve of rejecting samples of unknown classes by a low confidence, in [0, 1].
+
+    It is the probability that a known sample has a larger confidence than an unknown one; equal bins count half.
+
+    Args:
+        counts: Counts of known and unknown samples by confidence, int64 ``(2, bins)``; see :func:`confidence_counts`.
+
+    Returns:
+        The area; nan without a sample of either kind.
+    """
+    known, unknown = counts.double()
+    below = unknown.cumsum(0) - unknown / 2
+    return float((known * below).sum() / (known.sum() * unknown.sum()))
+
+
 def mean_online_error(errors: Tensor) -> float:
     """Mean of the online errors of the domains, unweighted as in the literature; in [0, 1].
 

@@ -38,16 +38,17 @@ class AccuracyMatrix:
         start_ci: Class-incremental accuracies before any training, float64 ``(T,)``.
         start_ti: Task-aware accuracies before any training, float64 ``(T,)``.
         online_error: Online error of each task that is a test-time stream, float64 ``(T,)``.
+        unknown_auroc: Area under the ROC curve of rejecting unknown classes in each such task, float64 ``(T,)``.
         totals: Test samples per task in its latest evaluation, int64 ``(T,)``.
     """
 
-    _FIELDS = ("R_ci", "R_ti", "R_prefix", "R_ece", "start_ci", "start_ti", "online_error", "totals")
+    _FIELDS = ("R_ci", "R_ti", "R_prefix", "R_ece", "start_ci", "start_ti", "online_error", "unknown_auroc", "totals")
     _OF_CLASSES = ("per_class", "confusion")
 
     def __init__(self, num_tasks: int = 0) -> None:
         self.R_ci, self.R_ti, self.R_prefix, self.R_ece = (_nans(num_tasks, num_tasks) for _ in range(4))
         self.per_class, self.confusion = _nans(num_tasks, 0), torch.zeros(0, 0, dtype=torch.int64)
-        self.start_ci, self.start_ti, self.online_error = (_nans(num_tasks) for _ in range(3))
+        self.start_ci, self.start_ti, self.online_error, self.unknown_auroc = (_nans(num_tasks) for _ in range(4))
         self.totals = torch.zeros(num_tasks, dtype=torch.int64)
 
     @property
@@ -81,6 +82,8 @@ class AccuracyMatrix:
             lines += [(self.R_prefix[task], prefix), (self.R_ece[task], ece)]
             if row.online_error is not None:
                 self.online_error[task] = row.online_error
+            if row.unknown_auroc is not None:
+                self.unknown_auroc[task] = row.unknown_auroc
         for line, values in lines:
             line.fill_(_NAN)[: len(values)] = values
         self.totals[: len(row.totals)] = row.totals
@@ -109,6 +112,7 @@ class AccuracyMatrix:
         values = {
             "cumulative_forgetting": forgetting_last(self.R_prefix[:size, :size], tested),
             "mean_online_error": mean_online_error(self.online_error[:size]),
+            "mean_unknown_auroc": mean_online_error(self.unknown_auroc[:size]),
         }
         for mark, matrix, start, totals in (
             ("", self.R_ci, self.start_ci, samples),

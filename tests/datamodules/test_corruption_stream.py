@@ -10,37 +10,20 @@ import torch
 from PIL import Image
 from support import ROOT
 from support.adaptation import adapt, stream, watching
+from support.corrupted import TEST, begun, labels, raw
 from torch import Tensor
 
 from cl_lightning.cli import main
 from cl_lightning.data import CORRUPTIONS, corrupt
 from cl_lightning.data.corruptions import write_files
-from cl_lightning.datamodules.corruptions import CorruptionStream, arranged
+from cl_lightning.datamodules.corruptions import CorruptionStream
 from cl_lightning.datamodules.digits import Digits
 from cl_lightning.datamodules.npz import NpzData
+from cl_lightning.datamodules.orders import arranged
 from cl_lightning.models import ResNet20
 from cl_lightning.models.backbones import read_classifier
 from cl_lightning.strategies.test_time.bn_adapt import BNAdapt
 from cl_lightning.strategies.test_time.source import Source
-
-
-def begun(task: int, data: CorruptionStream | None = None, **options: Any) -> CorruptionStream:
-    made = data or stream(**options)
-    made.make_stream(0)
-    made.begin(made.stream.tasks[task])
-    made.begin_phase(0, None, 0)
-    return made
-
-
-def raw(data: CorruptionStream) -> Tensor:
-    return torch.cat([batch.raw for batch in data.train_dataloader()])
-
-
-def labels(data: CorruptionStream) -> list[int]:
-    return torch.cat([batch.labels for batch in data.train_dataloader()]).tolist()
-
-
-TEST = Digits().source(train=False)
 
 
 def test_the_first_task_is_clean_and_shuffled_and_each_other_a_corruption_in_the_order_of_the_test_set():

@@ -30,9 +30,7 @@ from torch import Tensor, nn
 
 from cl_lightning.batch import ImageShape
 from cl_lightning.checks import at_least, one_of, within
-from cl_lightning.distributed import all_sum
-from cl_lightning.measures import EvaluationResult, online_error
-from cl_lightning.memory import Teacher, restore_shapes
+from cl_lightning.memory import Teacher
 from cl_lightning.models import (
     LinearHead,
     adapt_norms,
@@ -44,7 +42,7 @@ from cl_lightning.models import (
 from cl_lightning.models.backbones import read_classifier
 from cl_lightning.models.normalization import Statistics
 from cl_lightning.strategies.base import default_optimizer
-from cl_lightning.strategies.base.evaluation import Evaluation
+from cl_lightning.strategies.test_time.online import OnlineCounts, OnlineEvaluation
 from cl_lightning.strategies.test_time.parts.filters import SampleFilter
 from cl_lightning.strategies.test_time.parts.part import OutputHead, Part, PersistentTensors
 from cl_lightning.strategies.test_time.parts.restoration import RestorationRule
@@ -103,17 +101,6 @@ class OptimizerState(PersistentTensors):
             # Step counters are read by the host: on a GPU that would synchronise with the device.
             state.setdefault(int(place), {})[name] = value.cpu() if name == "step" else value.clone()
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-class OnlineEvaluation(Evaluation):
-    """Evaluation whose result also has the online error of the last domain."""
-
-    def finish(self) -> EvaluationResult:
-        result = super().finish()
-        strategy = self._strategy
-        if isinstance(strategy, TestTimeAdaptation) and strategy.adapting:
-            result.online_error = float(online_error(strategy.online[-1]))
-        return result
 
 
 class TestTimeAdaptation(ContinualStrategy):
@@ -210,7 +197,6 @@ class TestTimeAdaptation(ContinualStrategy):
             )
         self.source_head, self.params, self.reset_at, self.predict_when = source_head, params, reset, predict_when
         self.statistics: Literal["source", "batch", "mix", "moving"] = statistics
-        self.evaluation = OnlineEvaluation(self)
         self._norm_options = {"share": alpha, "prior": prior, "rate": momentum}
         self.parts = Parts(filters, restoration, output, mean_over)
         transductive = statistics in ("batch", "mix") or any(part.transductive for part in self.parts)
@@ -220,8 +206,8 @@ class TestTimeAdaptation(ContinualStrategy):
         self.optimizer_state = OptimizerState()
         # A fit and DistributedDataParallel need a trained parameter, also if the method trains none.
         self.nothing = nn.Parameter(torch.zeros(()))
-        self.register_buffer("online", torch.zeros(0, 2, dtype=torch.int64))  # (tasks, [samples, correct predictions])
-        self.online: Tensor
+        self.online = OnlineCounts()
+        self.evaluation = OnlineEvaluation(self, self.online)
         self._last_step, self._moves = 0, True  # whether a step changes parameters
         self._predicted = False  # whether the batch was predicted: a step can take several forward passes
 
@@ -331,7 +317,7 @@ class TestTimeAdaptation(ContinualStrategy):
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
-        self.online = torch.cat([self.online, self.online.new_zeros(1, 2)])
+        self.online.begin_task(has_unknown=self.network.head.num_columns > self.num_source)
         if task.is_first and isinstance(self.network.head, RunHead):
             self.network.head.choose([label for _, label in sorted(zip(task.columns, task.classes, strict=True))])
         elif task.is_first and self.source_head is not None:
@@ -443,12 +429,9 @@ class TestTimeAdaptation(ContinualStrategy):
         """Scores after correction by ``output``; these scores are evaluated."""
         return self.parts.corrected(output) if self.adapting else output.logits
 
-    @torch.no_grad()
     def _score(self, scores: Tensor, batch: Batch) -> None:
-        known = batch.labels >= 0
-        counts = torch.stack([known.sum(), (known & (scores.argmax(dim=1) == batch.labels)).sum()])
         if batch.first_pass:
-            self.online[self.task.index] += all_sum(counts)
+            self.online.add(scores, batch.labels, self.num_source)
 
     @torch.no_grad()
     def end_phase(self, phase: Phase) -> None:
@@ -476,7 +459,7 @@ class TestTimeAdaptation(ContinualStrategy):
     def bytes_kept(self) -> dict[str, int]:
         kept = {"optimizer": self.optimizer_state, "source": self.start}
         state = sum(part.num_bytes() for part in self._all_parts())
-        counts = self.online.nbytes
+        counts = self.online.num_bytes()
         return {
             **super().bytes_kept(),
             **{name: part.num_bytes() for name, part in kept.items() if part},
@@ -487,7 +470,8 @@ class TestTimeAdaptation(ContinualStrategy):
     def _choose_statistics(self) -> None:
         set_statistics(self, self._in_stream if self.adapting else "running", **self._norm_options)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        restore_shapes(self, state_dict, prefix, ("online",))
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if (counts := state_dict.pop(f"{prefix}online", None)) is not None:  # of a checkpoint of an earlier release
+            state_dict |= {f"{prefix}online.counts": counts, f"{prefix}online.confidences": counts.new_zeros(2, 0)}
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._choose_statistics()

@@ -78,7 +78,7 @@ def test_entropy_of_a_batch_falls_from_step_to_step():
     found = [float(entropy(part).mean()) for part in strategy.noted[1]]
     assert len(found) == 6
     assert found == sorted(found, reverse=True)
-    assert strategy.online.tolist()[1][0] == 100
+    assert strategy.online.counts.tolist()[1][0] == 100
 
 
 def test_it_adapts_to_corruptions():
