@@ -29,7 +29,8 @@ import torch
 
 from benchmarks.comparison import finished, launch
 from benchmarks.numbers import DOCS, table
-from benchmarks.protocols import FASHION, FIVE, METHODS, subset
+from benchmarks.protocols import FASHION, FIVE, subset
+from benchmarks.rows import METHODS
 from cl_lightning.batch import ImageShape
 from cl_lightning.measures import area_under_budget
 from cl_lightning.memory import exemplars_within

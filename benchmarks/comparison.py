@@ -7,7 +7,7 @@
 DIR holds ``fashion_mnist.npz``, ``cifar100.npz`` and ``cifar10_test.npz`` (x_train, y_train, x_test, y_test,
 class_names; the last one without training images), and weights in ``models``. Runs that are done are passed over, one
 that was stopped goes on from its last checkpoint. Methods have the options of their configs in
-``experiments/methods`` and what ``benchmarks/protocols.py`` says beside them; epochs, batches, network and memory are
+``experiments/methods`` and what ``benchmarks/rows.py`` adds to them; epochs, batches, network and memory are
 those of the protocol. No option was chosen by these test data. ``table`` writes rows of what was run; it keeps the
 other rows of docs/results.md as long as their options are the present ones.
 """

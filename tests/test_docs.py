@@ -117,7 +117,8 @@ def test_the_page_of_results_has_the_texts_and_options_of_its_protocols(monkeypa
 def test_a_row_is_replaced_by_new_runs_kept_with_its_options_and_dropped_with_others(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks import comparison
-    from benchmarks.protocols import Method, Protocol
+    from benchmarks.protocols import Protocol
+    from benchmarks.rows import Method
 
     last, time = comparison.measures.LAST, comparison.measures.SECONDS
     columns = (replace(last, of=lambda run: run[0]), replace(time, of=lambda run: run[1]))

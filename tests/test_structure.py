@@ -215,3 +215,10 @@ def test_files_of_tests_have_different_names():
     """Pytest imports them by their names alone, so that ``pytest tests`` fails with two of one name."""
     names = sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
     assert [name for name, following in itertools.pairwise(names) if name == following] == []
+
+
+def test_no_file_is_longer_than_500_lines():
+    """A longer file holds two topics: it is split."""
+    folders = ("cl_lightning", "callbacks", "datamodules", "benchmarks", "docs", "tests")
+    files = {path for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    assert [path.name for path in sorted(files) if len(path.read_text(encoding="utf-8").splitlines()) > 500] == []

@@ -67,3 +67,10 @@ def mangled(draw: st.DrawFn, make: Callable[[], Any], junk: st.SearchStrategy[An
         else:
             target[last] = draw(junk)
     return content
+
+
+def check_message(error: BaseException, what: str = "") -> None:
+    """An error says what is wrong, in one line."""
+    assert str(error)
+    assert what in str(error)
+    assert "\n" not in str(error)
