@@ -134,12 +134,13 @@ class Batch:
     """Samples of one step.
 
     Attributes:
-        images: Input of the network: augmented and normalised, float ``(B, C, H, W)``. Before the batch is on its
-            device this is the same tensor as ``raw``.
+        images: Input of the network: augmented and normalised, float ``(B, C, H, W)``; for other inputs than images
+            ``(B, *shape)``, int64 for tokens. Before the batch is on its device this is the same tensor as ``raw``.
         labels: Column of the class in the logits, int64 ``(B,)``; -1 if the label is hidden from the strategy.
         tasks: Index of the task of the sample, int64 ``(B,)``.
         indices: Index of the sample in its data set, int64 ``(B,)``; -1 for samples from a memory.
-        raw: The same images, neither augmented nor normalised, uint8 ``(B, C, H, W)``; a memory stores these.
+        raw: The same samples, neither augmented nor normalised: images uint8 ``(B, C, H, W)``, other inputs float32 or
+            int64 ``(B, *shape)``; a memory stores these.
         draw: Random numbers of this step; ``draw.total`` is the size of the batch over all processes.
         extra: Further tensors with B rows that a memory or a strategy adds, by name (stored logits, views, ...).
         weight: Weight of the mean over the samples of this process: its share of the global batch times the number of
@@ -270,4 +271,5 @@ def cat(batches: Sequence[Batch], world_size: int = 1) -> Batch:
     return first.replace(**joined, extra=extra, weight=weight, parts={}, passes=())
 
 
-ImageShape = tuple[int, int, int]  # channels, height, width
+ImageShape = tuple[int, ...]
+"""Shape of one sample: (C, H, W) of an image, (D,) of a vector, (C, T) of a sequence, (T,) of tokens."""

@@ -44,6 +44,7 @@ class CorruptedSource:
         folder: Folder of files with corrupted images; None to compute all.
     """
 
+    kind = "image"
     in_memory = True
 
     def __init__(

@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
-from cl_lightning.data import DatasetSource
+from cl_lightning.checks import one_of
+from cl_lightning.data import KINDS, DatasetSource, Kind
 from cl_lightning.data.datasets import class_names_of
 from cl_lightning.data.labels import Classes
 from cl_lightning.datamodules.base import ContinualDataModule
@@ -13,9 +14,10 @@ from cl_lightning.datamodules.base import ContinualDataModule
 class UserDataset(ContinualDataModule):
     """Training and test samples from two map-style Datasets with items ``(image, label)`` or dicts.
 
-    An image is a PIL image or a uint8 tensor ``(C, H, W)``; arrays ``(H, W, C)`` and pixels of other types are
-    understood where there is one reading (``cl_lightning.data.images.to_bytes``). Items may be dicts: the columns of a
-    data set of Hugging Face are found by their types, other keys by their names.
+    Samples are images, or what ``inputs`` says. An image is a PIL image or a uint8 tensor ``(C, H, W)``; arrays ``(H,
+    W, C)`` and pixels of other types are understood where there is one reading
+    (``cl_lightning.data.images.to_bytes``). Items may be dicts: the columns of a data set of Hugging Face are found by
+    their types, other keys by their names.
 
     Labels are integers, strings, or one-hot rows. Where classes have names (the attribute ``classes``, a ``ClassLabel``
     column, or ``class_names``), integers count them, from 0 or throughout from 1. Without names, the labels that occur
@@ -37,11 +39,16 @@ class UserDataset(ContinualDataModule):
             convert all others to RGB.
         image_key: Key of the image in items that are dicts; None to find it.
         label_key: Key of the label, likewise; needed where several columns are labels (CIFAR-100 of Hugging Face).
+        inputs: What a sample is: ``image``, ``vector`` ``(D,)``, ``sequence`` ``(C, T)`` or ``tokens``, integers
+            ``(T,)``. None for vectors if the first item is a floating-point tensor or array ``(D,)``, else images of 8
+            bits; images that are other numbers, such as spectrograms, need ``image``.
         kwargs: Options of :class:`ContinualDataModule`.
 
     Raises:
         ValueError: If ``size`` is below 1, or before training if labels, classes or images are not as above.
     """
+
+    _any_kind = True
 
     def __init__(
         self,
@@ -53,12 +60,14 @@ class UserDataset(ContinualDataModule):
         mode: Literal["RGB", "L"] | None = None,
         image_key: str | None = None,
         label_key: str | None = None,
+        inputs: Kind | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if size is not None and size < 1:
             raise ValueError(f"UserDataset: size is {size}; it must be at least 1, in pixels, or null")
-        self.train, self.test = train, test
+        one_of(self, KINDS, inputs=inputs, optional=True)
+        self.train, self.test, self.inputs = train, test, inputs
         self.class_names, self.size, self.mode = class_names, size, mode
         self.image_key, self.label_key = image_key, label_key
         self._classes: Classes | None = None
@@ -78,6 +87,7 @@ class UserDataset(ContinualDataModule):
             mode=self.mode,
             image_key=self.image_key,
             label_key=self.label_key,
+            inputs=self.inputs,
             name=name,
         )
         self._classes = source.classes

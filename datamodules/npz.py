@@ -1,4 +1,4 @@
-"""Images and labels in a NumPy archive."""
+"""Samples and labels in a NumPy archive."""
 
 import struct
 import tokenize
@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cl_lightning.checks import reason
-from cl_lightning.data import TensorSource
+from cl_lightning.checks import one_of, reason
+from cl_lightning.data import KINDS, ArraySource, Kind, TensorSource
 from cl_lightning.data.images import to_bytes
 from cl_lightning.data.labels import Classes, plain_labels
+from cl_lightning.data.samples import as_samples, kind_of
 from cl_lightning.datamodules.base import ContinualDataModule
 
 # Errors of numpy and zipfile for damaged archives, and for archives that declare more data than memory can hold.
@@ -48,9 +49,10 @@ class _Keys(NamedTuple):
 
 
 class NpzData(ContinualDataModule):
-    """Images and labels from an ``.npz`` file of ``numpy.savez``; pickled objects in the file are refused.
+    """Samples and labels from an ``.npz`` file of ``numpy.savez``; pickled objects in the file are refused.
 
-    The file has ``x_train`` and ``x_test``, uint8 ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)``; the labels
+    The file has ``x_train`` and ``x_test``, uint8 images ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)`` or other
+    samples (``inputs``); the labels
     ``y_train`` and ``y_test``, ``(N,)``; and optionally ``class_names``, one string per class. Other usual keys are
     read too: ``train_images``, ``train_labels``, ``test_images``, ... (MedMNIST), ``X_train``, ``train_x``,
     ``train_data``.
@@ -70,12 +72,17 @@ class NpzData(ContinualDataModule):
             ``labels="yc"``; if the file has no such key, the labels are the names.
         domains: Prefix of the keys of the domain of each sample, labels as above, such as ``d`` for ``d_train`` and
             ``d_test``; the names are in ``domain_names`` if the file has this key. None for no domains.
+        inputs: What a sample is: ``vector`` ``(N, D)``, ``sequence`` ``(N, C, T)`` or ``(N, T)``, ``tokens``, integers
+            ``(N, T)``, or ``image``, which also takes floating-point maps ``(N, C, H, W)`` or ``(N, H, W)``, such as
+            spectrograms. None for vectors if samples are floating-point ``(N, D)``, and images of 8 bits otherwise.
         kwargs: Options of :class:`ContinualDataModule`.
 
     Raises:
         ValueError: Before training, if the file is missing or damaged, lacks a key, or has arrays of a wrong shape or
             dtype.
     """
+
+    _any_kind = True
 
     def __init__(
         self,
@@ -84,23 +91,25 @@ class NpzData(ContinualDataModule):
         labels: str = "y",
         names: str | None = None,
         domains: str | None = None,
+        inputs: Kind | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        one_of(self, KINDS, inputs=inputs, optional=True)
         self.path = Path(path).expanduser()
-        self.labels, self.names, self.domains = labels, names, domains
+        self.labels, self.names, self.domains, self.inputs = labels, names, domains, inputs
 
-    def source(self, *, train: bool) -> TensorSource:
+    def source(self, *, train: bool) -> TensorSource | ArraySource:
         with self._open() as file:
             keys = self._keys(file, train=train)
             trained: list[str] = [
                 part for part in ("train", "val") if part in keys and ("test" in keys or part == "train")
             ]
             parts = trained if train else ["test" if "test" in keys else "val"]
-            arrays = [self._images(file, keys[part].images) for part in parts]
+            arrays = [self._samples(file, keys[part].images) for part in parts]
             if len({array.shape[1:] for array in arrays}) > 1:
                 shapes = " and ".join(f"{keys[part].images} {a.shape}" for part, a in zip(parts, arrays, strict=True))
-                raise ValueError(f"{self._at(shapes)} differ in shape; save images of one shape")
+                raise ValueError(f"{self._at(shapes)} differ in shape; save samples of one shape")
             counts = [len(array) for array in arrays]
             names_key = self.names or _NAMES.get(self.labels, "")
             trained = trained or parts  # a file of test images alone: they define the classes
@@ -113,14 +122,15 @@ class NpzData(ContinualDataModule):
                 domains, domain_names = self._numbers(
                     file, of_parts, trained, parts, counts, "domain_names", "domain", prefix=f"{self.domains} "
                 )
-        return TensorSource(
-            np.concatenate(arrays) if len(arrays) > 1 else arrays[0],
-            labels,
-            class_names=names,
-            domains=domains,
-            domain_names=domain_names,
-            name=self._at(keys[parts[0]].images),
-        )
+        samples, where = np.concatenate(arrays) if len(arrays) > 1 else arrays[0], self._at(keys[parts[0]].images)
+        facts: Any = {"class_names": names, "domains": domains, "domain_names": domain_names, "name": where}
+        if samples.dtype == np.uint8:
+            return TensorSource(samples, labels, **facts)
+        return ArraySource(samples, labels, kind=self._kind(samples), **facts)
+
+    def _kind(self, samples: np.ndarray) -> Kind:
+        """What a sample is: ``inputs``, or by type and shape."""
+        return self.inputs or kind_of(samples) or "image"
 
     def _keys(self, file: Any, *, train: bool) -> dict[str, _Keys]:
         """Keys of each part that the file has, in the first layout whose training images, or test images, it has.
@@ -144,15 +154,29 @@ class NpzData(ContinualDataModule):
                 self._array(file, images.format(part))  # raises
         return found
 
-    def _images(self, file: Any, key: str) -> np.ndarray:
-        images = self._array(file, key)
+    def _samples(self, file: Any, key: str) -> np.ndarray:
+        """Images of 8 bits as uint8, other samples as float32 or int64."""
+        samples = self._array(file, key)
+        kind = self._kind(samples)
+        if kind == "image":
+            try:
+                return self._images(samples, key)
+            except ValueError:
+                if self.inputs is None or samples.dtype.kind not in "fiu":
+                    raise
+        if samples.dtype.kind not in "fiub":
+            raise ValueError(f"{self._at(key)} is {samples.dtype} of shape {samples.shape}; save numbers")
+        return as_samples(samples, kind, self._at(key)).numpy()
+
+    def _images(self, images: np.ndarray, key: str) -> np.ndarray:
         if images.ndim not in (3, 4) or 0 in images.shape:
-            allowed = "save images as (N, H, W), (N, H, W, C) or (N, C, H, W)"
+            allowed = "save images as (N, H, W), (N, H, W, C) or (N, C, H, W), or give data.inputs"
             raise ValueError(f"{self._at(key)} has shape {images.shape}; {allowed}")
         try:
             pixels: np.ndarray = to_bytes(torch.from_numpy(images)).numpy()
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{self._at(key)} is {error}; save images as uint8 pixels from 0 to 255") from error
+            remedy = "save images as uint8 pixels from 0 to 255, or give data.inputs for other samples"
+            raise ValueError(f"{self._at(key)} is {error}; {remedy}") from error
         return pixels
 
     def _numbers(

@@ -1,4 +1,4 @@
-"""From a data set to a stream of tasks: sources, scenario, normalisation and the finishing of images."""
+"""From a data set to a stream of tasks: sources, scenario, normalisation and the finishing of samples."""
 
 import hashlib
 import math
@@ -17,6 +17,7 @@ from cl_lightning.data.labels import training_labels
 from cl_lightning.data.levels import TwoLevelSource
 from cl_lightning.data.scaling import InputSize, measured
 from cl_lightning.data.sources import checked, decoded
+from cl_lightning.data.standardize import Standardize, Unchanged
 from cl_lightning.recorded import options_of
 from cl_lightning.stream import ClassIncremental, DatasetInfo, Scenario, Segment, Stream
 
@@ -24,12 +25,15 @@ _EVAL_VALUES = 512 * 3 * 32 * 32
 
 
 class StreamDataModule(LightningDataModule):
-    """From a data set to a stream of tasks, and from raw images to the input of a network.
+    """From a data set to a stream of tasks, and from raw samples to the input of a network.
 
     A subclass implements ``source(train=...)`` and, if it downloads, ``prepare_data``. It may also set ``mean`` and
     ``std`` (of pixels in [0, 1], per channel) and override ``default_transforms`` and ``default_scenario``. This class
     deals the samples out over tasks by a scenario, holds out a share of each task for validation, and augments, scales
-    and normalises images on the device. :class:`~cl_lightning.datamodules.base.ContinualDataModule` adds the loaders.
+    and normalises images on the device. Samples may have any fixed shape: ``cl_lightning.data.samples`` lists their
+    kinds. Images of 8 bits are pixels in [0, 1]; floating-point samples are standardised by ``mean`` and ``std`` per
+    feature of a vector or per channel; tokens stay integers.
+    :class:`~cl_lightning.datamodules.base.ContinualDataModule` adds the loaders.
 
     Labels of a source and of a scenario are raw: integers from 0 in the order of ``class_names``. The loaders map them
     to columns of the logits, numbered in the order in which classes arrive in the stream. ``labels`` of a ``Batch`` and
@@ -47,7 +51,7 @@ class StreamDataModule(LightningDataModule):
             set.
         mean: Mean of the pixels in [0, 1], per channel, which is subtracted; None for the mean of the data set. If that
             is unknown, it is measured on images of the first task, at most 10,000 in memory or 1,000 files, evenly
-            spaced. Later tasks have no influence.
+            spaced. Later tasks have no influence. For floating-point samples likewise, in the unit of the data.
         std: Standard deviation of the pixels, per channel, by which they are divided; None as for ``mean``.
         resize: Height and width in pixels to which images are scaled on the device after augmentation, such as the
             input size of a pretrained backbone. A memory keeps images of the original size. None to keep the size.
@@ -69,10 +73,10 @@ class StreamDataModule(LightningDataModule):
     mean: ClassVar[Sequence[float] | None] = None
     std: ClassVar[Sequence[float] | None] = None
 
-    input_kind: ClassVar[str] = "image"
-    """What a sample is; a strategy whose traits do not name it is refused."""
     target_kind: ClassVar[str] = "class"
-    """What the target of a sample is, likewise."""
+    """What the target of a sample is; a strategy whose traits do not name it is refused."""
+    _any_kind: ClassVar[bool] = False
+    """Whether the data decide what a sample is, so that mean and std are checked only when the data are read."""
 
     def __init__(
         self,
@@ -105,8 +109,8 @@ class StreamDataModule(LightningDataModule):
         self.input_size = InputSize(self, resize, center_crop, interpolation)
         self._given = (mean, std)
         self._measured: tuple[list[float], list[float]] | None = None
-        self._normalize: Normalize | None = None
-        if None not in self.statistics():
+        self._normalize: Normalize | Standardize | Unchanged | None = None
+        if None not in self.statistics() and not self._any_kind:
             _ = self.normalize  # raises errors in the constructor
         self.augmentation = Compose(self.default_transforms() if transforms is None else transforms)
         self.seed, self.workers, self.in_memory = seed, workers, in_memory
@@ -149,11 +153,15 @@ class StreamDataModule(LightningDataModule):
         return self._sources[train]
 
     @property
+    def input_kind(self) -> str:
+        """What a sample is, of ``cl_lightning.data.samples.KINDS``; a strategy whose traits lack it is refused."""
+        return self.samples(train=True).kind
+
+    @property
     def image_shape(self) -> ImageShape:
-        """Shape ``(channels, height, width)`` of images as the network receives them."""
-        channels, height, width = self.samples(train=True).image_shape
-        side = self.input_size.side
-        return (channels, height, width) if side is None else (channels, side, side)
+        """Shape of a sample as the network receives it: ``(channels, height, width)`` of images."""
+        shape, side = self.samples(train=True).image_shape, self.input_size.side
+        return shape if side is None else (shape[0], side, side)
 
     @property
     def eval_batch_size(self) -> int:
@@ -161,21 +169,18 @@ class StreamDataModule(LightningDataModule):
         return self.eval_batch_size_for(self.image_shape)
 
     def eval_batch_size_for(self, image_shape: ImageShape) -> int:
-        """Samples per batch without gradient for images of a given shape; the data need not be present."""
+        """Samples per batch without gradient for samples of a given shape; the data need not be present."""
         if self._eval_batch_size is not None:
             return self._eval_batch_size
         # On a CPU, activations larger than the cache, mapped again for each layer, take most of the time.
         return min(512, max(32, _EVAL_VALUES // math.prod(image_shape)))
 
     @property
-    def normalize(self) -> Normalize:
+    def normalize(self) -> Normalize | Standardize | Unchanged:
         """``(x - mean) / std``; measures mean and std on the first task if they are not known."""
         if self._normalize is None:
-            mean, std = self.statistics()
-            if mean is None or std is None:
-                self._measured = self._measured or self._measure()
-                mean, std = mean or self._measured[0], std or self._measured[1]
-            self._normalize = Normalize(mean, std)
+            dtype = _dtype(self.samples(train=True)) if self._any_kind else torch.uint8
+            self._normalize = self._normalization(dtype)
         return self._normalize
 
     def state_dict(self) -> dict[str, Any]:
@@ -220,8 +225,9 @@ class StreamDataModule(LightningDataModule):
         info = self.dataset_info()
         train, test = (self.samples(train=part).image_shape for part in (True, False))
         if train != test:
+            what = "images" if self.input_kind == "image" else "samples"
             raise ValueError(
-                f"{type(self).__name__}: test images have shape {test}, training images {train}; give both one shape"
+                f"{type(self).__name__}: test {what} have shape {test}, training {what} {train}; give both one shape"
             )
         scenario = self.scenario or self.default_scenario(info)
         if earlier is None:
@@ -233,10 +239,13 @@ class StreamDataModule(LightningDataModule):
                 f"{type(self).__name__}: the first task ({self.stream.tasks[0].name}) has no test samples; add some, "
                 "since each task ends with an evaluation, or begin with other classes"
             )
+        self._check_processing()
         if (numbers := len(self.normalize.mean)) not in (1, train[0]):
+            what = "images" if self.input_kind == "image" else "samples"
+            parts = ("features", "feature") if self.input_kind == "vector" else ("channels", "channel")
             raise ValueError(
-                f"{type(self).__name__}: mean has {numbers} numbers, images have {train[0]} channels; give one per "
-                "channel, or one for all"
+                f"{type(self).__name__}: mean has {numbers} numbers, {what} have {train[0]} {parts[0]}; give one per "
+                f"{parts[1]}, or one for all"
             )
         return self.stream
 
@@ -255,15 +264,16 @@ class StreamDataModule(LightningDataModule):
         return digest.hexdigest()
 
     def finish(self, batch: Batch, *, augment: bool, epoch: int | None = None) -> Batch:
-        """Augment (optionally), scale and normalise the raw images of a batch, on their device.
+        """Augment (optionally), scale and normalise the raw samples of a batch, on their device.
 
         Args:
-            batch: Batch on any device, with uint8 images ``(B, C, H, W)`` in ``raw``.
+            batch: Batch on any device, with raw samples in ``raw``, such as uint8 images ``(B, C, H, W)``.
             augment: Whether to augment.
             epoch: Epoch of the phase that determines the augmentation; None for the current one.
 
         Returns:
-            The batch with ``images`` as the network receives them, floating point ``(B, *image_shape)``.
+            The batch with ``images`` as the network receives them, ``(B, *image_shape)``: floating point, int64 for
+            tokens.
         """
         if STORED in batch.extra:
             return batch
@@ -281,8 +291,10 @@ class StreamDataModule(LightningDataModule):
             )
         if not ready:
             images = self.input_size(images)
-        images = self.normalize(images, batch.draw)
-        if self.channels_last:
+        if self._normalize is None:  # predictions, for which the data of the run need not be there
+            self._normalize = self._normalization(batch.raw.dtype)
+        images = self._normalize(images, batch.draw)
+        if self.channels_last and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         return batch.replace(images=images)
 
@@ -293,11 +305,38 @@ class StreamDataModule(LightningDataModule):
 
     # ------------------------------------------------------------------ inside
 
+    def _normalization(self, dtype: torch.dtype) -> Normalize | Standardize | Unchanged:
+        """Normalisation of raw samples of a dtype."""
+        if dtype == torch.int64:
+            return Unchanged()
+        mean, std = self.statistics()
+        if mean is None or std is None:
+            self._measured = self._measured or self._measure()
+            mean, std = mean or self._measured[0], std or self._measured[1]
+        return Normalize(mean, std) if dtype == torch.uint8 else Standardize(mean, std)
+
     def _keep(self, source: SampleSource) -> bool:
         if self.in_memory is not None:
             return self.in_memory
-        channels, height, width = source.image_shape
-        return len(source.labels) * channels * height * width <= 2**30
+        return len(source.labels) * math.prod(source.image_shape) * _dtype(source).itemsize <= 2**30
+
+    def _check_processing(self) -> None:
+        """Check that augmentation and scaling are made for the samples.
+
+        Raises:
+            ValueError: If they are made for images, or for pixels of 8 bits, and the samples are others.
+        """
+        name, kind, dtype = type(self).__name__, self.input_kind, _dtype(self.samples(train=True))
+        if kind != "image" and self.input_size.side is not None:
+            raise ValueError(f"{name}: resize is for images, and a sample is a {kind}; remove resize")
+        for transform in self.augmentation.transforms:
+            if transform.takes_images and kind != "image":
+                what = f"images, and a sample is of the kind {kind}"
+            elif transform.needs_pixels and dtype != torch.uint8:
+                what = "pixels of 8 bits, and images are floating point"
+            else:
+                continue
+            raise ValueError(f"{name}: {type(transform).__name__} is for {what}; remove it from data.transforms")
 
     def _measure(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel over images of the first task."""
@@ -307,6 +346,10 @@ class StreamDataModule(LightningDataModule):
                 "the normalisation of the images"
             )
         return measured(self.samples(train=True), torch.as_tensor(self.stream.train[0].copy()))
+
+
+def _dtype(source: SampleSource) -> torch.dtype:
+    return source.take(torch.zeros(0, dtype=torch.int64)).dtype
 
 
 def continued(data: StreamDataModule, scenario: Scenario, info: DatasetInfo, earlier: Stream) -> Stream:

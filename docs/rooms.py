@@ -57,8 +57,8 @@ ROOMS = (
         "data",
         "from files to augmented tensors",
         "sources, images, loaders, transforms, auto_augment, pixels, corruptions, rotations, feature_pool, "
-        "feature_cache, arrays, joined, files, datasets, decoding, labels, scaling, shifts, layout, balance, cut_mix, "
-        "levels",
+        "feature_cache, arrays, samples, standardize, tables, joined, files, datasets, decoding, labels, scaling, "
+        "shifts, layout, balance, cut_mix, levels",
     ),
     Room(
         "report",
@@ -83,7 +83,7 @@ ROOMS = (
         "modules with parameters: backbones, heads, adapters",
         "backbones, residual, weights, convnet, heads, growing, text_head, closed_form, network, normalization, "
         "prompts, expert_prompts, expansion, masks, svm, consolidated_head, cut, energy_head, kmeans, max_margin, "
-        "null_space, random_layer, simplex_head, vae, mean_head, mixture, dependence, domain_head, transport, "
+        "null_space, random_layer, simplex_head, vae, mean_head, mixture, dependence, domain_head, transport, vectors, "
         "`peft/` (a file per mechanism)",
     ),
     Room("losses", "functions of logits, features, labels", "classification, distillation, contrastive"),

@@ -8,6 +8,7 @@ from cl_lightning.data.feature_pool import FeaturePool, GaussianFeatures
 from cl_lightning.data.loaders import MEMORY_ROWS, FeatureLoader, Plan, PlannedLoader, Rows, StreamLoader
 from cl_lightning.data.pixels import permute_pixels, resized_crop, rotate_images, shift_images
 from cl_lightning.data.rotations import rotate_batch, rotated, rotation_labels
+from cl_lightning.data.samples import KINDS, ArraySource, Kind
 from cl_lightning.data.sources import DatasetSource, DecodedSource, FileSource, SampleSource, TensorSource
 from cl_lightning.data.transforms import (
     AlternatingFlip,
@@ -29,9 +30,11 @@ from cl_lightning.data.transforms import (
 
 __all__ = [
     "CORRUPTIONS",
+    "KINDS",
     "MEMORY_ROWS",
     "SEVERITIES",
     "AlternatingFlip",
+    "ArraySource",
     "AutoAugment",
     "ColorJitter",
     "Compose",
@@ -45,6 +48,7 @@ __all__ = [
     "FeatureStore",
     "FileSource",
     "GaussianFeatures",
+    "Kind",
     "Normalize",
     "Plan",
     "PlannedLoader",

@@ -14,7 +14,7 @@ from cl_lightning.data.labels import check_labels
 
 
 class SampleSource(Protocol):
-    """Protocol of labelled images that can be accessed by index."""
+    """Protocol of labelled samples that can be accessed by index."""
 
     labels: np.ndarray
     """Raw labels, int64 ``(N,)``."""
@@ -27,10 +27,17 @@ class SampleSource(Protocol):
     """Whether samples are in memory, so that worker processes would only add overhead."""
 
     @property
-    def image_shape(self) -> ImageShape: ...
+    def kind(self) -> str:
+        """What a sample is, of ``cl_lightning.data.samples.KINDS``."""
+        ...
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """Shape of one sample: channels, height and width of an image."""
+        ...
 
     def take(self, indices: Tensor) -> Tensor:
-        """Raw images of indices ``(n,)``, uint8 ``(n, C, H, W)``; n may be 0."""
+        """Raw samples of indices ``(n,)``: pixels uint8 ``(n, C, H, W)``, others float32 or int64; n may be 0."""
         ...
 
     def digest(self, indices: np.ndarray) -> bytes:
@@ -56,6 +63,7 @@ class TensorSource:
         ValueError: If images or labels have another dtype, shape or range.
     """
 
+    kind = "image"
     in_memory = True
 
     def __init__(

@@ -54,7 +54,15 @@ def cutmix(batch: Batch, probability: float, alpha: float, *, groups: Tensor | N
     Returns:
         The batch itself, or a copy whose images have the box and whose ``extra`` has the column of the other image,
         ``partner``, and r, ``remains``, of each row.
+
+    Raises:
+        ValueError: If the samples are no images.
     """
+    if batch.images.dim() != 4:
+        raise ValueError(
+            f"cutmix: samples have shape {tuple(batch.images.shape[1:])}; boxes are cut from images (C, H, W); give "
+            "the method a probability of CutMix of 0"
+        )
     random = np.random.default_rng(batch.draw.fork(_CUTMIX).key)  # the same numbers on every process
     share, chance, *centre = random.beta(alpha, alpha), *random.random(3)
     if chance >= probability:

@@ -1,4 +1,4 @@
-"""Samples of a user's map-style Dataset: where its items hold image and label, and how both are read."""
+"""Samples of a user's map-style Dataset: where its items hold sample and label, and how both are read."""
 
 import hashlib
 import warnings
@@ -17,6 +17,7 @@ from cl_lightning.checks import reason
 from cl_lightning.data.arrays import is_channels_last
 from cl_lightning.data.images import CHANNELS, Mode, convert, fit, pixels, to_bytes
 from cl_lightning.data.labels import Classes, names_in
+from cl_lightning.data.samples import Kind, as_samples, kind_of
 
 Key = int | str
 _IMAGE_KEYS = ("image", "img", "images", "pixel_values", "picture", "x")
@@ -40,6 +41,9 @@ class Fields:
 class DatasetSource:
     """A user's map-style Dataset with items ``(image, label)`` or dicts; images are PIL images or uint8 ``(C, H, W)``.
 
+    Other samples than images are tensors, arrays or lists of numbers. Without ``inputs``, floating-point tensors and
+    arrays ``(D,)`` are vectors, and all other items are images.
+
     Labels are read from the attribute ``targets``, ``labels``, ``_labels`` or ``y``, or from the column of a data set
     of Hugging Face; without one, every item is read once. ``Subset``, ``ConcatDataset`` and ``TensorDataset`` of torch
     are looked through; a ``Subset`` has those classes that occur in it. Domains are read from the attribute ``domains``
@@ -56,6 +60,8 @@ class DatasetSource:
             all others to RGB.
         image_key: Key of the image in items that are dicts; None to find it, see :func:`find_fields`.
         label_key: Key of the label, likewise.
+        inputs: What a sample is; None to decide by the first item. ``image`` also takes images that are no pixels of 8
+            bits, such as spectrograms, floating point ``(C, H, W)`` or ``(H, W)``.
         threads: Whether items may be read by several threads at once.
         name: Name of the data in error messages.
 
@@ -76,6 +82,7 @@ class DatasetSource:
         mode: Mode | None = None,
         image_key: str | None = None,
         label_key: str | None = None,
+        inputs: Kind | None = None,
         threads: bool = False,
         name: str = "data",
     ) -> None:
@@ -91,7 +98,8 @@ class DatasetSource:
                 f"{name}: {type(dataset).__name__} has no length; give a map-style data set (__getitem__, __len__)"
             )
         self.dataset, self.size, self.mode, self.threads, self.name = dataset, size, mode, threads, name
-        self._keys = (image_key, label_key)
+        self._keys, self._inputs = (image_key, label_key), inputs
+        self._pixels = True if inputs is None else None  # whether images are pixels of 8 bits; None before the first
         self._fields: Fields | None = None
         count = len(dataset)  # type: ignore[arg-type]
         if count == 0:
@@ -152,16 +160,44 @@ class DatasetSource:
         return self._fields
 
     @property
+    def kind(self) -> str:
+        """What a sample is: ``inputs``, or by the first item."""
+        if self._inputs is None:
+            item = self._sample(0)
+            is_row = isinstance(item, Tensor | np.ndarray) and item.ndim == 1
+            self._inputs = (kind_of(item[None]) if is_row else None) or "image"
+        return self._inputs
+
+    @property
     def image_shape(self) -> ImageShape:
-        channels, height, width = self.image(0).shape
-        return channels, height, width
+        return tuple(self.image(0).shape)
 
     def image(self, index: int) -> Tensor:
-        """One image as uint8 ``(C, H, W)``.
+        """One sample: an image of 8 bits as uint8 ``(C, H, W)``, others as float32 or int64 ``(*shape)``.
 
         Raises:
-            ValueError: If the item cannot be read, or is no image.
+            ValueError: If the item cannot be read, or is no sample of the kind.
         """
+        kind, item, name = self.kind, self._sample(index), f"{self.name}: item {index}"
+        if kind == "image" and isinstance(item, Image.Image):
+            return fit(item, self.size) if self.size is not None else pixels(item)
+        if kind == "image" and self._pixels is None:
+            self._pixels = _is_of_pixels(item)
+        if kind != "image" or not self._pixels:
+            return as_samples(_numbers(item, name)[None], kind, name)[0]  # type: ignore[arg-type]
+        try:
+            tensor = image_of(item)
+        except ValueError as error:
+            raise ValueError(f"{name} is {error}") from error
+        if self.size is not None and tensor.shape[1:] != (self.size, self.size):
+            raise ValueError(
+                f"{name} is a tensor of shape {tuple(tensor.shape)}; `size` {self.size} applies to PIL images only: "
+                "return PIL images, or remove `size`"
+            )
+        return tensor
+
+    def _sample(self, index: int) -> Any:
+        """The first part of an item; a PIL image is converted to its mode."""
         place = self.fields.image
         try:
             item = self.dataset[index]
@@ -179,34 +215,48 @@ class DatasetSource:
             Image.DecompressionBombError,
         ) as error:
             raise ValueError(f"{self.name}: item {index} cannot be read ({reason(error)})") from error
-        if isinstance(item, Image.Image):
-            return fit(item, self.size) if self.size is not None else pixels(item)
-        try:
-            tensor = image_of(item)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: item {index} is {error}") from error
-        if self.size is not None and tensor.shape[1:] != (self.size, self.size):
-            raise ValueError(
-                f"{self.name}: item {index} is a tensor of shape {tuple(tensor.shape)}; `size` {self.size} applies to "
-                "PIL images only: return PIL images, or remove `size`"
-            )
-        return tensor
+        return item
 
     def take(self, indices: Tensor) -> Tensor:
         if len(indices) == 0:
-            return torch.zeros(0, *self.image_shape, dtype=torch.uint8)
+            return self.image(0)[None][:0]
         images = [self.image(index) for index in indices.tolist()]
         for image, index in zip(images, indices.tolist(), strict=True):
             if image.shape != images[0].shape:
-                raise ValueError(
-                    f"{self.name}: images differ in shape, {tuple(images[0].shape)} and, item {index}, "
-                    f"{tuple(image.shape)}; give `size` to scale and crop them, `mode` if only the channels differ"
-                )
+                raise ValueError(of_other_shape(self, tuple(images[0].shape), index, tuple(image.shape)))
         return torch.stack(images)
 
     def digest(self, indices: np.ndarray) -> bytes:
         """Hash of the number of samples only: reading items may be slow and may not return the same bytes twice."""
         return hashlib.blake2b(str(len(indices)).encode(), digest_size=16).digest()
+
+
+def of_other_shape(source: Any, first: tuple[int, ...], index: int, shape: tuple[int, ...]) -> str:
+    """Message for a sample whose shape differs from the first sample's."""
+    what, remedy = "samples", "cut or pad them to one shape"
+    if source.kind == "image":
+        what, remedy = "images", "give `size` to scale and crop them, `mode` if only the channels differ"
+    return f"{getattr(source, 'name', 'data')}: {what} differ in shape, {first} and, item {index}, {shape}; {remedy}"
+
+
+def _numbers(item: Any, name: str) -> Tensor:
+    """A sample as a tensor.
+
+    Raises:
+        ValueError: If it has no numbers.
+    """
+    try:
+        return torch.as_tensor(np.require(item, requirements=["C", "W"]) if isinstance(item, np.ndarray) else item)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} has no numbers ({reason(error)}); return a tensor, an array or numbers") from error
+
+
+def _is_of_pixels(item: Any) -> bool:
+    try:
+        image_of(item)
+    except ValueError:
+        return False
+    return True
 
 
 def find_fields(
@@ -290,7 +340,7 @@ def image_of(item: Any) -> Tensor:
         ) from error
     shape = tuple(tensor.shape)
     kind = f"{tensor.dtype} of shape {shape}"
-    remedy = "samples must be images: PIL images or uint8 tensors (C, H, W)"
+    remedy = "return PIL images or uint8 tensors (C, H, W), or give data.inputs for other samples"
     if tensor.dim() < 2 or (tensor.dim() == 2 and tensor.is_floating_point()):
         what = "a row of a table" if tensor.dim() < 2 else "a matrix of measurements, such as a series or a spectrogram"
         raise ValueError(f"{kind}, {what}; {remedy}")

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from cl_lightning.data.arrays import SampleSource, TensorSource
+from cl_lightning.data.datasets import of_other_shape
 from cl_lightning.data.files import FileSource
 from cl_lightning.data.images import looks_whole, open_image
+from cl_lightning.data.samples import ArraySource
 
 
 class DecodedSource(TensorSource):
@@ -32,7 +34,25 @@ class DecodedSource(TensorSource):
         return self.origin.digest(indices)
 
 
-def decoded(source: SampleSource, threads: int = 0) -> TensorSource:
+class DecodedSamples(ArraySource):
+    """Samples of another source that are no pixels, read into memory; the digest is the digest of its source."""
+
+    def __init__(self, samples: Tensor, origin: SampleSource) -> None:
+        super().__init__(
+            samples,
+            origin.labels,
+            kind=origin.kind,  # type: ignore[arg-type]
+            class_names=origin.class_names,
+            domains=origin.domains,
+            domain_names=origin.domain_names,
+        )
+        self.origin = origin
+
+    def digest(self, indices: np.ndarray) -> bytes:
+        return self.origin.digest(indices)
+
+
+def decoded(source: SampleSource, threads: int = 0) -> TensorSource | ArraySource:
     """Decode all samples of a source once and keep them in memory.
 
     Args:
@@ -44,7 +64,8 @@ def decoded(source: SampleSource, threads: int = 0) -> TensorSource:
             differ in shape.
     """
     files = source if isinstance(source, FileSource) else None
-    images = torch.empty(len(source.labels), *source.image_shape, dtype=torch.uint8)
+    dtype = source.take(torch.zeros(0, dtype=torch.int64)).dtype
+    images = torch.empty(len(source.labels), *source.image_shape, dtype=dtype)
     problems: list[str | None] = [None] * len(images)
 
     def decode(index: int) -> None:
@@ -56,16 +77,12 @@ def decoded(source: SampleSource, threads: int = 0) -> TensorSource:
             problems[index] = str(error)
             return
         if image.shape != images.shape[1:]:
-            name, first = getattr(source, "name", "data"), tuple(images.shape[1:])
-            raise ValueError(
-                f"{name}: images differ in shape, {first} and, item {index}, "
-                f"{tuple(image.shape)}; give `size` to scale and crop them, `mode` if only the channels differ"
-            )
+            raise ValueError(of_other_shape(source, tuple(images.shape[1:]), index, tuple(image.shape)))
         images[index] = image
 
     _each(decode, len(images), threads if files is not None or getattr(source, "threads", False) else 1)
     if files is None:
-        return DecodedSource(images, source)
+        return DecodedSource(images, source) if dtype == torch.uint8 else DecodedSamples(images, source)
     kept = _without(files, problems)
     return DecodedSource(images if kept is files else images[torch.tensor([p is None for p in problems])], kept)
 

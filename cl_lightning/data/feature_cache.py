@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from cl_lightning import checksums
 from cl_lightning.data.levels import TwoLevelSource
 from cl_lightning.data.sources import FileSource, SampleSource, TensorSource
+from cl_lightning.models import example
 
 KEYS, STORED = "feature_keys", "stored_features"
 """Keys in ``Batch.extra`` of the identities of the images, and of their stored features."""
@@ -242,7 +243,7 @@ class FeatureCache:
         Args:
             backbone: In eval mode when ``forward`` is called.
             forward: Maps normalised images to features, float ``(n, d)``.
-            image_shape: Channels, height and width of these images.
+            image_shape: Shape of one of these images.
             setting: Everything else that features depend on: scaling of images, precision.
         """
         tensors = list(backbone.state_dict(keep_vars=True).items())
@@ -257,7 +258,7 @@ class FeatureCache:
         device = next((value.device for _, value in tensors), torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            images = torch.randn(_PROBES, *image_shape, generator=generator).to(device)
+            images = example(backbone, _PROBES, image_shape, generator).to(device)
             probe = forward(images).float().cpu()
         folder = None if self.folder is None else self.folder / name
         if folder is not None and folder.is_dir():

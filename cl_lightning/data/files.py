@@ -37,6 +37,7 @@ class FileSource:
         ValueError: If an option or a label is out of range.
     """
 
+    kind = "image"
     in_memory = False
 
     def __init__(

@@ -28,7 +28,7 @@ class JoinedSource:
                 f"images of class {name!r} have shape {second.image_shape}, the others {first.image_shape}; give both "
                 "one shape"
             )
-        self.first, self.second = first, second
+        self.first, self.second, self.kind = first, second, first.kind
         self.class_names = (*first.class_names, name)
         further = np.full(len(second.labels), len(first.class_names), first.labels.dtype)
         self.labels = np.concatenate([first.labels, further])
@@ -43,9 +43,9 @@ class JoinedSource:
     def take(self, indices: Tensor) -> Tensor:
         count = len(self.first.labels)
         is_first = indices < count
-        result = torch.empty(len(indices), *self.image_shape, dtype=torch.uint8)
-        result[is_first] = self.first.take(indices[is_first])
-        result[~is_first] = self.second.take(indices[~is_first] - count)
+        parts = self.first.take(indices[is_first]), self.second.take(indices[~is_first] - count)
+        result = torch.empty(len(indices), *self.image_shape, dtype=parts[0].dtype)
+        result[is_first], result[~is_first] = parts
         return result
 
     def digest(self, indices: np.ndarray) -> bytes:

@@ -61,7 +61,7 @@ class TwoLevelSource:
         self.class_names = (*base.class_names, *superclasses)
         self.labels = np.concatenate([base.labels, np.array(self.parents, np.int64)[base.labels]])
         self.domains = None if base.domains is None else np.tile(base.domains, 2)
-        self.domain_names, self.in_memory = base.domain_names, base.in_memory
+        self.domain_names, self.in_memory, self.kind = base.domain_names, base.in_memory, base.kind
 
     @property
     def image_shape(self) -> ImageShape:

@@ -14,8 +14,10 @@ def rotated(images: Tensor) -> Tensor:
     """Images ``(B, ..., S, S)``, followed by their rotations by 90, 180 and 270 degrees: ``(4 B, ..., S, S)``.
 
     Raises:
-        ValueError: If the images are not square.
+        ValueError: If samples are no images, or not square.
     """
+    if images.dim() < 4:
+        raise ValueError(f"rotated: samples of shape {tuple(images.shape[1:])} are no images (C, H, W)")
     if images.shape[-1] != images.shape[-2]:
         size = tuple(images.shape[-2:])
         raise ValueError(f"rotated: images of {size} pixels are not square; resize them (data.resize)")

@@ -70,14 +70,16 @@ class InputSize:
 
 
 def measured(source: SampleSource, indices: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the pixels in [0, 1], per channel, rounded to 4 decimals.
+    """Mean and standard deviation of the samples, per channel or, for vectors, per feature.
 
     Args:
-        source: Source of the images.
-        indices: Images to measure, int64 ``(n,)``; at most 10,000 in memory or 1,000 files are read, evenly spaced.
+        source: Source of the samples.
+        indices: Samples to measure, int64 ``(n,)``; at most 10,000 in memory or 1,000 files are read, evenly spaced.
 
     Returns:
-        Mean and standard deviation, the latter at least one grey level, for constant images.
+        Mean and standard deviation. Of uint8 pixels: of the pixels in [0, 1], rounded to 4 decimals, the standard
+        deviation at least one grey level, for constant images. Of other samples: rounded to 6 digits, and 1 as the
+        standard deviation of a channel or feature that is constant.
     """
     most = 10_000 if source.in_memory else 1_000
     if len(indices) > most:
@@ -89,5 +91,15 @@ def measured(source: SampleSource, indices: Tensor) -> tuple[list[float], list[f
         total, squares = total + values.sum(1), squares + values.square().sum(1)
         count += values.shape[1]
     mean = total / count
+    if source.take(indices[:0]).dtype != torch.uint8:
+        variance = _centred(source, indices, mean) / count
+        std = torch.where(variance > 1e-12 * mean.square(), variance.sqrt(), 1.0)
+        return [float(f"{value:.6g}") for value in mean.tolist()], [float(f"{value:.6g}") for value in std.tolist()]
     std = (squares / count - mean.square()).clamp(min=1).sqrt()
     return [round(value, 4) for value in (mean / 255).tolist()], [round(value, 4) for value in (std / 255).tolist()]
+
+
+def _centred(source: SampleSource, indices: Tensor, mean: Tensor) -> Tensor:
+    """Sum of squared distances from the mean, which may be large in comparison, float64 ``(C,)``."""
+    parts = (source.take(part).transpose(0, 1).flatten(1).double() for part in torch.split(indices, 256))
+    return torch.stack([(part - mean[:, None]).square().sum(1) for part in parts]).sum(0)

@@ -46,6 +46,7 @@ class Transform(ABC):
     """Base class of functions of a batch of images; a subclass implements ``apply``."""
 
     needs_pixels: ClassVar[bool] = False  # True: interprets values as colours in [0, 1], so must precede Normalize
+    takes_images: ClassVar[bool] = True  # False: takes samples of any shape and dtype
 
     def __call__(self, images: Tensor, draw: Draw, context: Context | None = None) -> Tensor:
         """Transform a batch.
@@ -59,6 +60,7 @@ class Transform(ABC):
             ValueError: If images and draw do not match, or a subclass refuses the images.
         """
         valid = images.ndim == 4 and (images.dtype == torch.uint8 or images.is_floating_point())
+        valid |= not self.takes_images
         _require(self, valid, f"{images.dtype} {tuple(images.shape)}; give (B, C, H, W), uint8 or floating point")
         rows = draw.stop - draw.start
         _require(self, len(images) == rows, f"{len(images)} images, {rows} rows in draw; give the draw of these images")
@@ -75,6 +77,8 @@ class Compose(Transform):
     Raises:
         ValueError: If a transform that needs pixels follows ``Normalize``.
     """
+
+    takes_images = False  # each transform checks its own input
 
     def __init__(self, transforms: list[Transform]) -> None:
         self.transforms = list(transforms)

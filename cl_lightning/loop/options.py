@@ -148,18 +148,13 @@ def check_phases(strategy: ContinualStrategy, stream: Stream, phase_epochs: Mapp
             )
 
 
-def check_fit(strategy: ContinualStrategy, datamodule: ContinualDataModule, stream: Stream) -> None:
-    """Check that the traits of a strategy fit the data and the stream.
+def check_kinds(strategy: ContinualStrategy, datamodule: ContinualDataModule) -> None:
+    """Check that a strategy takes the samples and targets of the data, before its network is built for them.
 
     Raises:
-        ValueError: If the strategy does not support inputs, targets or streams of this kind, or optimises manually.
+        ValueError: If it does not.
     """
     name, traits = type(strategy).__name__, strategy.traits
-    if not strategy.automatic_optimization:
-        raise ValueError(
-            f"{name}: automatic_optimization is False, which is not supported: return the loss from losses(), and "
-            "change gradients in edit_gradients()"
-        )
     for what, kind, taken in (
         ("inputs", datamodule.input_kind, traits.inputs),
         ("targets", datamodule.target_kind, traits.targets),
@@ -169,6 +164,39 @@ def check_fit(strategy: ContinualStrategy, datamodule: ContinualDataModule, stre
                 f"{name} takes {what} of the kind {' or '.join(taken)}, {type(datamodule).__name__} gives {kind}; use "
                 "other data, or another strategy"
             )
+
+
+def check_tokens(strategy: ContinualStrategy, datamodule: ContinualDataModule) -> None:
+    """Check that the backbone has an embedding of each token of the data.
+
+    Raises:
+        ValueError: If a token is too large.
+    """
+    for module in strategy.network.backbone.modules():
+        vocabulary = getattr(module, "vocabulary", None)
+        if not isinstance(vocabulary, int):
+            continue
+        for train in (True, False):
+            largest = getattr(datamodule.samples(train=train), "largest", None)
+            if largest is not None and largest >= vocabulary:
+                raise ValueError(
+                    f"{type(module).__name__}: vocabulary is {vocabulary}, and the {'training' if train else 'test'} "
+                    f"samples have the token {largest}; give a vocabulary of at least {largest + 1}"
+                )
+
+
+def check_fit(strategy: ContinualStrategy, stream: Stream) -> None:
+    """Check that the traits of a strategy fit the stream.
+
+    Raises:
+        ValueError: If the strategy does not support streams of this kind, or optimises manually.
+    """
+    name, traits = type(strategy).__name__, strategy.traits
+    if not strategy.automatic_optimization:
+        raise ValueError(
+            f"{name}: automatic_optimization is False, which is not supported: return the loss from losses(), and "
+            "change gradients in edit_gradients()"
+        )
     later = stream.tasks[1:]
     kinds = {
         "class-incremental": any(task.num_new for task in later),

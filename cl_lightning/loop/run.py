@@ -16,18 +16,19 @@ from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.loop.checkpoint_parts import named
 from cl_lightning.loop.options import LoopOptions
 from cl_lightning.measures import AccuracyMatrix, CostMeter
+from cl_lightning.models import example
 from cl_lightning.strategy import ContinualStrategy
 from cl_lightning.stream import Stream, Task
 
 
 def flops_per_image(strategy: ContinualStrategy, image_shape: ImageShape) -> int | None:
-    """Floating-point operations of the prediction of one image; a multiplication and an addition count as two.
+    """Floating-point operations of the prediction of one sample; a multiplication and an addition count as two.
 
     ``torch.utils.flop_counter`` counts matrix products, convolutions and attention in one forward pass. Sums,
     activations and normalisation, a few percent of a network, are not counted. The result is None if nothing was
     counted, for example for a compiled network, or if the network cannot predict an image of zeros.
     """
-    image = torch.zeros(1, *image_shape, device=strategy.device)
+    image = example(strategy.network.backbone, 1, image_shape).to(strategy.device)
     devices = [image.device] if image.device.type == "cuda" else []
     counter = FlopCounterMode(display=False)
     with torch.random.fork_rng(devices=devices), torch.no_grad(), counter:

@@ -36,9 +36,11 @@ from cl_lightning.loop.options import (
     LoopOptions,
     check_balance,
     check_fit,
+    check_kinds,
     check_memory,
     check_names,
     check_phases,
+    check_tokens,
     check_trainer,
     check_watched,
 )
@@ -159,7 +161,7 @@ class TaskLoop:
         stop, count = self.options.stop_after_task, len(self.stream)
         if stop is not None and stop >= count:
             raise ValueError(f"loop: stop_after_task is {stop}; the stream has {count} tasks, so at most {count - 1}")
-        check_fit(self.strategy, self.datamodule, self.stream)
+        check_fit(self.strategy, self.stream)
         check_phases(self.strategy, self.stream, self.options.phase_epochs)
         check_balance(self.strategy, self.datamodule, self.stream)
         check_watched(self.trainer, self.strategy, self.stream)
@@ -373,7 +375,9 @@ class TaskLoop:
         self.fingerprints = [self.datamodule.fingerprint(task.index) for task in self.stream.tasks]
         if not self.strategy.is_built:
             self._seed()
+            check_kinds(self.strategy, self.datamodule)
             self.strategy.build(self.datamodule.image_shape)
+        check_tokens(self.strategy, self.datamodule)
         self.datamodule.feature_views = self.options.feature_views
         self.datamodule.pin_memory = self.trainer.strategy.root_device.type == "cuda"
         if self.options.channels_last:

@@ -20,6 +20,7 @@ from cl_lightning.memory.policies import Group, Policy, Reservoir, group_ids, ra
 _SAMPLE, _ORDER = 102, 103  # salts that keep the draws of one step apart
 _OWN = ("images", "labels", "tasks", "keys")
 _SCALARS = ("num_seen", "size")
+_RAW = (torch.uint8, torch.float32, torch.int64)  # of images of 8 bits, other numbers, tokens
 
 
 class Memory(nn.Module):
@@ -40,8 +41,8 @@ class Memory(nn.Module):
             is moved to the device of the module.
 
     Attributes:
-        images: Raw images, uint8 ``(held, C, H, W)``; ``(0,)``, as torch.cat accepts, before the first add. A subclass
-            may set another ``dtype``: floating-point images have black at 0 and white at 1.
+        images: Raw samples, ``(held, *shape)``, in the dtype of the first that was added: images uint8, others float32
+            or int64; ``(0,)``, as torch.cat accepts, before the first add. A subclass may set a ``dtype``.
         labels: Column of each sample's class, int64 ``(held,)``.
         tasks: Index of each sample's task, int64 ``(held,)``.
         keys: Key of each sample, int64 ``(held,)``; within a class, samples of larger keys are kept longer.
@@ -52,7 +53,7 @@ class Memory(nn.Module):
     """
 
     kept_as: ClassVar[str] = "exemplars"
-    dtype: ClassVar[torch.dtype] = torch.uint8
+    dtype: ClassVar[torch.dtype | None] = None
 
     def __init__(self, size: int, policy: Policy | None = None, device: Literal["module", "cpu"] = "module") -> None:
         super().__init__()
@@ -74,7 +75,7 @@ class Memory(nn.Module):
 
     @property
     def images(self) -> Tensor:
-        return self._rows("images", self.dtype)
+        return self._rows("images", self.dtype or torch.uint8)
 
     @property
     def labels(self) -> Tensor:
@@ -116,8 +117,8 @@ class Memory(nn.Module):
         synchronise with its GPU.
 
         Args:
-            images: Raw images, neither augmented nor normalised, uint8 ``(n, C, H, W)``: this process's rows of the
-                global batch.
+            images: Raw samples, neither augmented nor normalised, such as uint8 ``(n, C, H, W)``: this process's rows
+                of the global batch.
             labels: Columns, int64 ``(n,)``.
             tasks: Task indices, int64 ``(n,)``.
             draw: Random numbers of the step; only its key is used.
@@ -126,7 +127,7 @@ class Memory(nn.Module):
                 columns)`` may grow in width with the number of classes; see :func:`valid_columns`.
 
         Raises:
-            ValueError: If names, dtypes or shapes differ from the held ones, or images are not uint8.
+            ValueError: If names, dtypes or shapes differ from the held ones, or images are normalised.
         """
         if self.size == 0:
             return
@@ -262,9 +263,11 @@ class Memory(nn.Module):
 
     def _check(self, rows: dict[str, Tensor]) -> None:
         images, kept = rows["images"], set(self._store) - {"keys"}
-        if images.dtype != self.dtype:
-            needed = str(self.dtype).removeprefix("torch.")
-            raise ValueError(f"Memory.add: images are {images.dtype}; give raw {needed} images, not augmented ones")
+        held = self._store.get("images")
+        needed = self.dtype or (images.dtype if held is None else held.dtype)
+        if images.dtype != needed or (needed not in _RAW and self.dtype is None):
+            name = str(needed if needed in _RAW else _RAW[0]).removeprefix("torch.")
+            raise ValueError(f"Memory.add: images are {images.dtype}; give raw {name} images, not augmented ones")
         if wrong := {"keys", *_SCALARS} & set(rows):
             raise ValueError(f"Memory.add: fields are named {sorted(wrong)}, which the memory uses itself; use others")
         if kept and kept != set(rows):

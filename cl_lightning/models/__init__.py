@@ -119,6 +119,7 @@ from cl_lightning.models.svm import linear_svm
 from cl_lightning.models.text_head import TextHead, save_text_embeddings, template_mean
 from cl_lightning.models.transport import transport
 from cl_lightning.models.vae import VAE, kl_to_standard_normal
+from cl_lightning.models.vectors import ConvNet1d, TableResNet, example
 
 __all__ = [
     "MLP",
@@ -135,6 +136,7 @@ __all__ = [
     "ClosedFormHead",
     "ConsolidatedHead",
     "ConvNet",
+    "ConvNet1d",
     "CosineHead",
     "Cut",
     "DecomposedPrompts",
@@ -190,6 +192,7 @@ __all__ = [
     "Site",
     "SlimResNet18",
     "SolutionSet",
+    "TableResNet",
     "TargetHead",
     "Temporary",
     "TextHead",
@@ -208,6 +211,7 @@ __all__ = [
     "consolidate",
     "distances",
     "early_norm_parameters",
+    "example",
     "feature_map",
     "forgetting",
     "frozen_copy",

@@ -1,6 +1,6 @@
-"""Backbones from images to feature vectors: small networks of continual-learning papers, and any timm model by name.
+"""Backbones from samples to feature vectors: small networks of continual-learning papers, and any timm model by name.
 
-A backbone class takes the shape of its images as first argument and options by keyword: a config names the class and
+A backbone class takes the shape of a sample as first argument and options by keyword: a config names the class and
 its options, and the shape comes from the data. Initial weights are drawn from torch's global generator, as in torch's
 own layers: seed it before building the network. Convolutions are initialised from He's normal distribution by fan-out
 (He et al. 2015, arXiv:1502.01852), batch norms with scale 1 and shift 0.
@@ -11,11 +11,12 @@ another class than the default class, jsonargparse passes the values of the defa
 
 import copy
 import difflib
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,30 +44,39 @@ __all__ = [
 ]
 
 
+_SHAPES = {1: "(features,)", 2: "(channels, length)", 3: "(channels, height, width)"}
+
+
 class Backbone(nn.Module):
-    """Base class of backbones: images to feature vectors.
+    """Base class of backbones: samples, such as images, to feature vectors.
 
     Attributes:
-        image_shape: Channels, height and width of the images that the network was built for.
-        num_features: Size of the feature vector of an image, d.
+        image_shape: Shape of the samples that the network was built for: channels, height and width of images.
+        num_features: Size of the feature vector of a sample, d.
+        dimensions: Numbers of dimensions of a sample that the class takes: 3 for images, 2 for sequences, 1 for vectors
+            and tokens. A network for images sets ``(3,)``.
+        takes_tokens: Whether samples are tokens, int64, instead of floating-point numbers.
         has_maps: Whether ``forward`` takes a list as second argument, to which it appends the feature map at the end of
             each stage, before its ReLU, ``(B, C, H, W)``.
 
     Raises:
-        ValueError: If the shape is not three positive numbers.
+        ValueError: If the shape has another number of dimensions, or a number that is not positive.
     """
 
     num_features: int
+    dimensions: ClassVar[tuple[int, ...]] = (1, 2, 3)
+    takes_tokens: bool = False
     has_maps: bool = False
 
     def __init__(self, image_shape: ImageShape) -> None:
         super().__init__()
-        if len(image_shape) != 3 or min(image_shape) < 1:
+        if len(image_shape) not in self.dimensions or min(image_shape) < 1:
+            taken = " or ".join(_SHAPES[count] for count in self.dimensions)
             raise ValueError(
-                f"{type(self).__name__}: image_shape {image_shape}; give channels, height and width, each at least 1"
+                f"{type(self).__name__}: image_shape {tuple(image_shape)}; it takes samples {taken}, each number at "
+                "least 1; MLP takes any shape, TableResNet vectors, ConvNet1d sequences and tokens, the others images"
             )
-        channels, height, width = image_shape
-        self.image_shape: ImageShape = (channels, height, width)
+        self.image_shape: ImageShape = tuple(image_shape)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features ``(B, num_features)`` of normalised images ``(B, C, H, W)``."""
@@ -155,6 +165,7 @@ class ResNet(Backbone):
         ValueError: If an option is out of range or the file does not match the network.
     """
 
+    dimensions = (3,)
     has_maps = True
 
     def __init__(
@@ -314,13 +325,15 @@ class SlimResNet18(ResNet18):
 
 
 class MLP(Backbone):
-    """Fully connected network on the pixels, initialised as `nn.Linear`; 474,400 parameters for 28x28 grey images.
+    """Fully connected network on all numbers of a sample; 474,400 parameters for 28x28 grey images.
+
+    Layers are initialised as `nn.Linear`.
 
     Two layers of 400 units are the network for Split-MNIST of van de Ven & Tolias (2019, arXiv:1904.07734), who use
     1,000 units for Permuted-MNIST.
 
     Args:
-        image_shape: Channels, height, width.
+        image_shape: Shape of a sample, of any number of dimensions up to 3.
         hidden: Units of each layer; the features are the output of the last layer. Empty: the features are the pixels.
         dropout: Probability with which a unit is set to zero after each layer during training, in [0, 1).
 
@@ -334,7 +347,7 @@ class MLP(Backbone):
             raise ValueError(f"MLP: hidden {tuple(hidden)}; each layer needs at least 1 unit")
         if not 0 <= dropout < 1:
             raise ValueError(f"MLP: dropout {dropout}; it must be in [0, 1)")
-        sizes = (image_shape[0] * image_shape[1] * image_shape[2], *hidden)
+        sizes = (math.prod(image_shape), *hidden)
         self.layers = nn.Sequential(nn.Flatten())
         for inputs, units in pairwise(sizes):
             self.layers.extend([nn.Linear(inputs, units), nn.ReLU()])
@@ -376,6 +389,8 @@ class Timm(Backbone):
             layer to keep, or the file does not match.
         ConnectionError: If the pretrained weights cannot be downloaded.
     """
+
+    dimensions = (3,)
 
     def __init__(
         self,

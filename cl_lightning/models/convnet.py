@@ -29,6 +29,8 @@ class ConvNet(Backbone):
         ValueError: If an option is out of range, or the images are too small for the convolutions.
     """
 
+    dimensions = (3,)
+
     def __init__(
         self,
         image_shape: ImageShape,
@@ -92,6 +94,8 @@ class InstanceNormConvNet(Backbone):
     Raises:
         ValueError: If an option is out of range, or the images are too small for the blocks.
     """
+
+    dimensions = (3,)
 
     def __init__(self, image_shape: ImageShape, *, width: int | None = None, depth: int = 3) -> None:
         super().__init__(image_shape)

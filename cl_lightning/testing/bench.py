@@ -251,7 +251,7 @@ class _Watched:
     def __init__(self, source: SampleSource, note: Callable[[Tensor], None]) -> None:
         self._source, self._note = source, note
         self.labels, self.class_names, self.in_memory = source.labels, source.class_names, source.in_memory
-        self.domains, self.domain_names = source.domains, source.domain_names
+        self.domains, self.domain_names, self.kind = source.domains, source.domain_names, source.kind
         self.parents = getattr(source, "parents", ())
 
     @property

@@ -15,7 +15,7 @@ from cl_lightning.models import MLP
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategy import ContinualStrategy
 from cl_lightning.testing.bench import Factory, Outcome, SavePoint, Subject, places, run
-from cl_lightning.testing.compare import difference, first_other_step
+from cl_lightning.testing.compare import difference, first_other_step, trial
 from cl_lightning.testing.pair import Pair, scratch_folder
 from cl_lightning.testing.task_free import check_task_free
 
@@ -168,7 +168,7 @@ def check_restores(case: Case) -> None:
     state = {key: value.detach() for key, value in fresh.state_dict().items()}
     case.same(name, "a new strategy with the checkpoint's state", outcome.state, state)
     assert fresh.image_shape is not None
-    images = torch.rand(5, *fresh.image_shape, generator=torch.Generator().manual_seed(1))
+    images = trial(fresh, 1)
     with torch.no_grad():
         scores = [_predict(strategy.cpu().eval(), images) for strategy in (outcome.strategy, fresh)]
     case.same(name, "predictions of a new strategy with the checkpoint's state", *scores)
@@ -423,8 +423,11 @@ def _predict(strategy: ContinualStrategy, images: torch.Tensor) -> torch.Tensor:
 
 
 def _images(strategy: ContinualStrategy) -> torch.Tensor:
-    """Five images of different brightness, ``(5, C, H, W)``, on the device."""
-    images = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, *(strategy.image_shape or ()))
+    """Five images of different brightness, ``(5, C, H, W)``, or other samples, on the device."""
+    shape = strategy.image_shape or ()
+    if len(shape) != 3:
+        return trial(strategy, 0).to(strategy.device)
+    images = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, *shape)
     return (images * torch.rand(images.shape, generator=torch.Generator().manual_seed(0))).to(strategy.device)
 
 

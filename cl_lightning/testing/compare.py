@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_lightning.models import example
 from cl_lightning.testing.bench import Outcome
 
 
@@ -60,3 +61,12 @@ def first_other_step(expected: Outcome, actual: Outcome) -> str | None:
         if twin.loss != step.loss and not (math.isnan(twin.loss) and math.isnan(step.loss)):
             return f"{step} (loss {step.loss!r} instead of {twin.loss!r})"
     return None
+
+
+def trial(strategy: Any, seed: int) -> torch.Tensor:
+    """Five samples for the predictions of a strategy, on the CPU: numbers in [0, 1), or tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = example(strategy.network.backbone, 5, strategy.image_shape, generator)
+    if inputs.dtype == torch.int64:
+        return inputs
+    return torch.rand(inputs.shape, generator=torch.Generator().manual_seed(seed))

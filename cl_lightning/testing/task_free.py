@@ -10,10 +10,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cl_lightning.batch import Batch, mixed_rows
-from cl_lightning.data import SampleSource, TensorSource
+from cl_lightning.data import ArraySource, SampleSource, TensorSource
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.stream import ClassIncremental, Online
 from cl_lightning.testing.bench import run
+from cl_lightning.testing.compare import trial
 
 
 class OtherTasks(Callback):
@@ -32,8 +33,10 @@ def drifting(data: Callable[[], ContinualDataModule]) -> ContinualDataModule:
     def by_class(*, train: bool) -> SampleSource:
         plain = source(train=train)
         order = np.argsort(plain.labels, kind="stable")
-        images = plain.take(torch.from_numpy(order)).numpy()
-        return TensorSource(images, np.asarray(plain.labels)[order], class_names=list(plain.class_names))
+        samples, labels = plain.take(torch.from_numpy(order)).numpy(), np.asarray(plain.labels)[order]
+        if samples.dtype == np.uint8:
+            return TensorSource(samples, labels, class_names=list(plain.class_names))
+        return ArraySource(samples, labels, kind=plain.kind, class_names=list(plain.class_names))  # type: ignore[arg-type]
 
     module.source = by_class  # type: ignore[method-assign]
     module.shuffles = lambda task: False  # type: ignore[method-assign]
@@ -68,7 +71,7 @@ def check_task_free(case: Any) -> None:
 
 def _scores(strategy: Any) -> torch.Tensor:
     strategy.eval()
-    images = torch.rand(5, *strategy.image_shape, generator=torch.Generator().manual_seed(2)).to(strategy.device)
+    images = trial(strategy, 2).to(strategy.device)
     with torch.no_grad():
         scores: torch.Tensor = strategy.predict(images)
     return scores

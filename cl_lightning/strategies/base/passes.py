@@ -69,9 +69,14 @@ class StrategyData:
     def pixel_range(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Finished images whose pixels all have the smallest and the largest value, ``(C, H, W)`` each.
 
+        Samples that are no pixels of 8 bits have no such values: minus and plus infinity.
+
         Args:
-            raw: Raw images, uint8 ``(n, C, H, W)``; only their shape and device are used.
+            raw: Raw samples, such as uint8 ``(n, C, H, W)``; only their shape, type and device are used.
         """
+        if raw.dtype != torch.uint8:
+            endless = torch.full(raw.shape[1:], torch.inf, device=raw.device)
+            return -endless, endless
         ends = torch.zeros(2, *raw.shape[1:], dtype=torch.uint8, device=raw.device)
         ends[1] = 255
         nothing = torch.zeros(2, dtype=torch.int64, device=raw.device)

@@ -454,8 +454,7 @@ class ContinualStrategy(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if not self.is_built:
-            channels, height, width = checkpoint["cl_lightning"]["image_shape"]
-            self.build((channels, height, width))
+            self.build(tuple(checkpoint["cl_lightning"]["image_shape"]))
         if (terms := checkpoint["cl_lightning"].get("terms")) is not None:
             self.terms.load_state_dict(terms, self.device)
 

@@ -10,6 +10,10 @@ SCENARIOS = ("class-incremental", "domain-incremental", "online")
 """Kinds of streams: a later task has new classes; a later task has none; each sample is seen once."""
 
 
+INPUTS = ("image", "vector", "sequence", "tokens")
+"""Kinds of samples: ``(C, H, W)``, ``(D,)``, ``(C, T)``, integers ``(T,)``; see ``cl_lightning.data.samples``."""
+
+
 @dataclass(frozen=True)
 class Traits:
     """Facts about a method: its family and paper, what it keeps, and what it needs.
@@ -32,7 +36,8 @@ class Traits:
         transductive: A prediction depends on the other samples of its test batch (for example on their statistics).
         uses_unlabelled: The method also trains on samples without a label (their ``labels`` are -1).
         uses_old_logits: Losses depend on logits of earlier classes even where ``loss_classes`` is ``current``.
-        inputs: Kinds of inputs that the method takes.
+        inputs: Kinds of inputs that the method takes, a subset of ``INPUTS``: what a sample is. Its backbone must take
+            them too.
         targets: Kinds of targets that the method takes.
         scenarios: Kinds of streams that the method takes, a subset of ``SCENARIOS``. A stream may be of several kinds;
             the method must take all of them.
@@ -55,7 +60,7 @@ class Traits:
     transductive: bool = False
     uses_unlabelled: bool = False
     uses_old_logits: bool = False
-    inputs: tuple[str, ...] = ("image",)
+    inputs: tuple[str, ...] = INPUTS
     targets: tuple[str, ...] = ("class",)
     scenarios: tuple[str, ...] = SCENARIOS
     remedy: str = ""
@@ -65,6 +70,8 @@ class Traits:
 
     def __post_init__(self) -> None:
         one_of(self, get_args(TaskIds), task_ids=self.task_ids)
+        if unknown := set(self.inputs) - set(INPUTS):
+            raise ValueError(f"Traits: inputs has {min(unknown)!r}; use {', '.join(INPUTS)}")
         if unknown := set(self.scenarios) - set(SCENARIOS):
             raise ValueError(f"Traits: scenarios has {min(unknown)!r}; use {', '.join(SCENARIOS)}")
 

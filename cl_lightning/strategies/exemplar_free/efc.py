@@ -101,6 +101,8 @@ class EFC(ContinualStrategy):
         above(self, 0, drift_sigma=drift_sigma)
         self.feature_weight, self.identity_weight = feature_weight, identity_weight
         self.drift_sigma, self.rotations = drift_sigma, rotations
+        if rotations:
+            self.traits = self.traits.but(inputs=("image",))
         self.teacher = Teacher(reference=True)
         self.rotation_head: Head  # 3 C columns during the first task
         self.gaussians: GaussianPrototypes

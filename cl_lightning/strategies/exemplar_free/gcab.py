@@ -155,6 +155,8 @@ class GatedClassAttention(Backbone):
         ValueError: If an option is out of range, or does not fit the images.
     """
 
+    dimensions = (3,)
+
     def __init__(
         self,
         image_shape: ImageShape,
@@ -331,6 +333,7 @@ class GCAB(ContinualStrategy):
         family="exemplar-free",
         paper="Cotogni et al., IJCV 2025, arXiv:2211.12292",
         scenarios=("class-incremental",),
+        inputs=("image",),
     )
 
     def __init__(

@@ -153,7 +153,9 @@ class IL2A(ContinualStrategy):
         places = (self.task_columns[-1].cumsum(0) - 1)[batch.labels]  # of the classes among those of the task
         images, targets = [batch.images], [batch.labels]
         for partner, share in zip(partners, shares, strict=True):
-            images.append(torch.lerp(batch.images[partner], batch.images, share[:, None, None, None]))
+            images.append(
+                torch.lerp(batch.images[partner], batch.images, share.view(-1, *[1] * (batch.images.dim() - 1)))
+            )
             pairs = pair_columns(places, places[partner])
             known = (pairs >= 0) & (batch.labels >= 0) & (batch.labels[partner] >= 0)
             targets.append((self.network.head.num_columns + pairs).where(known, -1))

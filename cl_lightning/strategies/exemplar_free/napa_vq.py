@@ -128,7 +128,9 @@ class NapaVQ(ContinualStrategy):
         kwargs: Options of the base class.
     """
 
-    traits = Traits(family="exemplar-free", paper="Malepathirana et al., ICCV 2023, arXiv:2308.09297")
+    traits = Traits(
+        family="exemplar-free", paper="Malepathirana et al., ICCV 2023, arXiv:2308.09297", inputs=("image",)
+    )
 
     def __init__(
         self,

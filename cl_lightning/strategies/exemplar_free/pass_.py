@@ -65,7 +65,7 @@ class PASS(ContinualStrategy):
         kwargs: Options of the base class.
     """
 
-    traits = Traits(family="exemplar-free", paper="Zhu et al., CVPR 2021")
+    traits = Traits(family="exemplar-free", paper="Zhu et al., CVPR 2021", inputs=("image",))
 
     def __init__(
         self,

@@ -58,7 +58,7 @@ class SSRE(ContinualStrategy):
         kwargs: Options of the base class.
     """
 
-    traits = Traits(family="exemplar-free", paper="Zhu et al., CVPR 2022, arXiv:2203.06359")
+    traits = Traits(family="exemplar-free", paper="Zhu et al., CVPR 2022, arXiv:2203.06359", inputs=("image",))
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from cl_lightning.batch import join
 from cl_lightning.checks import above, at_least
+from cl_lightning.data.pixels import choose
 from cl_lightning.distributed import all_gather_together, gather_rows, world_size
 from cl_lightning.losses import full_precision
 from cl_lightning.models import CosineHead
@@ -134,7 +135,7 @@ class ERAML(Replay):
         for name, salt, chosen in zip(("positive", "negative"), (_POSITIVE, _NEGATIVE), rows, strict=True):
             drawn = held.at((chosen[mine] - len(labels)).clamp(min=0), batch.draw.fork(salt))
             here, place = chosen[mine] < len(labels), chosen[mine].clamp(max=len(labels) - 1)
-            images = torch.where(here[:, None, None, None], raw[place], drawn.raw)
+            images = choose(here, raw[place], drawn.raw)
             mixed = drawn.replace(
                 raw=images,
                 images=images,

@@ -86,7 +86,11 @@ class EvolvedMixture(GrowingMixture):
     """
 
     traits = Traits(
-        family="online", paper="Ye & Bors, ICIP 2022, arXiv:2207.05080", keeps_exemplars=True, task_free=True
+        family="online",
+        paper="Ye & Bors, ICIP 2022, arXiv:2207.05080",
+        keeps_exemplars=True,
+        task_free=True,
+        inputs=("image",),
     )
 
     steps: Tensor  # of the current component

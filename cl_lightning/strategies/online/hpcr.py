@@ -101,7 +101,7 @@ class HPCR(PCR):
         kwargs: Options of ``PCR``.
     """
 
-    traits = PCR.traits.but(paper="Lin et al., TNNLS 2025, arXiv:2309.15038", task_free=False)
+    traits = PCR.traits.but(paper="Lin et al., TNNLS 2025, arXiv:2309.15038", task_free=False, inputs=("image",))
     steps: Tensor
 
     def __init__(

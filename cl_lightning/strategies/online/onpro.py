@@ -239,7 +239,9 @@ class OnPro(Replay):
         kwargs: Options of ``Replay``.
     """
 
-    traits = Traits(family="online", paper="Wei et al., ICCV 2023, arXiv:2308.00301", keeps_exemplars=True)
+    traits = Traits(
+        family="online", paper="Wei et al., ICCV 2023, arXiv:2308.00301", keeps_exemplars=True, inputs=("image",)
+    )
 
     def __init__(
         self,

@@ -65,7 +65,11 @@ class PCR(TwoViews):
     """
 
     traits = Traits(
-        family="online", paper="Lin et al., CVPR 2023, arXiv:2304.04408", keeps_exemplars=True, task_free=True
+        family="online",
+        paper="Lin et al., CVPR 2023, arXiv:2304.04408",
+        keeps_exemplars=True,
+        task_free=True,
+        inputs=("image",),
     )
 
     def __init__(

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from cl_lightning.batch import Batch, join
 from cl_lightning.checks import above, at_least, within
+from cl_lightning.data.pixels import choose
 from cl_lightning.distributed import all_gather_together
 from cl_lightning.losses import full_precision
 from cl_lightning.models import distances, in_eval_mode
@@ -145,4 +146,4 @@ class RAR(Replay):
                 decay=self.decay,
             )
         images = low + (high - low) * pixels
-        return replay.replace(images=torch.where(found[:, None, None, None], images, replay.images))
+        return replay.replace(images=choose(found, images, replay.images))

@@ -51,7 +51,11 @@ class SCR(TwoViews, MemoryMeans):
     """
 
     traits = Traits(
-        family="online", paper="Mai et al., CVPR-W 2021, arXiv:2103.13885", keeps_exemplars=True, task_free=True
+        family="online",
+        paper="Mai et al., CVPR-W 2021, arXiv:2103.13885",
+        keeps_exemplars=True,
+        task_free=True,
+        inputs=("image",),
     )
 
     def __init__(

@@ -109,7 +109,7 @@ class AR1(CWRStar, Consolidating):
         if len(drawn):
             self._cut.insert(drawn.extra["latents"])
         blank = [
-            rows.new_zeros(1, *rows.shape[1:]).expand(len(drawn), -1, -1, -1) for rows in (batch.images, batch.raw)
+            rows.new_zeros(1, *rows.shape[1:]).expand(len(drawn), *rows.shape[1:]) for rows in (batch.images, batch.raw)
         ]
         joint = join({"stream": batch, "replay": drawn.replace(images=blank[0], raw=blank[1])})
         return joint.replace(images=batch.images, raw=batch.raw)  # the rows of the memory enter at the cut

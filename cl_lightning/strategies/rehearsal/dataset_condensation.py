@@ -199,7 +199,7 @@ class DatasetCondensation(ContinualStrategy):
         kwargs: Options of the base class.
     """
 
-    traits = Traits(family="rehearsal", paper="Lee et al., ICML 2022, arXiv:2202.02916")
+    traits = Traits(family="rehearsal", paper="Lee et al., ICML 2022, arXiv:2202.02916", inputs=("image",))
 
     def __init__(
         self,

@@ -131,6 +131,7 @@ class DRC(ExemplarReplay):
         paper="Chen & Chang, ICCV 2023, arXiv:2308.13305",
         keeps_exemplars=True,
         scenarios=("class-incremental", "online"),
+        inputs=("image",),
     )
 
     def __init__(

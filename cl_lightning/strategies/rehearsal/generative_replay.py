@@ -43,7 +43,7 @@ class GenerativeReplay(ContinualStrategy):
         kwargs: Options of the base class.
     """
 
-    traits = Traits(family="rehearsal", paper="Shin et al., NeurIPS 2017, arXiv:1705.08690")
+    traits = Traits(family="rehearsal", paper="Shin et al., NeurIPS 2017, arXiv:1705.08690", inputs=("image",))
 
     def __init__(
         self,

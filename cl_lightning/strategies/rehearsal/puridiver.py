@@ -181,7 +181,9 @@ class PuriDivER(Replay):
         kwargs: Options of ``Replay``, apart from ``policy``.
     """
 
-    traits = Traits(family="rehearsal", paper="Bang et al., CVPR 2022, arXiv:2203.15355", keeps_exemplars=True)
+    traits = Traits(
+        family="rehearsal", paper="Bang et al., CVPR 2022, arXiv:2203.15355", keeps_exemplars=True, inputs=("image",)
+    )
 
     def __init__(
         self,

@@ -114,7 +114,9 @@ class RainbowMemory(MemoryReplay):
         kwargs: Options of ``MemoryReplay``, apart from ``policy``.
     """
 
-    traits = Traits(family="rehearsal", paper="Bang et al., CVPR 2021, arXiv:2103.17230", keeps_exemplars=True)
+    traits = Traits(
+        family="rehearsal", paper="Bang et al., CVPR 2021, arXiv:2103.17230", keeps_exemplars=True, inputs=("image",)
+    )
 
     def __init__(
         self,

@@ -51,7 +51,7 @@ class CoTTA(MeanTeacherAdaptation):
     """
 
     traits = TestTimeAdaptation.traits.but(
-        family="test-time", paper="Wang et al., CVPR 2022, arXiv:2203.13591", transductive=True
+        family="test-time", paper="Wang et al., CVPR 2022, arXiv:2203.13591", transductive=True, inputs=("image",)
     )
     needs_source: ClassVar[bool] = True
 

@@ -35,7 +35,9 @@ class DeYO(Tent):
         kwargs: Options of ``Tent``.
     """
 
-    traits = TestTimeAdaptation.traits.but(family="test-time", paper="Lee et al., ICLR 2024", transductive=True)
+    traits = TestTimeAdaptation.traits.but(
+        family="test-time", paper="Lee et al., ICLR 2024", transductive=True, inputs=("image",)
+    )
 
     def __init__(
         self,

@@ -49,6 +49,7 @@ class RMT(MeanTeacherAdaptation):
         paper="Döbler et al., CVPR 2023, arXiv:2211.13081",
         transductive=True,
         keeps_exemplars=True,
+        inputs=("image",),
     )
 
     def __init__(

@@ -70,7 +70,7 @@ class RoTTA(MeanTeacherAdaptation):
     """
 
     traits = TestTimeAdaptation.traits.but(
-        family="test-time", paper="Yuan et al., CVPR 2023, arXiv:2303.13899", keeps_exemplars=True
+        family="test-time", paper="Yuan et al., CVPR 2023, arXiv:2303.13899", keeps_exemplars=True, inputs=("image",)
     )
 
     def __init__(

@@ -41,7 +41,9 @@ class SANTA(TestTimeAdaptation):
         kwargs: Options of ``TestTimeAdaptation``.
     """
 
-    traits = TestTimeAdaptation.traits.but(family="test-time", paper="Chakrabarty et al., TMLR 2023", transductive=True)
+    traits = TestTimeAdaptation.traits.but(
+        family="test-time", paper="Chakrabarty et al., TMLR 2023", transductive=True, inputs=("image",)
+    )
     needs_source: ClassVar[bool] = True
 
     def __init__(
