@@ -354,7 +354,7 @@ class TestTimeAdaptation(ContinualStrategy):
         return [Phase(ADAPT, PhaseOptions(epochs=1), unaugmented=True)]
 
     def trainable(self) -> Iterable[nn.Parameter]:
-        if self.phase.name == SOURCE:
+        if self.phase.name != ADAPT:
             return super().trainable()
         return list(self.trained_parameters().values()) or [self.nothing]
 
@@ -379,7 +379,7 @@ class TestTimeAdaptation(ContinualStrategy):
             self.reset()
 
     def prepare_batch(self, batch: Batch) -> Batch:
-        if self.phase.name == SOURCE:
+        if self.phase.name != ADAPT:
             return batch
         if self.statistics == "moving":
             set_statistics(self.network, "collect")
@@ -389,7 +389,7 @@ class TestTimeAdaptation(ContinualStrategy):
         return batch
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
-        if self.phase.name == SOURCE:
+        if self.phase.name != ADAPT:
             return {"ce": self.classification_loss(output, batch)}
         hidden = batch.replace(labels=torch.full_like(batch.labels, -1))
         output = Output(output.features, output.logits[:, : self.num_source])

@@ -25,6 +25,7 @@ from cl_lightning.strategies.test_time.mean_teacher import MeanTeacherAdaptation
 from cl_lightning.strategies.test_time.parts.contrast import PrototypeContrast
 from cl_lightning.strategies.test_time.parts.losses import symmetric_cross_entropy
 from cl_lightning.strategies.test_time.parts.views import viewed
+from cl_lightning.strategies.test_time.source_run import needs_training_images
 from cl_lightning.strategy import Batch, Output, Task
 
 _VIEW, _SOURCE = 0xC6, 0xC7  # salts
@@ -105,11 +106,6 @@ class RMT(MeanTeacherAdaptation):
         super().end_task(task)
         if not (task.is_first and self.memory.size):
             return
-        if getattr(self.data.module, "source_part", "train") == "test":
-            raise ValueError(
-                f"{type(self).__name__}: memory_size is {self.memory.size}, but the source images of this stream are "
-                "the clean images of its test set, and the method would train on their labels; give "
-                "--model.memory_size 0, or a stream with source_part train"
-            )
+        needs_training_images(self, f"memory_size is {self.memory.size}", "--model.memory_size 0")
         for batch in self.passes.batches(samples=self.memory.size):
             self.memory.add(batch.raw, batch.labels, batch.tasks, batch.draw, gathered=False)

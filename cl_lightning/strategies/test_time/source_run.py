@@ -155,3 +155,21 @@ def timm_classifier(source: str, num_features: int) -> tuple[Tensor, Tensor | No
         raise ValueError(f"source {source}: the model has no linear classifier; give another model")
     bias = classifier.bias
     return classifier.weight.detach(), None if bias is None else bias.detach()
+
+
+def needs_training_images(strategy: ContinualStrategy, option: str, remedy: str) -> None:
+    """Check, for a method that trains on labelled source images, that they are training images.
+
+    Args:
+        strategy: The method.
+        option: The option that asks for it, and its value, such as ``memory_size is 20``.
+        remedy: The option and the value that do without.
+
+    Raises:
+        ValueError: If the source images of the stream are the clean images of its test set.
+    """
+    if getattr(strategy.data.module, "source_part", "train") == "test":
+        raise ValueError(
+            f"{type(strategy).__name__}: {option}, but the source images of this stream are the clean images of its "
+            f"test set, and the method would train on their labels; give {remedy}, or a stream with source_part train"
+        )

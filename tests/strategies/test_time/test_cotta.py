@@ -7,6 +7,7 @@ from support.fakes import normal
 from torch import nn
 from torch.nn import functional as F
 
+from cl_lightning.strategies.test_time import mean_teacher
 from cl_lightning.strategies.test_time.bn_adapt import BNAdapt
 from cl_lightning.strategies.test_time.cotta import CoTTA
 from cl_lightning.strategies.test_time.mean_teacher import consistency, move_teacher
@@ -57,15 +58,17 @@ def test_the_teacher_is_the_moving_average_of_the_student_and_takes_no_statistic
     assert float(teacher[1].running_mean.sum()) == 0.0
 
 
-def test_without_views_and_restoration_it_is_a_plain_mean_teacher():
-    strategy = watching(CoTTA, views=0, restore=0.0, teacher_momentum=0.9, params="norm", optimizer=sgd)
+def test_without_restoration_it_is_a_mean_teacher_on_views(monkeypatch):
+    monkeypatch.setattr(mean_teacher, "viewed", lambda strategy, batch, draw: batch.images.flip(-1))
+    options = {"views": 2, "threshold": 1.1, "restore": 0.0, "teacher_momentum": 0.9, "params": "norm"}
+    strategy = watching(CoTTA, **options, optimizer=sgd)
     made = adapt(strategy)
     student, teacher = source_network(), source_network()
     norms = [p for m in student.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
     optimizer, expected = sgd(norms), []
     for images, _ in batches(made.datamodule):
         with torch.no_grad():
-            target = teacher(images).logits
+            target = teacher(images.flip(-1)).logits
         expected.append(target)
         optimizer.zero_grad()
         F.cross_entropy(student(images).logits, target.softmax(1)).backward()

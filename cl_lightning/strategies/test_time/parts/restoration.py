@@ -1,14 +1,16 @@
 """Rules that take the trained parameters back to, or near to, the source after a step of the optimizer.
 
     StochasticRestore  theta <- M theta_0 + (1 - M) theta,  M ~ Bernoulli(share) elementwise   (Wang et al., CVPR 2022)
+    FisherRestore      the same with M_j = 1 where g_j^2 < q,  q a quantile of all g^2     (Brahma and Rai, CVPR 2023)
     WeightEnsembling   theta <- m theta + (1 - m) theta_0                              (Marsden et al., WACV 2024)
     MomentumFilter     theta <- g theta + (1 - g) h, with h a Kalman filter of theta       (Lee and Chang, ICLR 2024)
     PeriodicReset      every n steps: network, optimizer and further state are reset   (Press et al., NeurIPS 2023)
     EntropyReset       the same if a moving mean of the entropy is below a threshold   (Niu et al., ICLR 2023)
 
-theta are the trained parameters, theta_0 their values in the source network.
+theta are the trained parameters, theta_0 their values in the source network, g the gradient of the step.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from cl_lightning.batch import Batch, mix
 from cl_lightning.checks import above, at_least, one_of, within
 from cl_lightning.distributed import all_sum
-from cl_lightning.losses import entropy
+from cl_lightning.losses import entropy, full_precision
 from cl_lightning.strategies.test_time.parts.part import Adapting, Part, PersistentTensors
 from cl_lightning.strategy import Output
 
@@ -42,6 +44,19 @@ def restore(parameters: Mapping[str, nn.Parameter], source: Mapping[str, Tensor]
         mask = torch.rand(value.shape, generator=generator, device=device) < share
         if name in source:
             value.copy_(torch.where(mask, source[name], value))
+
+
+@torch.no_grad()
+def quantile(values: Tensor, share: float) -> Tensor:
+    """Quantile with linear interpolation, a scalar; of any number of values, unlike ``torch.quantile``.
+
+    Args:
+        values: ``(n,)``.
+        share: In [0, 1]: 0 for the smallest value, 1 for the largest.
+    """
+    ordered, place = values.sort().values, share * (len(values) - 1)
+    below = math.floor(place)
+    return ordered[below].lerp(ordered[math.ceil(place)], place - below)
 
 
 class RestorationRule(Part, ABC):
@@ -74,6 +89,33 @@ class StochasticRestore(RestorationRule):
         if self.share:
             key = mix(batch.draw.key, _RESTORE)
             restore(strategy.trained_parameters(), strategy.start.tensors, self.share, key)
+
+
+class FisherRestore(RestorationRule):
+    """Resets the weights with the least Fisher information in the batch to the source.
+
+    A weight is reset where its squared gradient in the step is below a quantile of the squared gradients of all trained
+    weights. The gradient is 0 for a parameter that the loss does not reach.
+
+    Args:
+        share: Share of the weights that are reset, in [0, 1].
+    """
+
+    def __init__(self, share: float = 0.03) -> None:
+        super().__init__()
+        within(self, "[0, 1]", share=share)
+        self.share = share
+
+    @torch.no_grad()
+    def forward(self, strategy: Adapting, batch: Batch) -> None:
+        parameters, source = strategy.trained_parameters(), strategy.start.tensors
+        squares = [
+            torch.zeros_like(value) if value.grad is None else full_precision(value.grad).square()
+            for value in parameters.values()
+        ]
+        bound = quantile(torch.cat([square.flatten() for square in squares]), self.share)
+        for (name, value), square in zip(parameters.items(), squares, strict=True):
+            value.copy_(torch.where(square < bound, source[name], value))
 
 
 class WeightEnsembling(RestorationRule):

@@ -1,4 +1,5 @@
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from cl_lightning.strategies.test_time.bn_adapt import BNAdapt
 from cl_lightning.strategies.test_time.parts.filters import DiversityFilter
 from cl_lightning.strategies.test_time.parts.restoration import (
     EntropyReset,
+    FisherRestore,
     PeriodicReset,
     StochasticRestore,
     WeightEnsembling,
+    quantile,
     restore,
 )
 from cl_lightning.strategies.test_time.tent import Tent
@@ -38,6 +41,29 @@ def test_a_share_of_the_weights_is_restored():
     assert torch.equal(net.weight, source.weight)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 0.77, 1.0])
+def test_quantiles_are_those_of_torch(share):
+    values = normal(101)
+    torch.testing.assert_close(quantile(values, share), values.quantile(share))
+
+
+def test_weights_of_the_smallest_squared_gradients_over_all_parameters_are_restored():
+    net, unused = nn.Linear(7, 5).double(), nn.Parameter(normal(4))
+    source = {"weight": normal(5, 7, seed=1), "bias": normal(5, seed=2), "unused": normal(4, seed=3)}
+    net.weight.grad, net.bias.grad = normal(5, 7, seed=4), 0.1 * normal(5, seed=5)
+    parameters = {**dict(net.named_parameters()), "unused": unused}
+    before = {name: value.detach().clone() for name, value in parameters.items()}
+    method = SimpleNamespace(trained_parameters=lambda: parameters, start=SimpleNamespace(tensors=source))
+    FisherRestore(0.3)(method, None)
+    gradients = {name: [0.0] * 4 if p.grad is None else p.grad.flatten().tolist() for name, p in parameters.items()}
+    least = sorted(abs(g) for values in gradients.values() for g in values)[:13]  # 0.3 x 43 places between 44 numbers
+    for name, value in parameters.items():
+        for place, gradient in enumerate(gradients[name]):
+            expected = source if abs(gradient) <= least[-1] else before
+            assert float(value.flatten()[place]) == float(expected[name].flatten()[place])
+    assert sum(int((value == source[name]).sum()) for name, value in parameters.items()) == 13
+
+
 def after(rule, **options):
     """Largest distance of the trained parameters from the source after a stream, and the scores."""
     strategy = watching(Tent, restoration=[rule] if rule else None, optimizer=adam, **options)
@@ -50,7 +76,7 @@ def after(rule, **options):
 def test_rules_reach_from_no_change_to_the_source():
     free, plain = after(None)
     assert free > 0.02
-    for rule, share in ((StochasticRestore(0.0), 1.0), (WeightEnsembling(1.0), 1.0)):
+    for rule, share in ((StochasticRestore(0.0), 1.0), (FisherRestore(0.0), 1.0), (WeightEnsembling(1.0), 1.0)):
         moved, found = after(rule)
         assert torch.equal(found, plain)
         assert moved == pytest.approx(share * free)
@@ -118,6 +144,7 @@ def test_the_entropy_of_a_reset_is_a_moving_mean_over_the_selected():
     ("made", "words"),
     [
         (lambda: StochasticRestore(1.5), r"StochasticRestore: share is 1\.5"),
+        (lambda: FisherRestore(1.5), r"FisherRestore: share is 1\.5"),
         (lambda: WeightEnsembling(-0.1), r"WeightEnsembling: momentum is -0\.1"),
         (lambda: PeriodicReset(0), "PeriodicReset: every is 0"),
         (lambda: EntropyReset(0.0), r"EntropyReset: threshold is 0\.0"),
