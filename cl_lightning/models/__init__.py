@@ -95,6 +95,7 @@ from cl_lightning.models.peft.parallel import ParallelAdapters
 from cl_lightning.models.peft.scale_shift import SSF, FiLM
 from cl_lightning.models.peft.sets import PeftSets, SideBySide
 from cl_lightning.models.peft.tokens import VPT, Prefix, PrefixSite, PromptSite
+from cl_lightning.models.peft.two_ranks import TwoRanks
 from cl_lightning.models.prompts import (
     DecomposedPrompts,
     KeyedPrompts,
@@ -197,6 +198,7 @@ __all__ = [
     "Temporary",
     "TextHead",
     "Timm",
+    "TwoRanks",
     "WholeModel",
     "adapt_norms",
     "align_head",

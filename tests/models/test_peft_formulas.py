@@ -19,6 +19,7 @@ from cl_lightning.models import (
     Prefix,
     PrefixSite,
     SlimResNet18,
+    TwoRanks,
 )
 
 
@@ -231,3 +232,47 @@ def test_layers_whose_windows_have_no_centre_get_no_parallel_adapter():
     assert [site.host[0] for site in ParallelAdapters(net).sites] == [net[3]]
     with pytest.raises(ValueError, match="give other targets"):
         ParallelAdapters(net[:3])
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        nn.Linear(4, 6),
+        nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False),
+        nn.Conv2d(4, 6, (1, 5), padding="same", dilation=2),
+    ],
+)
+def test_adapters_of_two_ranks_add_their_products_with_a_share_for_each(host):
+    host = copy.deepcopy(host).double()
+    inputs = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    inputs = inputs[:, :, 0, 0] if isinstance(host, nn.Linear) else inputs
+    peft, bias = disturbed(partial(TwoRanks, low_rank=2, high_rank=5, targets=None), host), host.bias
+    peft.set_scales(torch.tensor([0.3, 1.7], dtype=torch.float64))
+    [site] = peft.sites
+    change = torch.zeros_like(host.weight)
+    for share, down, up in ((0.3, site.down[0], site.up[0]), (1.7, site.down[1], site.up[1])):
+        assert down.shape == (up.shape[1], *host.weight.shape[1:])
+        for row, column in zip(down, up.T, strict=True):
+            change = change + share * column.view(-1, *[1] * row.ndim) * row
+    other = copy.deepcopy(host)
+    other._forward_hooks.clear()
+    with torch.no_grad():
+        other.weight += change
+    after = host(inputs)
+    torch.testing.assert_close(after, other(inputs))
+    assert host.bias is bias
+    peft.merge()
+    torch.testing.assert_close(host.weight, other.weight)
+    assert not any(value.any() for value in site.up)
+
+
+def test_adapters_of_two_ranks_begin_with_small_products():
+    torch.manual_seed(0)
+    [site] = TwoRanks(nn.Linear(4000, 3), low_rank=2, high_rank=10, targets=None).sites
+    assert float(site.down[0].detach().std()) == pytest.approx(1 / 4, rel=0.05)
+    assert float(site.down[1].detach().std()) == pytest.approx(1 / 100, rel=0.05)
+    assert not any(value.any() for value in site.up)
+    with pytest.raises(ValueError, match="a convolution has 2 groups and pads by zeros"):
+        TwoRanks(nn.Conv2d(4, 4, 3, groups=2), targets=None)
+    with pytest.raises(ValueError, match="TwoRanks: high_rank is 0"):
+        TwoRanks(nn.Linear(4, 4), high_rank=0, targets=None)

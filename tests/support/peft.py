@@ -12,6 +12,7 @@ from cl_lightning.models import (
     LoRA,
     ParallelAdapters,
     Prefix,
+    TwoRanks,
 )
 from support.pretrained import tiny_vit
 
@@ -24,6 +25,7 @@ SILENT = {  # at the beginning nothing changes
     "film": FiLM,
     "parallel": ParallelAdapters,
     "ssf without spread": partial(SSF, spread=0.0),
+    "two ranks": partial(TwoRanks, high_rank=40),
 }
 
 
@@ -42,7 +44,7 @@ LOUD = {
 ALL = SILENT | LOUD
 
 
-MERGED = {"lora", "lora of keys and values", "ssf", "film", "parallel", "ssf without spread"}
+MERGED = {"lora", "lora of keys and values", "ssf", "film", "parallel", "ssf without spread", "two ranks"}
 
 
 def model():

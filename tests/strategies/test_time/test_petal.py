@@ -13,6 +13,7 @@ from support.adaptation import (
     watching,
 )
 from support.fakes import normal
+from torch import nn
 from torch.nn import functional as F
 
 from cl_lightning.strategies.test_time import mean_teacher
@@ -146,6 +147,11 @@ def test_without_further_epochs_the_prior_is_around_the_source_weights():
     assert anchors
     assert all(torch.equal(value, source[name]) for name, value in anchors.items())
     assert all(bool((value == 2.0).all()) for value in omegas.values())
+
+
+def test_further_epochs_have_their_own_optimizer():
+    [group] = PETAL().posterior_options.optimizer([nn.Parameter(torch.zeros(1))]).param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.01, 0.9, 5e-4)
 
 
 def test_labels_of_test_images_are_not_trained_on():
