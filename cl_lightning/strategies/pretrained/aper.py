@@ -11,8 +11,8 @@ The classifier of all tasks is then the class means of the concatenated features
 
 z is normalised as a whole, so the half with the larger norm has more weight. With a learning rate of 0 and a module
 that initially does not change the backbone, APER is ``SimpleCIL``. The module is an ``Adapter`` (the default, the
-AdaptFormer of the paper), ``SSF``, ``VPT``, or ``WholeModel`` (its "finetune"). ``concatenate=False`` is the ablation
-with phi* alone.
+AdaptFormer of the paper), ``SSF``, ``VPT`` (deep, or shallow with ``deep: false``), or ``WholeModel`` (its
+"finetune"). ``concatenate=False`` is the ablation with phi* alone.
 Departs from the code, which computes the statistics of a CNN's batch normalisation again: here they stay unchanged.
 """
 
