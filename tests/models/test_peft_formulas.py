@@ -122,6 +122,24 @@ def test_lora_of_keys_and_values_has_a_scale_for_each():
     assert site.factor.tolist() == [0.25, 0.25]
 
 
+def test_low_rank_changes_are_matrices_of_the_layers_and_may_be_weighed():
+    net = model()
+    x, layer = torch.randn(2, 5, 24, dtype=torch.float64), net.blocks[0].attn.qkv
+    before = layer(x)
+    peft = disturbed(partial(LoRA, rank=2, parts="qv", scale=0.5), net)
+    (owner, change), *others = peft.changes()
+    assert owner is layer
+    assert len(others) == 1
+    site = peft.sites[0]
+    zeros = torch.zeros(24, 24, dtype=torch.float64)
+    expected = torch.cat([0.5 * site.up[0] @ site.down[0], zeros, 0.5 * site.up[1] @ site.down[1]])
+    torch.testing.assert_close(change, expected)
+    torch.testing.assert_close(layer(x), before + x @ change.T)
+    peft.weigh(0.25)
+    torch.testing.assert_close(layer(x), before + 0.25 * x @ change.T)
+    torch.testing.assert_close(peft.changes()[0][1], change)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_compensated_prefix_has_a_full_share_of_attention_in_addition_to_the_image(fused):
     net = model()

@@ -46,6 +46,7 @@ class _LowRank(Site):
                 nn.init.uniform_(self.factor, scale - scale_spread, scale + scale_spread)
         else:
             self.register_buffer("factor", torch.full((count,), float(scale)), persistent=False)
+        self.share = 1.0  # factor of the change in forward passes
         self.hook_output(host, self.add)
 
     def add(self, inputs: Tensor, output: Tensor) -> Tensor:
@@ -59,15 +60,24 @@ class _LowRank(Site):
             if chosen:
                 factor, down, up = next(maps)
                 change = factor * F.linear(F.linear(inputs, down), up)
+                if self.share != 1.0:
+                    change = self.share * change
                 pieces[number] = pieces[number] + change.to(output.dtype)
         return torch.cat(pieces, dim=-1)
 
-    def merge(self) -> None:
+    def change(self) -> Tensor:
+        """``s B A`` as a change of the weight of the layer, ``(d_out, d_in)``; 0 in parts that are not adapted."""
         weight = self.host[0].weight
-        places = [number for number, chosen in enumerate(self.parts) if chosen]
-        size = len(weight) // len(self.parts)
-        for number, factor, down, up in zip(places, self.factor, self.down, self.up, strict=True):
-            weight[number * size : (number + 1) * size] += factor * up @ down
+        maps = iter(zip(self.factor, self.down, self.up, strict=True))
+        pieces = list(torch.zeros_like(weight).chunk(len(self.parts)))
+        for number, chosen in enumerate(self.parts):
+            if chosen:
+                factor, down, up = next(maps)
+                pieces[number] = factor * up @ down
+        return torch.cat(pieces)
+
+    def merge(self) -> None:
+        self.host[0].weight += self.change()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(f"{prefix}factor")
@@ -142,6 +152,15 @@ class LoRA(Peft):
     def up_weights(self) -> list[Tensor]:
         """B of each layer, ``(adapted parts, d_out / number of parts, r)``."""
         return [cast(_LowRank, site).up for site in self.sites]
+
+    def changes(self) -> list[tuple[nn.Linear, Tensor]]:
+        """Each adapted layer with the change ``s B A`` of its weight, ``(d_out, d_in)``; gradients reach A and B."""
+        return [(site.host[0], site.change()) for site in (cast(_LowRank, site) for site in self.sites)]
+
+    def weigh(self, share: float) -> None:
+        """Multiply the changes by a factor in forward passes from now on; it is not saved, and 1 in a new module."""
+        for site in self.sites:
+            cast(_LowRank, site).share = share
 
     @contextmanager
     def scaled_gradients(self, factors: Sequence[Tensor]) -> Iterator[None]:

@@ -26,22 +26,27 @@ without a task (unlearning) or of some tasks alone (specialisation).
 The running statistics of batch normalisation begin each task as before the first one, and are computed again for the
 composed weights on the images of the task, because images of earlier tasks are gone; with ``freeze_norm`` they stay.
 Validation during a task, and curves of ``ContinualEvaluation``, measure theta_0 + tau_t.
-Departs from the paper: tau_t is the change of all weights that ``lr_factors`` leaves trainable, the paper's variant of
-full fine-tuning; modules of LoRA and (IA)^3 are not offered. Features are drawn from one normal distribution per class,
+tau_t is the change of all weights that ``lr_factors`` leaves trainable, or, with ``peft``, the matrices s B_t A_t of a
+new ``LoRA`` for each task in the frozen backbone. F is then the one of the whole matrices, the pull reaches A and B by
+the chain rule, ``pull_limit`` holds for each A and B, and A_t and B_t are kept instead of tau_t:
+
+    g_B = s (alpha F_past * tau) A^T,   g_A = s B^T (alpha F_past * tau)
+
+Departs from the paper: modules of (IA)^3 are not offered. Features are drawn from one normal distribution per class,
 not from a mixture of five. The first task has no F_past and no pull; the released code has one of factor 1e-5. It also
 has a second head for ``probe`` and ``align``, at which F is taken and to which the head trained from new rows is
 pulled; here there is one head. Rows of earlier classes are not in the loss of ``train`` and need no pull.
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from cl_lightning.batch import Batch
+from cl_lightning.batch import Batch, ImageShape
 from cl_lightning.checks import above, at_least, one_of
 from cl_lightning.data import GaussianFeatures
 from cl_lightning.distributed import all_sum
@@ -57,13 +62,13 @@ from cl_lightning.memory import (
 )
 from cl_lightning.memory.sensitivity import Labels
 from cl_lightning.memory.weight_space import average
-from cl_lightning.models import in_eval_mode
+from cl_lightning.models import AdaptedBackbone, LoRA, PeftFactory, in_eval_mode
 from cl_lightning.strategies.base import trained_weights
 from cl_lightning.strategies.pretrained.alignment import AlignedClassifier
 from cl_lightning.strategies.pretrained.slca import normalised_logits
 from cl_lightning.strategy import Output, Phase, PhaseOptions, Task, Traits
 
-_BACKBONE = "backbone."
+_BACKBONE, _PEFT = "backbone.", "backbone.peft."
 
 
 @torch.no_grad()
@@ -95,11 +100,12 @@ class ITA(AlignedClassifier):
         fisher_labels: Labels of F: ``exact`` expectation, one backward pass per class, ``sampled``, ``predicted`` or
             ``empirical``.
         fisher_samples: Number of images of a task for F, at least 1; None for all.
+        peft: Builds the ``LoRA`` of each task for the backbone; None to train the backbone itself.
         kwargs: Options of the base class.
 
     Attributes:
-        weights: The sets ``start`` (theta_0 and its running statistics), ``task_0``, ``task_1``, ... (tau of each task)
-            and, while a task is trained, ``fisher`` (F of the task).
+        weights: The sets ``start`` (theta_0 and its running statistics), ``task_0``, ``task_1``, ... (tau of each task,
+            or its A and B) and, while a task is trained, ``fisher`` (F of the task).
         importance: F_past and theta_0 of the weights.
         counts: Number of images of F_past and of F of the task, int64 ``(2,)``.
     """
@@ -121,6 +127,7 @@ class ITA(AlignedClassifier):
         jitter: float = 1e-4,
         fisher_labels: Labels = "exact",
         fisher_samples: int | None = None,
+        peft: PeftFactory | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -138,8 +145,33 @@ class ITA(AlignedClassifier):
         self.probe_options = probe_options.filled(functools.partial(torch.optim.SGD, lr=0.01))
         self.align_more, self.align_temperature = align_more, align_temperature
         self.fisher_labels, self.fisher_samples = fisher_labels, fisher_samples
+        self.peft = peft
+        if peft is not None:
+            self.build_backbone = functools.partial(AdaptedBackbone, backbone=self.build_backbone, peft=peft)
         self.weights, self.importance = WeightSets(), Importance()
         self.register_buffer("counts", torch.zeros(2, dtype=torch.int64))
+
+    def build(self, image_shape: ImageShape) -> None:
+        super().build(image_shape)
+        if self.peft is not None and not isinstance(self._adapted.peft, LoRA):
+            raise ValueError(
+                f"{type(self).__name__}: peft is {type(self._adapted.peft).__name__}; use LoRA, or null to train the "
+                "backbone itself"
+            )
+
+    @property
+    def _adapted(self) -> AdaptedBackbone:
+        backbone = self.network.backbone
+        assert isinstance(backbone, AdaptedBackbone)
+        return backbone
+
+    @property
+    def lora(self) -> LoRA | None:
+        """The LoRA of the task that is trained; None without ``peft``."""
+        return None if self.peft is None else cast(LoRA, self._adapted.peft)
+
+    def frozen(self) -> Iterable[nn.Module]:
+        return super().frozen() if self.peft is None else [self._adapted.base]
 
     def phases(self, task: Task) -> list[Phase]:
         found = []
@@ -156,10 +188,14 @@ class ITA(AlignedClassifier):
     def begin_task(self, task: Task) -> None:
         if task.is_first:
             tensors = network_tensors(self.network)
-            start = {name: value for name, value in tensors.items() if name.startswith(_BACKBONE)}
-            self.weights.keep("start", start)
+            kept = (name for name in tensors if name.startswith(_BACKBONE) and not name.startswith(_PEFT))
+            self.weights.keep("start", {name: tensors[name] for name in kept})
         else:
             write_weights(self.network, self.weights["start"])
+            if self.peft is not None:
+                new = self.peft(self._adapted.base)
+                new.remove()
+                self._adapted.peft.load_state_dict(new.state_dict())
         super().begin_task(task)
 
     def on_train_start(self) -> None:
@@ -180,7 +216,8 @@ class ITA(AlignedClassifier):
         if self.phase.name != "train" or not self.pull_weight or not self.importance:
             return
         trained = trained_weights(self.network)
-        pull = limited(self.importance.gradient(trained, self.pull_weight / 2), self.pull_limit)  # alpha F_past tau
+        pull = self._pull(trained)
+        pull = limited(pull, self.pull_limit) if pull else {}
         rates = {  # lr / lr_0
             id(parameter): group["lr"] / (group.get("initial_lr") or group["lr"] or 1.0)
             for group in self.trainer.optimizers[0].param_groups
@@ -188,6 +225,44 @@ class ITA(AlignedClassifier):
         }
         for name, value in pull.items():
             trained[name].sub_(value, alpha=rates[id(trained[name])])
+
+    def _pull(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """g of the trained weights by name: ``alpha F_past * tau``, or its chain rule for A and B."""
+        if self.lora is None:
+            return self.importance.gradient(trained, self.pull_weight / 2)
+        omegas = self.importance.omegas
+        parameters = {name: value for name, value in trained.items() if name.startswith(_PEFT)}
+        if not parameters:
+            return {}
+        with torch.enable_grad():
+            changes = {name: change for name, change in self._changes().items() if name in omegas}
+        pulls = self._matrix_pull({name: change.detach() for name, change in changes.items()}, omegas)
+        found = torch.autograd.grad(
+            list(changes.values()), list(parameters.values()), [pulls[name] for name in changes], allow_unused=True
+        )
+        return {name: value for name, value in zip(parameters, found, strict=True) if value is not None}
+
+    def _matrix_pull(self, changes: Mapping[str, Tensor], omegas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """g of the matrices of the task, tau, by name."""
+        return {name: self.pull_weight * omegas[name] * change for name, change in changes.items()}
+
+    def _changes(self) -> dict[str, Tensor]:
+        """tau of the LoRA of the task by the names of the weights, with gradient."""
+        assert self.lora is not None
+        names = {id(module): name for name, module in self.network.named_modules()}
+        return {f"{names[id(layer)]}.weight": change for layer, change in self.lora.changes()}
+
+    @torch.no_grad()
+    def task_change(self, index: int) -> dict[str, Tensor]:
+        """tau of a task that has ended, by the names of the weights."""
+        kept = self.weights[f"task_{index}"]
+        if self.lora is None:
+            return kept
+        present = {name: value.clone() for name, value in network_tensors(self.lora).items()}
+        write_weights(self.lora, kept)
+        found = self._changes()
+        write_weights(self.lora, present)
+        return found
 
     def end_phase(self, phase: Phase) -> None:
         """No statistics of the trained backbone: features are drawn for theta_0."""
@@ -199,8 +274,11 @@ class ITA(AlignedClassifier):
 
     def end_task(self, task: Task) -> None:
         start = self.weights["start"]
-        trained = {name: value for name, value in self.network.named_parameters() if name in start}
-        self.weights.keep(f"task_{task.index}", task_vector(trained, {name: start[name] for name in trained}))
+        if self.lora is None:
+            trained = {name: value for name, value in self.network.named_parameters() if name in start}
+            self.weights.keep(f"task_{task.index}", task_vector(trained, {name: start[name] for name in trained}))
+        else:
+            self.weights.keep(f"task_{task.index}", network_tensors(self.lora))
         if int(self.counts[1]):
             share = int(self.counts[0]) / int(self.counts.sum())
             self.importance.average(start, self.weights["fisher"], share)
@@ -209,10 +287,11 @@ class ITA(AlignedClassifier):
             self.counts[1] = 0
         if not task.is_first:  # the composition of one task is its own network
             self.compose(range(task.index + 1))
-            if not self.freeze_backbone:
+            if not self.freeze_backbone and self.lora is None:
                 self.passes.refit_norms(self._frozen_norms())
         super().end_task(task)
 
+    @torch.no_grad()
     def compose(self, tasks: Sequence[int]) -> None:
         """Write ``theta_0 + 1/n sum tau_t`` over n of the tasks into the backbone, theta_0 for none of them.
 
@@ -230,10 +309,12 @@ class ITA(AlignedClassifier):
                 known = sum(f"task_{number}" in self.weights for number in range(len(self.task_columns)))
                 raise ValueError(f"ITA: compose got {chosen}; give different tasks from 0 to {known - 1}")
         start = self.weights["start"]
-        merged = average([self.weights[f"task_{index}"] for index in chosen]) if chosen else {}
+        merged = average([self.task_change(index) for index in chosen]) if chosen else {}
         composed = shifted({name: start[name] for name in merged}, merged)
         parameters = dict(self.network.named_parameters())
         write_weights(self.network, {name: value for name, value in start.items() if name in parameters} | composed)
+        for up in [] if self.lora is None else self.lora.up_weights():
+            up.zero_()  # the composition holds the change of the newest task
 
     def _whole_backbone(self) -> Iterable[nn.Module]:
         return [self.network.backbone]
@@ -247,8 +328,12 @@ class ITA(AlignedClassifier):
                 count.add_(len(batch))
                 yield batch
 
-        trained = trained_weights(self.network)
-        chosen = {name: value for name, value in trained.items() if name.startswith(_BACKBONE)}
+        if self.lora is None:
+            trained = trained_weights(self.network)
+            chosen = {name: value for name, value in trained.items() if name.startswith(_BACKBONE)}
+        else:
+            weights = dict(self.network.named_parameters())
+            chosen = {name: weights[name] for name in self._changes()}
         if not chosen:
             return {}, count
         found = fisher_diagonal(

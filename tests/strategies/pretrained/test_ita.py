@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from cl_lightning.memory import fisher_diagonal, shifted
 from cl_lightning.memory.weight_space import average
-from cl_lightning.models import MLP, in_eval_mode
+from cl_lightning.models import MLP, SSF, LoRA, in_eval_mode
 from cl_lightning.strategies.pretrained.ita import ITA, limited
 from cl_lightning.strategy import PhaseOptions
 from cl_lightning.stream import ClassIncremental, RotatedDomains, Subset
@@ -21,6 +21,7 @@ SHORT = {
     "align_samples": 4,
 }
 NO_HEAD = {"probe_options": PhaseOptions(epochs=0), "align_options": PhaseOptions(epochs=0)}
+LOW_RANK = partial(LoRA, rank=2, scale=0.5, targets=["*"])
 SUBJECTS = {
     "ITA": Subject(
         small(ITA, fisher_samples=10, **SHORT),
@@ -28,12 +29,25 @@ SUBJECTS = {
         reason="the rows of the head are trained before the backbone",
     ),
     "ITA with the pull alone": Subject(small(ITA, pull_weight=5.0, fisher_labels="sampled", **NO_HEAD)),
+    "ITA with LoRA": Subject(
+        small(ITA, peft=LOW_RANK, pull_weight=5.0, fisher_labels="sampled", **NO_HEAD),
+        first_task_is_finetuning=False,
+        reason="the backbone is frozen",
+    ),
 }
 
 SLOW = "three phases in each task, and an importance that takes a backward pass per class"
 
 wide = partial(MLP, hidden=(64,))
 SMALL = Subset(ClassIncremental(tasks=5), per_class=12)
+LEARNS = {
+    "backbone": wide,
+    "probe_options": PhaseOptions(epochs=1),
+    "align_options": PhaseOptions(epochs=2),
+    "align_samples": 64,
+    "align_more": 0,
+    "fisher_samples": 100,
+}
 BY_HAND = 0.5  # pull of the runs in which F is also computed by a gradient for each sample and class
 
 
@@ -297,17 +311,80 @@ def test_frozen_weights_have_neither_importance_nor_change():
         assert torch.equal(weights(strategy)[name], value)
 
 
+def low_rank(kept, name="0"):
+    """tau of the only layer, by hand."""
+    return 0.5 * kept[f"sites.{name}.up"][0] @ kept[f"sites.{name}.down"][0]
+
+
+def test_low_rank_modules_of_all_tasks_are_composed_as_whole_matrices():
+    strategy = learnt(peft=LOW_RANK)
+    name, kept = "backbone.base.layers.1.weight", [strategy.weights[f"task_{task}"] for task in range(3)]
+    start = strategy.before[name]
+    for begun, ended, own in zip(strategy.starts, strategy.ends, kept, strict=True):
+        assert torch.equal(begun[name], start)
+        assert torch.equal(ended[name], start)
+        assert not begun["backbone.peft.sites.0.up"].any()
+        assert torch.equal(own["sites.0.up"], ended["backbone.peft.sites.0.up"])
+    downs = [begun["backbone.peft.sites.0.down"] for begun in strategy.starts]
+    assert not torch.equal(downs[0], downs[1])
+    taus = [low_rank(own) for own in kept]
+    torch.testing.assert_close(weights(strategy)[name], start + (taus[0] + taus[1] + taus[2]) / 3)
+    assert not weights(strategy)["backbone.peft.sites.0.up"].any()
+    for task, tau in enumerate(taus):
+        assert tau.any()
+        torch.testing.assert_close(strategy.task_change(task)[name], tau)
+        assert not weights(strategy)["backbone.peft.sites.0.up"].any()
+    assert len(strategy.network.backbone.base.layers[1]._forward_hooks) == 1
+    strategy.compose([2, 0])
+    torch.testing.assert_close(weights(strategy)[name], start + (taus[0] + taus[2]) / 2)
+    strategy.compose([])
+    assert torch.equal(weights(strategy)[name], start)
+    strategy.compose([0, 1, 2])
+
+
+@pytest.mark.parametrize("limit", [100.0, 0.001])
+def test_the_pull_of_low_rank_modules_is_the_gradient_of_the_penalty_of_whole_matrices(limit):
+    adam = partial(torch.optim.Adam, lr=0.05)
+    strategy = learnt(peft=LOW_RANK, pull_weight=2000.0, pull_limit=limit, optimizer=adam, **NO_HEAD)
+    pulled = [entry for entry in strategy.pulls if entry[0] == 2][1]
+    _, _, before, after, past = pulled
+    up, down = (before[f"backbone.peft.sites.0.{part}"].double().requires_grad_() for part in ("up", "down"))
+    assert up.any()
+    omega = past["backbone.base.layers.1.weight"].double()
+    assert list(past) == ["backbone.base.layers.1.weight"]
+    (2000.0 / 2 * (omega * (0.5 * up[0] @ down[0]).square()).sum()).backward()
+    for part, value in (("up", up), ("down", down)):
+        scaled = value.grad / max(1.0, float(value.grad.norm()) / limit)
+        moved = after[f"backbone.peft.sites.0.{part}"].double()
+        torch.testing.assert_close(before[f"backbone.peft.sites.0.{part}"] - moved, scaled, rtol=1e-3, atol=1e-7)
+        assert (value.grad.norm() > limit) == (limit < 1)
+
+
+def test_importances_with_low_rank_modules_are_of_whole_matrices_at_the_first_weights():
+    strategy = learnt(peft=LOW_RANK, pull_weight=BY_HAND, tasks=2)
+    name = "backbone.base.layers.1.weight"
+    expected = (strategy.fishers[0][name] + strategy.fishers[1][name]) / 2
+    torch.testing.assert_close(strategy.importance.omegas[name], expected, rtol=1e-4, atol=1e-7)
+    assert torch.equal(strategy.importance.anchors[name], strategy.before[name])
+
+
+def test_other_modules_are_refused():
+    with pytest.raises(ValueError, match="ITA: peft is SSF; use LoRA"):
+        ITA(backbone=NormNet, peft=SSF).build((1, 8, 8))
+
+
+def test_low_rank_modules_forget_less_than_fine_tuning():
+    plain = finetuning_in_tasks({"backbone": wide}, 5, max_epochs=3)
+    options = {**LEARNS, "peft": partial(LoRA, rank=4, targets=["*"]), "pull_weight": 0.5}
+    made = in_tasks(partial(ITA, **options), 5, max_epochs=3)
+    # Measured: 62 and 305 of 360.
+    right = [samples_right(matrix) for matrix in (plain, made.matrix)]
+    assert right[1] > right[0] + 50
+
+
 def test_it_forgets_less_than_fine_tuning():
     plain = finetuning_in_tasks({"backbone": wide}, 5, max_epochs=3)
-    options = {
-        "backbone": wide,
-        "probe_options": PhaseOptions(epochs=1),
-        "align_options": PhaseOptions(epochs=2),
-        "align_samples": 64,
-        "align_more": 0,
-        "fisher_samples": 100,
-    }
-    made = in_tasks(partial(ITA, **options), 5, max_epochs=3)
+    made = in_tasks(partial(ITA, **LEARNS), 5, max_epochs=3)
     # Measured: 62 and 292 of 360.
     right = [samples_right(matrix) for matrix in (plain, made.matrix)]
     assert right[1] > right[0] + 50
