@@ -1,16 +1,20 @@
 """The callbacks with one another: killed and resumed at any place, and on two processes."""
 
 import pytest
-from support.together import all_callbacks, with_callbacks
+from support.together import all_callbacks, plasticity_callbacks, with_callbacks
 
 from cl_lightning.testing import check_strategy
 
+CALLBACKS = pytest.mark.parametrize("callbacks", [all_callbacks, plasticity_callbacks])
 
+
+@CALLBACKS
 @pytest.mark.parametrize("check", ["seed", "resume", "restores", "bytes"])
-def test_together_they_keep_the_contract_of_a_strategy(check):
-    check_strategy(with_callbacks, callbacks=all_callbacks, checks=[check], name="all callbacks")
+def test_together_they_keep_the_contract_of_a_strategy(check, callbacks):
+    check_strategy(with_callbacks, callbacks=callbacks, checks=[check], name=callbacks.__name__)
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives():
-    check_strategy(with_callbacks, callbacks=all_callbacks, checks=["processes"], name="all callbacks")
+@CALLBACKS
+def test_two_processes_give_what_one_gives(callbacks):
+    check_strategy(with_callbacks, callbacks=callbacks, checks=["processes"], name=callbacks.__name__)
