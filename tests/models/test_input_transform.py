@@ -26,7 +26,13 @@ def inserted(kind, shape=(3, 6, 8), **options):
 
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [("add", 3 * 224 * 224), ("pad", 3 * (224**2 - 164**2)), ("affine", 6), ("conv", 3 * 3 * 9 + 3)],
+    [
+        ("add", 3 * 224 * 224),
+        ("frame", 3 * (224**2 - 164**2)),
+        ("pad", 3 * (224**2 - 164**2)),
+        ("affine", 6),
+        ("conv", 3 * 3 * 9 + 3),
+    ],
 )
 def test_numbers_of_parameters(kind, count):
     with torch.device("meta"):
@@ -34,11 +40,11 @@ def test_numbers_of_parameters(kind, count):
     assert sum(parameter.numel() for parameter in made.parameters()) == count
 
 
-@pytest.mark.parametrize("kind", ["add", "affine", "conv"])
+@pytest.mark.parametrize("kind", ["add", "frame", "affine", "conv"])
 def test_initially_it_changes_nothing(kind):
     model, images = backbone(), normal(2, 3, 6, 8)
     before = model(images)
-    made = InputTransform(model, kind=kind).double()
+    made = InputTransform(model, kind=kind, frame_width=2 if kind == "frame" else None).double()
     assert torch.equal(model(images), before)
     made.remove()
 
@@ -77,6 +83,18 @@ def test_a_frame_surrounds_the_smaller_image():
     assert all((parameter == 0).all() for parameter in InputTransform(model, kind="pad", frame_width=1).parameters())
 
 
+def test_a_frame_is_added_to_the_margin_alone():
+    model, made, seen = inserted("frame", frame_width=2)
+    images, (site,) = normal(2, 3, 6, 8), made.sites
+    model(images)
+    added = seen[0] - images
+    assert not added[:, :, 2:4, 2:6].any()
+    torch.testing.assert_close(added[:, :, :2], site.rows[:, :2].expand(2, -1, -1, -1))
+    torch.testing.assert_close(added[:, :, 4:], site.rows[:, 2:].expand(2, -1, -1, -1))
+    torch.testing.assert_close(added[:, :, 2:4, :2], site.columns[:, :, :2].expand(2, -1, -1, -1))
+    torch.testing.assert_close(added[:, :, 2:4, 6:], site.columns[:, :, 2:].expand(2, -1, -1, -1))
+
+
 def test_the_gradient_of_an_added_image_is_its_closed_form():
     made = AdaptedBackbone((3, 6, 8), backbone=partial(MLP, hidden=()), peft=InputTransform).double()
     head, images, labels = nn.Linear(144, 5).double(), normal(4, 3, 6, 8), torch.tensor([0, 4, 2, 2])
@@ -86,10 +104,10 @@ def test_the_gradient_of_an_added_image_is_its_closed_form():
     torch.testing.assert_close(made.peft.sites[0].delta.grad.flatten(), (error @ head.weight).mean(dim=0))
 
 
-@pytest.mark.parametrize("kind", ["add", "pad", "affine", "conv"])
+@pytest.mark.parametrize("kind", ["add", "frame", "pad", "affine", "conv"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_model_gets_images_of_the_type_that_arrived(kind, dtype):
-    model, made, seen = inserted(kind, frame_width=1 if kind == "pad" else None)
+    model, made, seen = inserted(kind, frame_width=1 if kind in ("frame", "pad") else None)
     made.to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.float32):
         model.to(dtype)(normal(2, 3, 6, 8).to(dtype))

@@ -11,8 +11,9 @@ from cl_lightning.checks import one_of
 from cl_lightning.losses import full_precision
 from cl_lightning.models.peft.base import Peft, Site
 
-InputKind = Literal["add", "pad", "affine", "conv"]
-"""An image that is added; a frame around the smaller image; scale and shift per channel; a residual convolution."""
+InputKind = Literal["add", "frame", "pad", "affine", "conv"]
+"""An image that is added; the same on a frame alone; a frame around the smaller image; scale and shift per channel; a
+residual convolution."""
 _FRAME = 30
 
 
@@ -35,6 +36,22 @@ class _Add(_Transform):
 
     def forward(self, images: Tensor) -> Tensor:
         return images + self.delta
+
+
+class _Frame(_Transform):
+    """``x + delta``, with delta on a frame of width p alone."""
+
+    def __init__(self, model: nn.Module, shape: ImageShape, width: int) -> None:
+        super().__init__(model)
+        channels, self.height, self.width = shape[0], shape[1] - 2 * width, shape[2] - 2 * width
+        self.rows = nn.Parameter(torch.zeros(channels, 2 * width, shape[2]))  # above, then below
+        self.columns = nn.Parameter(torch.zeros(channels, self.height, 2 * width))  # left, then right
+
+    def forward(self, images: Tensor) -> Tensor:
+        above, below = self.rows.chunk(2, dim=1)
+        left, right = self.columns.chunk(2, dim=2)
+        middle = torch.cat([left, left.new_zeros(len(left), self.height, self.width), right], dim=2)
+        return images + torch.cat([above, middle, below], dim=1)
 
 
 class _Pad(_Transform):
@@ -82,17 +99,19 @@ class InputTransform(Peft):
     """Learnable parameters that transform the image before it enters a model.
 
         add      x + delta                          delta (C, H, W) = 0 initially
+        frame    x + delta                          the same, delta = 0 except in a frame of width p
         pad      x, resized to (H - 2 p, W - 2 p), in a frame of width p whose pixels are learnt, 0 initially
         affine   gamma_c x + beta_c                 gamma = 1 and beta = 0 initially
         conv     x + K * x + b                      K (C, C, 3, 3) = 0 and b = 0 initially
 
-    With ``add``, ``affine`` and ``conv`` the initial output of the model is unchanged. x is the image as the model gets
+    With all kinds except ``pad`` the initial output of the model is unchanged. x is the image as the model gets
     it, after augmentation and normalisation: 0 is the mean colour of the data.
 
     Args:
         model: A backbone, which knows the shape of its images.
         kind: One of the above.
-        frame_width: p in pixels, at least 1 and less than half of the smaller side, for ``pad`` alone; None for 30.
+        frame_width: p in pixels, at least 1 and less than half of the smaller side, for ``pad`` and ``frame``; None for
+            30.
 
     Raises:
         ValueError: If an option is out of range or belongs to another kind, or the model has no ``image_shape``.
@@ -105,14 +124,14 @@ class InputTransform(Peft):
         if shape is None:
             name = type(model).__name__
             raise ValueError(f"InputTransform: {name} has no image_shape; use a Backbone, such as Timm(name=...)")
-        if kind == "pad":
+        if kind in ("pad", "frame"):
             width = _FRAME if frame_width is None else frame_width
             if 2 * width >= min(shape[1:]):
                 raise ValueError(
                     f"InputTransform: give frame_width below {min(shape[1:]) / 2:g}: with {width} pixels on each side "
                     f"nothing is left of an image of {shape[1]} x {shape[2]} pixels"
                 )
-            self.sites.append(_Pad(model, shape, width))
+            self.sites.append((_Pad if kind == "pad" else _Frame)(model, shape, width))
         else:
             kinds = {"add": _Add, "affine": _Affine, "conv": _Conv}
             self.sites.append(kinds[kind](model, shape))
@@ -130,9 +149,9 @@ def check_input_options(owner: object, kind: str, frame_width: int | None) -> No
         ValueError: If an option is out of range or belongs to another kind.
     """
     one_of(owner, get_args(InputKind), kind=kind)
-    if frame_width is not None and (kind != "pad" or frame_width < 1):
+    if frame_width is not None and (kind not in ("pad", "frame") or frame_width < 1):
         name = owner if isinstance(owner, str) else type(owner).__name__
         raise ValueError(
-            f"{name}: frame_width is {frame_width} with kind {kind!r}; give a width of at least 1 with kind 'pad', and "
-            "none with other kinds"
+            f"{name}: frame_width is {frame_width} with kind {kind!r}; give a width of at least 1 with kind 'pad' or "
+            "'frame', and none with other kinds"
         )

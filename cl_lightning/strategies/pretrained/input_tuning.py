@@ -4,15 +4,16 @@ A pretrained backbone f is frozen. Learnt are parameters psi that transform the 
 
     L(x, y) = CE(W f(T_psi(x)) + b, y over the classes of the task)
 
-psi is shared by all tasks, and the same path predicts. T_psi adds an image (``add``), surrounds the smaller image by a
-frame (``pad``), scales and shifts the channels (``affine``) or adds a convolution of 3 x 3 pixels (``conv``), see
-``InputTransform``. It acts on the augmented and normalised image, so that its pixels have fixed places in the input of
-the network. Gradients pass through the frozen backbone: a step needs the memory of training it, and features cannot be
-stored. Later tasks change psi, and with it the features under the rows of earlier classes; with ``per_task`` each task
-has its own psi, initialised and then frozen, and predictions need the task.
+psi is shared by all tasks, and the same path predicts. T_psi adds an image (``add``) or a frame of an image
+(``frame``), surrounds the smaller image by a frame (``pad``), scales and shifts the channels (``affine``) or adds a
+convolution of 3 x 3 pixels (``conv``), see ``InputTransform``. It acts on the augmented and normalised image, so that
+its pixels have fixed places in the input of the network. Gradients pass through the frozen backbone: a step needs the
+memory of training it, and features cannot be stored. Later tasks change psi, and with it the features under the rows of
+earlier classes; with ``per_task`` each task has its own psi, which is then frozen, and predictions need the task.
 
-kind -> T, transform_lr -> learning rate of psi. Only the abstract of the paper was available: the four transformations,
-the cross-entropy over the classes of the task, the optimizer and ``per_task`` are our choices. psi has no weight decay.
+kind -> T, transform_lr -> learning rate of psi. Only the abstract of the paper was available: the four
+transformations ``add``, ``pad``, ``affine`` and ``conv``, the cross-entropy over the classes of the task, the optimizer
+and ``per_task`` are our choices. psi has no weight decay.
 """
 
 import functools
@@ -30,17 +31,17 @@ from cl_lightning.strategies.base.task_incremental import by_task
 from cl_lightning.strategies.pretrained.linear_probe import ProbeClasses
 from cl_lightning.strategy import Batch, ContinualStrategy, Output, Task, Traits
 
-_RATES: dict[InputKind, float] = {"add": 1.0, "pad": 1.0, "affine": 0.01, "conv": 0.01}
+_RATES: dict[InputKind, float] = {"add": 1.0, "frame": 1.0, "pad": 1.0, "affine": 0.01, "conv": 0.01}
 
 
 class InputTuning(ContinualStrategy):
     """A learnt transformation of the input image and a linear head, with a frozen pretrained backbone between them.
 
     Args:
-        kind: The transformation: ``add``, ``pad``, ``affine`` or ``conv``.
-        frame_width: Width of the frame of ``pad`` in pixels, at least 1; None for 30.
+        kind: The transformation: ``add``, ``frame``, ``pad``, ``affine`` or ``conv``.
+        frame_width: Width of the frame of ``pad`` or ``frame`` in pixels, at least 1; None for 30.
         transform_lr: Learning rate of the transformation, at least 0. None for the rate of ``optimizer`` or, where that
-            is None, 1.0 for ``add`` and ``pad``, whose gradients are small, and 0.01 for ``affine`` and ``conv``.
+            is None, 1.0 for ``add``, ``frame`` and ``pad``, whose gradients are small, and 0.01 for the other kinds.
         per_task: Whether each task has a transformation of its own; the task of a test image must then be known.
         loss_classes: Classes of the cross-entropy: the classes of the ``current`` task, or ``all`` classes seen so far.
         optimizer: Builds the optimizer; None for SGD with learning rate 0.01 and momentum 0.9.

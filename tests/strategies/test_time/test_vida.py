@@ -164,6 +164,13 @@ def test_the_adapters_alone_are_trained_on_the_source_after_the_network():
     assert all(bool(site.up[0].any()) and bool(site.up[1].any()) for site in adapters(strategy.network).sites)
 
 
+def test_the_source_network_is_trained_without_adapters():
+    options = {"views": 2, "backbone": tiny_resnet, "source_head": None, "adapter_options": NONE, "optimizer": still}
+    strategy = watching(ViDA, **options, **CONV)
+    adapt(strategy, stream(corruptions=["contrast"]), max_epochs=1)
+    assert not any(bool(up.any()) for site in adapters(strategy.network).sites for up in site.up)
+
+
 def test_before_a_step_adapters_that_were_not_trained_change_nothing():
     mine = watching(ViDA, views=2, optimizer=still, adapter_options=NONE, **CONV)
     plain = watching(BNAdapt)
