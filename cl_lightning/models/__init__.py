@@ -117,6 +117,7 @@ from cl_lightning.models.simplex_head import (
     simplex,
 )
 from cl_lightning.models.svm import linear_svm
+from cl_lightning.models.task_head import TaskHead
 from cl_lightning.models.text_head import TextHead, save_text_embeddings, template_mean
 from cl_lightning.models.transport import transport
 from cl_lightning.models.vae import VAE, kl_to_standard_normal
@@ -195,6 +196,7 @@ __all__ = [
     "SolutionSet",
     "TableResNet",
     "TargetHead",
+    "TaskHead",
     "Temporary",
     "TextHead",
     "Timm",

@@ -32,7 +32,7 @@ from cl_lightning.strategies.base.strategy import (
     LossClasses,
     sum_of_zeros,
 )
-from cl_lightning.strategies.base.task_incremental import SharesWeights, TaskIncremental, routed
+from cl_lightning.strategies.base.task_incremental import BY_TASK, SharesWeights, TaskIncremental, routed
 from cl_lightning.strategies.base.terms import AddsLosses
 from cl_lightning.strategies.base.traits import Traits
 from cl_lightning.strategies.base.virtual import (
@@ -46,6 +46,7 @@ from cl_lightning.strategies.base.virtual import (
 
 __all__ = [
     "BALANCED",
+    "BY_TASK",
     "AddsLosses",
     "AlternatingRate",
     "BackboneFactory",

@@ -37,7 +37,7 @@ from cl_lightning.batch import Batch, ImageShape, mix
 from cl_lightning.checks import at_least, one_of, within
 from cl_lightning.memory import Held, NamedBuffers
 from cl_lightning.models import Backbone
-from cl_lightning.strategies.base import AddsLosses, SharesWeights, routed
+from cl_lightning.strategies.base import BY_TASK, AddsLosses, SharesWeights, routed
 from cl_lightning.strategy import Output, Phase, Task, Traits
 
 Spread = Literal["uniform", "erk"]
@@ -171,7 +171,7 @@ class DST(SharesWeights):
         family="exemplar-free",
         paper="Yildirim et al., CPAL 2024, arXiv:2308.14831",
         task_ids="needed",
-        scenarios=("class-incremental",),
+        scenarios=BY_TASK,
     )
 
     def __init__(

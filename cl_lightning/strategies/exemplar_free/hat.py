@@ -33,7 +33,7 @@ from cl_lightning.models import (
     newly_used,
     risen_scale,
 )
-from cl_lightning.strategies.base import TaskIncremental, refuse_weight_decay
+from cl_lightning.strategies.base import BY_TASK, TaskIncremental, refuse_weight_decay
 from cl_lightning.strategy import Batch, Output, Task, Traits
 
 
@@ -50,7 +50,7 @@ class HAT(TaskIncremental):
         family="exemplar-free",
         paper="Serra et al., ICML 2018, arXiv:1801.01423",
         task_ids="needed",
-        scenarios=("class-incremental",),
+        scenarios=BY_TASK,
     )
 
     def __init__(self, *, sparsity_weight: float = 0.75, scale: float = 400.0, **kwargs: Any) -> None:

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from cl_lightning.checks import within
 from cl_lightning.memory import Held, Owners
-from cl_lightning.strategies.base import AddsLosses, SharesWeights
+from cl_lightning.strategies.base import BY_TASK, AddsLosses, SharesWeights
 from cl_lightning.strategy import Batch, Output, Phase, PhaseOptions, Task, Traits
 
 RETRAIN = "retrain"
@@ -43,7 +43,7 @@ class PackNet(SharesWeights):
         family="exemplar-free",
         paper="Mallya & Lazebnik, CVPR 2018, arXiv:1711.05769",
         task_ids="needed",
-        scenarios=("class-incremental",),
+        scenarios=BY_TASK,
     )
 
     def __init__(

@@ -23,7 +23,7 @@ from cl_lightning.batch import Batch, ImageShape
 from cl_lightning.checks import one_of
 from cl_lightning.memory import linear_maps
 from cl_lightning.models import Backbone, Network
-from cl_lightning.strategies.base import TaskIncremental, routed
+from cl_lightning.strategies.base import BY_TASK, TaskIncremental, routed
 from cl_lightning.strategy import Output, Task, Traits
 
 AdapterKind = Literal["linear", "mlp"]
@@ -176,7 +176,7 @@ class PNN(TaskIncremental):
         family="exemplar-free",
         paper="Rusu et al., 2016, arXiv:1606.04671",
         task_ids="needed",
-        scenarios=("class-incremental",),
+        scenarios=BY_TASK,
     )
 
     def __init__(self, *, adapter: AdapterKind = "mlp", **kwargs: Any) -> None:

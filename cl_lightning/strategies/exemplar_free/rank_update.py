@@ -28,7 +28,7 @@ from cl_lightning.checks import at_least, one_of
 from cl_lightning.losses import full_precision, masked_logits
 from cl_lightning.memory import linear_maps
 from cl_lightning.models import Backbone, Network, batch_norms
-from cl_lightning.strategies.base import TaskIncremental, routed
+from cl_lightning.strategies.base import BY_TASK, TaskIncremental, routed
 from cl_lightning.strategy import Output, Task, Traits
 
 Loss = Literal["ce", "mse"]
@@ -162,7 +162,7 @@ class RankUpdate(TaskIncremental):
         family="exemplar-free",
         paper="Hyder et al., ECCV 2022, arXiv:2207.09074",
         task_ids="needed",
-        scenarios=("class-incremental",),
+        scenarios=BY_TASK,
     )
 
     def __init__(self, *, first_rank: int = 11, rank: int = 1, loss: Loss = "ce", **kwargs: Any) -> None:

@@ -27,10 +27,10 @@ from torch.nn import functional as F
 from cl_lightning.batch import ImageShape
 from cl_lightning.checks import at_least, within
 from cl_lightning.memory import InputSpaces, NamedBuffers, linear_maps
-from cl_lightning.models import Backbone, Network
+from cl_lightning.models import Backbone, LinearHead, Network
 from cl_lightning.strategies.base import AddsLosses, TaskIncremental, routed
 from cl_lightning.strategies.exemplar_free.gpm import GPM
-from cl_lightning.strategy import Batch, Phase, Task, Traits
+from cl_lightning.strategy import Batch, HeadFactory, Phase, Task, Traits
 
 
 def scaled_projection(weight: Tensor, bases: Tensor, scales: Tensor) -> Tensor:
@@ -199,6 +199,7 @@ class TRGP(GPM, TaskIncremental):
     Args:
         regions: Number of earlier tasks in the trust region of a layer at most, at least 1.
         threshold: Share of the norm of the gradient above which a task is in the trust region, in [0, 1].
+        head: Builds the classifier; None for ``LinearHead``, which GPM projects on streams without new classes.
         kwargs: Options of ``GPM``.
     """
 
@@ -208,8 +209,10 @@ class TRGP(GPM, TaskIncremental):
         task_ids="needed",
     )
 
-    def __init__(self, *, regions: int = 2, threshold: float = 0.5, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self, *, regions: int = 2, threshold: float = 0.5, head: HeadFactory | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(head=head or LinearHead, **kwargs)
         at_least(self, 1, regions=regions)
         within(self, "[0, 1]", threshold=threshold)
         self.regions, self.threshold = regions, threshold

@@ -1,3 +1,5 @@
+import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -6,8 +8,19 @@ from support.fakes import normal
 from support.runs import NormNet, run, sgd
 
 from cl_lightning.callback import ContinualCallback
+from cl_lightning.measures import last_accuracy
+from cl_lightning.models import MLP
 from cl_lightning.strategies.base import SharesWeights, TaskIncremental, Traits
 from cl_lightning.strategies.base.task_incremental import by_task, routed
+from cl_lightning.strategies.baselines.finetune import Finetune
+from cl_lightning.strategies.exemplar_free.dst import DST
+from cl_lightning.strategies.exemplar_free.hat import HAT
+from cl_lightning.strategies.exemplar_free.packnet import PackNet
+from cl_lightning.strategies.exemplar_free.pnn import PNN
+from cl_lightning.strategies.exemplar_free.rank_update import RankUpdate
+from cl_lightning.stream import RotatedDomains
+
+DOMAINS = {"scenario": RotatedDomains(degrees=[0.0, 90.0, 180.0], share="split"), "batch_size": 32}
 
 
 def test_scores_keep_the_order_of_the_images():
@@ -62,3 +75,42 @@ def test_a_network_uses_another_task_for_a_while():
     with pytest.raises(RuntimeError), routed(network, 0):
         raise RuntimeError
     assert network.task == 3
+
+
+@pytest.mark.parametrize(
+    "method",
+    [partial(PackNet, prune=0.6), partial(HAT, scale=100.0), PNN, partial(DST, update_every=3), RankUpdate],
+    ids=["PackNet", "HAT", "PNN", "DST", "RankUpdate"],
+)
+def test_each_domain_has_a_head_that_no_later_domain_changes(method):
+    made = run(method(backbone=partial(MLP, hidden=(16,))), data=DOMAINS, max_epochs=1)
+    head, matrix = made.strategy.network.head, made.matrix.R_ti
+    if not isinstance(made.strategy, HAT):  # whose masks are not exactly 0 and 1
+        assert torch.equal(matrix[2], matrix.diagonal())
+    assert head.block_sizes() == [10, 10, 10]
+    assert head.num_columns == 10
+    images, heads = torch.randn(6, 1, 8, 8), [copy.deepcopy(block.state_dict()) for block in head.blocks]
+    strategy = made.strategy.eval()
+    tasks = torch.tensor([0, 2, 1, 0, 2, 1])
+    with torch.no_grad():
+        scores = strategy.predict(images, tasks)
+        for task in range(3):
+            rows = tasks == task
+            torch.testing.assert_close(strategy.predict(images[rows], tasks[rows]), scores[rows], rtol=1e-4, atol=1e-5)
+            others = [block for number, block in enumerate(head.blocks) if number != task]
+            for block in others:
+                block.weight.zero_()
+                block.bias.zero_()
+            # The scores depend on the block of the task, and on no other.
+            torch.testing.assert_close(strategy.predict(images[rows], tasks[rows]), scores[rows], rtol=1e-4, atol=1e-5)
+            for block, state in zip(head.blocks, heads, strict=True):
+                block.load_state_dict(state)
+
+
+def test_domains_with_heads_of_their_own_are_not_forgotten():
+    common = {"backbone": partial(MLP, hidden=(64,)), "optimizer": partial(torch.optim.SGD, lr=0.05, momentum=0.9)}
+    packnet = run(PackNet(**common, prune=0.6), data=DOMAINS, max_epochs=2)
+    plain = run(Finetune(**common), data=DOMAINS, max_epochs=2)
+    # Measured: .92 against .62.
+    assert last_accuracy(packnet.matrix.R_ti) > last_accuracy(plain.matrix.R_ti) + 0.1
+    assert torch.equal(packnet.matrix.R_ti[2], packnet.matrix.R_ti.diagonal())
