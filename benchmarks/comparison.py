@@ -44,9 +44,9 @@ this page.
 Some rows are older than the present code and will be measured again: EFC, and apart from the first table EFC++ (no
 biases in the head of rotations, augmented images), CoTTA (a view was shifted before its rotation); apart from the first
 table, BiC (stage 2 by steps of Adam), and offline iCaRL and LwF.MC (learning rate 0.05 instead of 0.02); and, in tables
-with bf16-mixed, methods that compare cosines, which were computed in bfloat16. Times of G-ACIL, of BiC, HOC, iCaRL, LwF.MC
-and ER by the loader in the first table, and of rows with one seed are from a machine with other work, and up to 10
-times too long. Below their baseline, for reasons that are not known yet: mix-cd (ER) in the first table, GSS (ER) in
+with bf16-mixed, methods that compare cosines, which were computed in bfloat16. Times of G-ACIL, of BiC, HOC, iCaRL,
+LwF.MC and ER by the loader in the first table, and of rows with one seed are from a machine with other work, and up to
+10 times too long. Below their baseline, for reasons that are not known yet: mix-cd (ER) in the first table, GSS (ER) in
 the online table. Still to be run: ER by the loader and ER + EMA of 10 steps on the slim
 ResNet-18."""
 

@@ -70,7 +70,7 @@ ROOMS = (
         "accuracy matrix, measures and cost of a run",
         "accuracy, matrix, functional, curves, cost, compatibility",
     ),
-    Room("optim", "optimizers that any strategy takes", "default, sam"),
+    Room("optim", "optimizers that any strategy takes", "default, sam, upgd"),
     Room(
         "memory",
         "samples, prototypes, networks and importances kept from earlier tasks",

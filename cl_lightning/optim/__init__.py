@@ -2,5 +2,6 @@
 
 from cl_lightning.optim.default import default_optimizer
 from cl_lightning.optim.sam import GSAM, SAM
+from cl_lightning.optim.upgd import UPGD
 
-__all__ = ["GSAM", "SAM", "default_optimizer"]
+__all__ = ["GSAM", "SAM", "UPGD", "default_optimizer"]
