@@ -51,7 +51,11 @@ class DomainHead(Head):
         if not self.blocks:
             return features.new_zeros(len(features), self.num_columns)
         rows = F.linear(features, self.weight(), torch.cat([cast(Tensor, block.bias) for block in self.blocks]))
-        position = self.position[-1:].expand(len(features), -1) if domains is None else self.position[domains]
+        return self.of_domains(rows, domains)
+
+    def of_domains(self, rows: Tensor, domains: Tensor | None) -> Tensor:
+        """Logits ``(B, columns)`` of the domain of each sample, of logits of the rows of all layers, ``(B, rows)``."""
+        position = self.position[-1:].expand(len(rows), -1) if domains is None else self.position[domains]
         return rows.gather(1, position.clamp(min=0)).masked_fill(position < 0, -torch.inf)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

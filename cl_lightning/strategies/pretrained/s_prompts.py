@@ -11,7 +11,7 @@ K -> centres. Forgetting is only due to tasks that are inferred wrongly: with th
 stays as it is. A class that the task of an image does not have gets the score -inf. The tokens are appended to the
 sequence without position embedding; their place has no effect. As in the paper's code they are drawn from U(-1 /
 sqrt(d), 1 / sqrt(d)). The paper's second form, S-liPrompts, which also learns
-tokens in the text encoder of CLIP, is not implemented. Departs from the code in k-means, which begins with k-means++
+tokens in the text encoder of CLIP, is ``SLiPrompts``, on stored text. Departs from the code in k-means, which begins with k-means++
 centres drawn by seed and task, and is one run.
 """
 
