@@ -10,9 +10,9 @@ task of an image is inferred from the features f without prompts of a frozen tra
 K -> centres. Forgetting is only due to tasks that are inferred wrongly: with the task known, the accuracy on a task
 stays as it is. A class that the task of an image does not have gets the score -inf. The tokens are appended to the
 sequence without position embedding; their place has no effect. As in the paper's code they are drawn from U(-1 /
-sqrt(d), 1 / sqrt(d)). The paper's second form, S-liPrompts, which also learns
-tokens in the text encoder of CLIP, is ``SLiPrompts``, on stored text. Departs from the code in k-means, which begins with k-means++
-centres drawn by seed and task, and is one run.
+sqrt(d), 1 / sqrt(d)). The paper's second form, S-liPrompts, which also learns tokens in the text encoder of CLIP, is
+``SLiPrompts``, on stored text. Departs from the code in k-means, which begins with k-means++ centres drawn by seed and
+task, and is one run.
 """
 
 import functools
