@@ -132,11 +132,12 @@ def test_any_strategy_takes_it_and_resumes(tmp_path):
 
 
 def test_it_learns_a_stream():
-    """Digits, each task right after it: measured .96 on average. It forgets no less there than SGD: at a minimum of the
-    loss, utilities of first order are near 0, and no weight is protected more than another."""
-    optimizer = partial(UPGD, lr=0.2, noise=0.01)
-    made = run(Finetune(backbone=plain_net, optimizer=optimizer, loss_classes="current"), max_epochs=4)
-    assert float(made.matrix.R_ti.diagonal().mean()) > 0.85
+    """Digits, each task right after it: measured .98. It forgets no less there than SGD: at a minimum of the loss, utilities of first
+    order are near 0, and no weight is protected more than another."""
+    optimizer = partial(UPGD, lr=0.4, noise=0.001)
+    made = run(Finetune(backbone=plain_net, optimizer=optimizer, loss_classes="current"), max_epochs=8)
+    found = float(made.matrix.R_ti.diagonal().mean())
+    assert found > 0.85
 
 
 def test_options_out_of_range_are_refused():
