@@ -132,8 +132,11 @@ def test_any_strategy_takes_it_and_resumes(tmp_path):
 
 
 def test_it_learns_a_stream():
-    """Digits, each task right after it: measured .98. It forgets no less there than SGD: at a minimum of the loss, utilities of first
-    order are near 0, and no weight is protected more than another."""
+    """Digits, each task right after it: measured .98.
+
+    It forgets no less there than SGD: at a minimum of the loss, utilities of first order are near 0, and no weight is
+    protected more than another.
+    """
     optimizer = partial(UPGD, lr=0.4, noise=0.001)
     made = run(Finetune(backbone=plain_net, optimizer=optimizer, loss_classes="current"), max_epochs=8)
     found = float(made.matrix.R_ti.diagonal().mean())
