@@ -68,7 +68,7 @@ ROOMS = (
     Room(
         "measures",
         "accuracy matrix, measures and cost of a run",
-        "accuracy, matrix, functional, curves, cost, compatibility",
+        "accuracy, matrix, functional, curves, cost, compatibility, plasticity",
     ),
     Room("optim", "optimizers that any strategy takes", "default, sam, upgd"),
     Room(

@@ -46,6 +46,7 @@ from cl_lightning.measures.functional import (
     unknown_auroc,
 )
 from cl_lightning.measures.matrix import AccuracyMatrix
+from cl_lightning.measures.plasticity import dormant_units, effective_rank, joint_norm
 
 __all__ = [
     "CONFIDENCE_BINS",
@@ -67,6 +68,8 @@ __all__ = [
     "backward_transfer",
     "base_novel_harmonic",
     "confidence_counts",
+    "dormant_units",
+    "effective_rank",
     "expected_calibration_error",
     "forgetting_last",
     "forgetting_max",
@@ -75,6 +78,7 @@ __all__ = [
     "global_forgetting",
     "headline_accuracy",
     "intransigence",
+    "joint_norm",
     "last_accuracy",
     "lca",
     "learning_accuracy",
