@@ -1,290 +1,325 @@
-"""Continual backpropagation: units of little use are replaced by fresh ones."""
+"""Continual backprop: hidden units of low utility are replaced by new ones while the network is trained."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
-from cl_lightning.batch import Batch, mix
+from cl_lightning.batch import Batch, Draw
 from cl_lightning.callback import ContinualCallback
-from cl_lightning.checks import at_least, within
+from cl_lightning.checks import at_least, one_of, within
 from cl_lightning.distributed import all_sum
+from cl_lightning.losses import full_precision
+from cl_lightning.models import BasicBlock, Head, Network
+from cl_lightning.stream import Task
 
-_FRESH = 0xCB9  # salt of new weights
-_MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d)
-# Modules between two layers that keep the order of units.
-_BETWEEN = (
-    *(nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.Dropout, nn.Dropout2d, nn.Identity),
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.modules.batchnorm._BatchNorm),
-)
+if TYPE_CHECKING:
+    from cl_lightning.strategy import ContinualStrategy
+
+Utility = Literal["contribution", "adaptable"]
+
+_UNITS = 0xCB9  # salt of the weights of new units
+_WEIGHTED = nn.Linear | nn.Conv2d
 
 
-@dataclass
-class Units:
-    """The units of a layer, and the layers that take their activations.
+class HiddenLayer(NamedTuple):
+    """A layer of units that can be replaced.
 
     Attributes:
-        name: Name of the layer in the network.
-        layer: Linear layer or convolution whose outputs the units are.
-        norm: Batch normalisation after it, or None.
-        takers: Layers whose inputs are the activations of the units.
+        name: Name of the incoming layer in the network.
+        incoming: Layer that computes the units; the weight of unit j is row j.
+        norm: Normalisation with a scale and a shift per unit between the incoming layer and the activation, or None.
+        outgoing: Layer, or head, whose input the units are; unit j owns a block of ``n`` columns of its weights, with n
+            the number of pixels of a feature map that a linear layer reads.
     """
 
     name: str
-    layer: Any
-    norm: Any
-    takers: list[Any]
+    incoming: nn.Linear | nn.Conv2d
+    norm: nn.Module | None
+    outgoing: nn.Module
 
-    def __len__(self) -> int:
-        return len(self.layer.weight)
+    def readers(self) -> list[nn.Module]:
+        """The modules with the outgoing weights: the layer itself, or the blocks of a head."""
+        return list(self.outgoing.blocks) if isinstance(self.outgoing, Head) else [self.outgoing]
 
-    def are_trained(self) -> bool:
-        """Whether the weights before and after the units are trained."""
-        return all(layer.weight.requires_grad for layer in (self.layer, *self.takers))
+    def columns(self, weight: Tensor) -> Tensor:
+        """View of outgoing weights ``(outputs, units, columns per unit)``."""
+        return weight.view(len(weight), len(self.incoming.weight), -1)
 
 
-def units_of(network: nn.Module, head: Sequence[nn.Module]) -> list[Units]:
-    """Hidden units of the chains of layers of a network, in order.
+def hidden_layers(network: Network) -> list[HiddenLayer]:
+    """The layers whose units can be replaced: in chains of layers, and the inner layer of each ``BasicBlock``.
 
-    A chain is an ``nn.Sequential`` whose layers follow each other, with activations, dropout, pooling and batch
-    normalisation between them; the last units of the backbone are taken by the head.
-
-    Args:
-        network: The network; its backbone is searched for chains.
-        head: Linear layers that take the features, which are the units of the last layer of a chain that ends the
-            backbone.
+    A chain is an ``nn.Sequential`` of convolutions, linear layers, and layers without weights or with one scale per
+    unit, as in ``MLP`` and ``ConvNet``. The head reads the last layer of the chain ``layers`` of the backbone.
     """
-    found: list[Units] = []
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Sequential):
-            found += _of_chain(name, module, head if _ends(network, module) else ())
-    return [units for units in found if units.takers]
+    found = []
+    for name, module in network.backbone.named_modules(prefix="backbone"):
+        if isinstance(module, BasicBlock):
+            found.append(HiddenLayer(f"{name}.conv1", module.conv1, module.bn1, module.conv2))
+        elif isinstance(module, nn.Sequential) and not any(len(list(part.children())) for part in module):
+            found += _of_chain(name, module, network)
+    return found
 
 
-def _ends(network: nn.Module, chain: nn.Sequential) -> bool:
-    """Whether the outputs of a chain are the features: its last layer has their number and no later layer follows."""
-    maps = [module for module in network.backbone.modules() if isinstance(module, _MAPS)]  # type: ignore[union-attr]
-    own = [module for module in chain if isinstance(module, _MAPS)]
-    return bool(own) and own[-1] is maps[-1]
-
-
-def _of_chain(name: str, chain: nn.Sequential, head: Sequence[nn.Module]) -> Iterator[Units]:
-    last: Units | None = None
-    for place, module in chain.named_children():
-        if isinstance(module, _MAPS):
-            if last is not None:
-                last.takers = [module]
-                yield last
-            groups = getattr(module, "groups", 1)
-            last = Units(f"{name}.{place}", module, None, []) if groups == 1 else None
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and last is not None:
-            last.norm = module
-        elif not isinstance(module, _BETWEEN):
-            last = None
-    if last is not None and head:
-        last.takers = list(head)
-        yield last
-
-
-def activity(activations: Tensor, units: int) -> Tensor:
-    """Sum over rows of |h_i|, the mean over the places of a map, ``(units,)``.
-
-    Args:
-        activations: Inputs of the layers that take the units, ``(B, units, ...)`` or flattened, ``(B, units *
-            places)``, with B at least 1.
-        units: Number of units.
-    """
-    return activations.detach().float().abs().reshape(len(activations), units, -1).mean(2).sum(0)
-
-
-def outgoing_size(takers: Sequence[Any], units: int) -> Tensor:
-    """Sum of the absolute outgoing weights of each unit, ``(units,)``.
-
-    Args:
-        takers: Layers that take the units.
-        units: Number of units.
-    """
-    return torch.stack([_by_unit(x.weight.detach().float(), units).abs().sum((0, 2)) for x in takers]).sum(0)
-
-
-def _by_unit(weight: Tensor, units: int) -> Tensor:
-    """Weights of a layer by the unit that they take, ``(outputs, units, rest)``: a view."""
-    return weight.view(len(weight), units, -1)
+def _of_chain(name: str, chain: nn.Sequential, network: Network) -> Iterator[HiddenLayer]:
+    places = [place for place, layer in enumerate(chain) if isinstance(layer, _WEIGHTED)]
+    is_last = bool(places) and chain is getattr(network.backbone, "layers", None)
+    for place, following in pairwise([*places, len(chain)]):
+        incoming: Any = chain[place]
+        if following == len(chain) and not is_last:
+            continue
+        outgoing: Any = network.head if following == len(chain) else chain[following]
+        if getattr(outgoing, "groups", 1) > 1:
+            continue
+        between = chain[place + 1 : following]
+        norms = [layer for layer in between if getattr(layer, "weight", None) is not None]
+        yield HiddenLayer(f"{name}.{place}", incoming, norms[0] if norms else None, outgoing)
 
 
 class ContinualBackprop(ContinualCallback):
-    """Replaces a small share of mature units of little utility at each step, in any strategy.
+    """Replaces hidden units of low utility by new units at a small rate, with any optimizer.
 
-    For the units i of each hidden layer, with activations h and outgoing weights w, after each step
+    After each optimizer step, unit j of a hidden layer with the activation h_j, the outgoing weights o_j and the
+    incoming weights w_j has the age a_j, the mean activation f_j and the utility u_j:
 
-        u_i <- eta u_i + (1 - eta) mean |h_i| sum_k |w_ik|,   a_i <- a_i + 1
+        a_j <- a_j + 1,   f_j <- eta f_j + (1 - eta) mean(h_j),   u_j <- eta u_j + (1 - eta) y_j
+        contribution   y_j = mean |h_j| * sum |o_j|
+        adaptable      y_j = mean |h_j - f^_j| * sum |o_j| / sum |w_j|
 
-    Of the n units with age a > maturity, ``n rate`` are replaced, counted over the steps: those of the smallest
-    ``u_i / (1 - eta^a_i)``. A replaced unit gets incoming weights from their initial distribution and outgoing weights
-    0, u = 0 and a = 0 (Dohare et al., Nature 2024, arXiv:2306.13812). eta -> decay, rho -> rate. The state of the
-    optimizer for all these weights is set to 0, whatever the optimizer; a batch normalisation between gets scale 1,
-    shift 0 and its initial statistics for the unit.
+    with means over the batch and the pixels, f^_j = f_j / (1 - eta^a_j) before the step and u^_j = u_j / (1 - eta^a_j).
+    Units older than m steps are eligible. c <- c + rho * (number of eligible units), and the floor(c) of them with the
+    lowest u^_j are replaced and subtracted from c (Dohare et al., "Loss of Plasticity in Deep Continual Learning",
+    Nature 2024, arXiv:2108.06325). rho -> rate, m -> maturity, eta -> decay. A new unit has incoming weights drawn from
+    He's uniform distribution, U(-b, b) with b = sqrt(6 / fan-in), an incoming bias of 0, and outgoing weights of 0. The
+    bias of each outgoing layer gets o_j f^_j, so that its mean output stays; age, utility and mean start at 0, and the
+    state of the optimizer for the weights of the unit is set to 0.
 
-    Initial weights are drawn as torch's layers draw them, U(-1/sqrt(fan in), 1/sqrt(fan in)), with bias 0. The mean is
-    over the samples of the step and the places of a map. Layers of ``nn.Sequential`` chains are covered, as in ``MLP``
-    and ``ConvNet``; residual networks have none and are refused. Replaced units are the same on every process.
+    Replaced are units of ``MLP``, of ``ConvNet`` and other chains, and of the inner layer of each residual block. A
+    normalisation layer behind the incoming layer gets the scale 1, the shift 0 and the statistics 0 and 1. Where the
+    outgoing layer has no bias, its output changes by o_j f^_j; normalisation removes this. The activation is what the
+    outgoing layer reads, after pooling and dropout. The authors' code replaces one unit with probability rho times the
+    number of eligible units; the counter c of the paper needs no random numbers. The count of steps of Adam, which all
+    weights of a tensor share, stays. Layers that a phase does not train are left alone. The backbone must not be
+    compiled. All processes replace the same units.
 
     Args:
-        rate: rho, share of the mature units replaced at each step, in [0, 1]; with 0 nothing changes.
+        rate: rho, in [0, 1]; the paper uses 1e-6 to 3e-4 for wide layers.
+        maturity: m, at least 0, in optimizer steps.
         decay: eta, in [0, 1).
-        maturity: Number of steps before a unit may be replaced, at least 0.
+        utility: ``contribution`` or ``adaptable``.
+
+    Raises:
+        ValueError: If an option is out of range, or, before training, if the network has no such layer.
     """
 
-    paper: str = "Dohare et al., Nature 2024, arXiv:2306.13812"
+    paper: str = "Dohare et al., Nature 2024, arXiv:2108.06325"
 
-    def __init__(self, *, rate: float = 1e-4, decay: float = 0.99, maturity: int = 100) -> None:
+    def __init__(
+        self, *, rate: float = 1e-4, maturity: int = 100, decay: float = 0.99, utility: Utility = "contribution"
+    ) -> None:
         within(self, "[0, 1]", rate=rate)
-        within(self, "[0, 1)", decay=decay)
         at_least(self, 0, maturity=maturity)
-        self.rate, self.decay, self.maturity = rate, decay, maturity
-        self.utility: dict[str, Tensor] = {}
-        self.age: dict[str, Tensor] = {}
-        self.due: dict[str, float] = {}  # units to be replaced, summed over the steps
-        self.replaced: dict[str, int] = {}
-        self._units: list[Units] = []
-        self._seen: dict[str, Tensor] = {}
-        self._rows: dict[str, int] = {}
-        self._hooks: list[Any] = []
+        within(self, "[0, 1)", decay=decay)
+        one_of(self, get_args(Utility), utility=utility)
+        self.rate, self.maturity, self.decay = rate, maturity, decay
+        self.utility: Utility = utility
+        self.units: dict[str, dict[str, Tensor]] = {}
+        """By the name of the incoming layer: ``age``, ``mean``, ``utility`` ``(units,)``, and ``counter`` and
+        ``replaced``, scalars; float64."""
+        self._layers: list[HiddenLayer] = []
+        self._sums: dict[str, Tensor] = {}  # sums of h, of its distances, and their number, since the last step
+        self._handles: list[RemovableHandle] = []
         self._step = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._remove()
-        if self.rate == 0:
-            return
-        network: Any = pl_module.network
-        blocks = [block for block in getattr(network.head, "blocks", ()) if isinstance(block, nn.Linear)]
-        self._units = [units for units in units_of(network, blocks) if units.are_trained()]
-        if not self._units:
+    # ------------------------------------------------------------------ activations
+
+    def on_task_start(self, trainer: Trainer, strategy: "ContinualStrategy", task: Task) -> None:
+        if not hidden_layers(strategy.network):
             raise ValueError(
-                f"ContinualBackprop: {type(network.backbone).__name__} has no trained chain of layers; use MLP, "
-                "ConvNet or another nn.Sequential"
+                f"ContinualBackprop: {type(strategy.network.backbone).__name__} has no layers whose units can be "
+                "replaced; use MLP, ConvNet or a ResNet of basic blocks"
             )
-        self._step = trainer.global_step
-        for units in self._units:
-            device = units.layer.weight.device
-            for kept in (self.utility, self.age):
-                value = kept.get(units.name)
-                kept[units.name] = torch.zeros(len(units)) if value is None or len(value) != len(units) else value
-                kept[units.name] = kept[units.name].to(device)
-            self._hooks.append(units.takers[0].register_forward_pre_hook(self._note(units, pl_module)))
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._remove()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step, self._sums = trainer.global_step, {}
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._remove()
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        network: Any = pl_module.network
+        self._layers = [layer for layer in hidden_layers(network) if layer.incoming.weight.requires_grad]
+        if self.rate:
+            self._begin(self._layers)
+            for layer in self._layers:
+                self._handles.append(layer.outgoing.register_forward_pre_hook(self._hook(layer)))
 
+    def _begin(self, layers: list[HiddenLayer]) -> None:
+        """State of each layer, on its device."""
+        for layer in layers:
+            weight = layer.incoming.weight
+            zeros = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+            kept = self.units.get(layer.name)
+            if kept is None or kept["age"].shape != zeros.shape:
+                kept = {name: zeros.clone() for name in ("age", "mean", "utility")}
+                kept |= {name: zeros.new_zeros(()) for name in ("counter", "replaced")}
+            self.units[layer.name] = {name: value.to(weight.device) for name, value in kept.items()}
+            self._sums.setdefault(layer.name, zeros.new_zeros(3, len(weight)))
+
+    def _hook(self, layer: HiddenLayer) -> Any:
+        @torch.no_grad()
+        def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            # (rows, units, pixels)
+            h = full_precision(inputs[0]).reshape(len(inputs[0]), len(layer.incoming.weight), -1)
+            centre = self._mean(layer.name)[:, None].to(h) if self.utility == "adaptable" else 0.0
+            count = h.new_full((h.shape[1],), h.shape[0] * h.shape[2])
+            self._sums[layer.name] += torch.stack([h.sum((0, 2)), (h - centre).abs().sum((0, 2)), count])
+
+        return add
+
+    def _mean(self, name: str) -> Tensor:
+        """f^: bias-corrected means of the activations, 0 for units of age 0."""
+        units = self.units[name]
+        return units["mean"] / (1 - self.decay ** units["age"].clamp(min=1))
+
+    # ------------------------------------------------------------------ after a step
+
+    @torch.no_grad()
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._units or trainer.global_step == self._step:  # gradients are being accumulated
+        self._release()
+        if not self.rate or trainer.global_step == self._step:  # gradients are being accumulated
             return
         self._step = trainer.global_step
         strategy: Any = pl_module
-        self.update(trainer.optimizers, mix(strategy.seed, _FRESH, trainer.global_step))
+        for number, layer in enumerate(self._layers):
+            self.measure(layer, all_sum(self._sums.pop(layer.name)))
+            chosen, certain = self.choose(layer)
+            draw = Draw.of(1, strategy.seed, _UNITS, strategy.task.index, trainer.global_step, number)
+            replace_units(layer, chosen, certain, self._mean(layer.name), draw, trainer.optimizers)
+            for name in ("age", "mean", "utility"):
+                value = self.units[layer.name][name]
+                value[chosen] = value[chosen].masked_fill(certain, 0)
 
-    @torch.no_grad()
-    def update(self, optimizers: list[Any], key: int) -> None:
-        """Update utilities and ages after a step, and replace units.
+    def measure(self, layer: HiddenLayer, sums: Tensor) -> None:
+        """Update age, mean and utility.
 
         Args:
-            optimizers: Their state for the weights of replaced units is set to 0.
-            key: Seed of the new weights, the same on every process.
+            layer: The layer.
+            sums: Sums of h, of ``|h|`` or ``|h - f^|``, and numbers of values, since the last step, ``(3, units)``.
         """
-        sizes = [len(units) for units in self._units]
-        sums = [
-            self._seen.get(units.name, torch.zeros(len(units), device=units.layer.weight.device))
-            for units in self._units
-        ]
-        counts = torch.tensor([float(self._rows.get(units.name, 0)) for units in self._units], device=sums[0].device)
-        joint = all_sum(torch.cat([*sums, counts]))
-        self._seen, self._rows = {}, {}
-        parts, rows = torch.split(joint[: sum(sizes)], sizes), joint[sum(sizes) :]
-        for place, units in enumerate(self._units):
-            name, mean = units.name, parts[place] / rows[place].clamp(min=1)
-            self.utility[name].lerp_(mean * outgoing_size(units.takers, len(units)), 1 - self.decay)
-            self.age[name].add_(1)
-            mature = self.age[name] > self.maturity
-            number = int(mature.sum())  # synchronises, as the choice below does
-            self.due[name] = self.due.get(name, 0.0) + self.rate * number
-            if (count := min(int(self.due[name]), number)) == 0:
-                continue
-            self.due[name] -= count
-            corrected = self.utility[name] / (1 - self.decay ** self.age[name])
-            chosen = corrected.masked_fill(~mature, torch.inf).argsort(stable=True)[:count]
-            self._replace(units, chosen, optimizers, mix(key, place))
-            self.utility[name][chosen], self.age[name][chosen] = 0.0, 0.0
-            self.replaced[name] = self.replaced.get(name, 0) + count
+        units, (total, distances, count) = self.units[layer.name], sums
+        seen = count.clamp(min=1)
+        reading: list[Any] = layer.readers()
+        outgoing = [layer.columns(reader.weight).double().abs().sum((0, 2)) for reader in reading]
+        contribution = distances / seen * torch.stack(outgoing).sum(0)
+        if self.utility == "adaptable":
+            contribution = contribution / layer.incoming.weight.double().abs().flatten(1).sum(1).clamp(min=1e-12)
+        units["age"] += 1
+        units["mean"].lerp_(total / seen, 1 - self.decay)
+        units["utility"].lerp_(contribution, 1 - self.decay)
 
-    @torch.no_grad()
-    def _replace(self, units: Units, chosen: Tensor, optimizers: list[Any], key: int) -> None:
-        weight = units.layer.weight
-        bound = weight[0].numel() ** -0.5
-        generator = torch.Generator().manual_seed(key)
-        fresh = torch.rand((len(chosen), *weight.shape[1:]), generator=generator) * 2 * bound - bound
-        weight[chosen] = fresh.to(weight)
-        changed: list[tuple[Tensor, Any]] = [(weight, chosen)]
-        if units.layer.bias is not None:
-            units.layer.bias[chosen] = 0.0
-            changed.append((units.layer.bias, chosen))
-        if units.norm is not None:
-            for tensor, value in ((units.norm.weight, 1.0), (units.norm.bias, 0.0)):
-                if tensor is not None:
-                    tensor[chosen] = value
-                    changed.append((tensor, chosen))
-            if units.norm.running_mean is not None:
-                units.norm.running_mean[chosen], units.norm.running_var[chosen] = 0.0, 1.0
-        for layer in units.takers:
-            _by_unit(layer.weight, len(units))[:, chosen] = 0.0
-        for optimizer in optimizers:
-            for tensor, rows in changed:
-                for state in _states(optimizer, tensor):
-                    state[rows] = 0.0
-            for layer in units.takers:
-                for state in _states(optimizer, layer.weight):
-                    _by_unit(state, len(units))[:, chosen] = 0.0
+    def choose(self, layer: HiddenLayer) -> tuple[Tensor, Tensor]:
+        """The units that may be replaced at this step, and which of them are, without waiting for the device.
 
-    def _note(self, units: Units, strategy: Any) -> Any:
-        """A hook that sums the activations of a forward pass in training."""
+        Returns:
+            Indices of the units with the lowest utility, int64 ``(k,)``, and whether each is replaced, bool ``(k,)``.
+        """
+        units = self.units[layer.name]
+        eligible = units["age"] > self.maturity
+        corrected = units["utility"] / (1 - self.decay ** units["age"].clamp(min=1))
+        units["counter"] += self.rate * eligible.sum()
+        number = (units["counter"] + 1e-9).floor()
+        most = min(len(eligible), int(self.rate * len(eligible)) + 1)  # counter < 1 before this step
+        lowest, chosen = corrected.masked_fill(~eligible, torch.inf).topk(most, largest=False)
+        certain = (torch.arange(most, device=chosen.device) < number) & lowest.isfinite()
+        units["counter"] -= certain.sum()
+        units["replaced"] += certain.sum()
+        return chosen, certain
 
-        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if strategy.training and torch.is_grad_enabled() and len(args[0]):
-                rows = activity(args[0], len(units))
-                self._seen[units.name] = self._seen[units.name] + rows if units.name in self._seen else rows
-                self._rows[units.name] = self._rows.get(units.name, 0) + len(args[0])
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
-        return note
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release()
 
-    def _remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._units, self._seen, self._rows = [], [], {}, {}
+    # ------------------------------------------------------------------ state
 
     def bytes_kept(self) -> dict[str, int]:
-        return {"statistics": sum(x.nbytes for kept in (self.utility, self.age) for x in kept.values())}
+        tensors = [value for units in self.units.values() for value in units.values()]
+        return {"utilities": sum(value.numel() * value.element_size() for value in tensors)}
 
     def results(self) -> dict[str, Any]:
-        return {"replaced": dict(self.replaced)} if self.replaced else {}
+        return {"replaced": {name: int(units["replaced"]) for name, units in self.units.items()}}
 
     def state_dict(self) -> dict[str, Any]:
-        kept = {key: {n: x.cpu() for n, x in getattr(self, key).items()} for key in ("utility", "age")}
-        return {**kept, "due": dict(self.due), "replaced": dict(self.replaced)}
+        return {name: dict(units) for name, units in self.units.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.utility, self.age = dict(state_dict["utility"]), dict(state_dict["age"])
-        self.due, self.replaced = dict(state_dict["due"]), dict(state_dict["replaced"])
+        self.units = {name: dict(units) for name, units in state_dict.items()}
 
 
-def _states(optimizer: Any, tensor: Tensor) -> Iterator[Tensor]:
-    """Tensors of an optimizer's state that have the shape of a weight."""
-    for value in optimizer.state.get(tensor, {}).values():
-        if isinstance(value, Tensor) and value.shape == tensor.shape:
+@torch.no_grad()
+def replace_units(
+    layer: HiddenLayer, chosen: Tensor, certain: Tensor, mean: Tensor, draw: Draw, optimizers: list[Any]
+) -> None:
+    """Replace units of a layer by new ones, and clear the state that optimizers keep for their weights.
+
+    Args:
+        layer: The layer.
+        chosen: Indices of units, int64 ``(k,)``.
+        certain: Whether each is replaced, bool ``(k,)``.
+        mean: Mean activation of each unit of the layer, ``(units,)``; it is moved to the biases of the outgoing layer.
+        draw: Random numbers of the incoming weights.
+        optimizers: Optimizers; each tensor of their states that has the shape of a parameter is cleared.
+    """
+    incoming, weight = layer.incoming, layer.incoming.weight
+    rows = weight[chosen]
+    bound = (6 / rows[0].numel()) ** 0.5
+    fresh = torch.rand(rows.shape, generator=draw.generator(rows.device), device=rows.device, dtype=rows.dtype)
+    _set_rows(weight, chosen, certain, (2 * fresh - 1) * bound)
+    touched = [weight]
+    norm = layer.norm
+    vectors = [(incoming.bias, 0.0)]
+    if norm is not None:
+        vectors += [(norm.weight, 1.0), (norm.bias, 0.0)]  # type: ignore[list-item]
+    for vector, value in vectors:
+        if vector is not None:
+            _set_rows(vector, chosen, certain, torch.full_like(vector[chosen], value))
+            touched.append(vector)
+    if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
+        _set_rows(norm.running_mean, chosen, certain, torch.zeros_like(norm.running_mean[chosen]))
+        _set_rows(norm.running_var, chosen, certain, torch.ones_like(norm.running_var[chosen]))
+    states = [optimizer.state for optimizer in optimizers]
+    for reader in layer.readers():
+        columns = layer.columns(reader.weight)  # type: ignore[arg-type]
+        gone = columns[:, chosen] * certain[:, None]
+        if (bias := getattr(reader, "bias", None)) is not None:
+            bias += (gone.sum(2).to(mean) @ mean[chosen]).to(bias)
+        columns[:, chosen] -= gone
+        for state in states:
+            for kept in _like(state, reader.weight):
+                of_unit = layer.columns(kept)
+                of_unit[:, chosen] = of_unit[:, chosen].masked_fill(certain[:, None], 0)
+    for parameter in touched:
+        for state in states:
+            for kept in _like(state, parameter):
+                _set_rows(kept, chosen, certain, torch.zeros_like(kept[chosen]))
+
+
+def _set_rows(tensor: Tensor, chosen: Tensor, certain: Tensor, values: Tensor) -> None:
+    mask = certain.view(-1, *(1,) * (tensor.dim() - 1))
+    tensor[chosen] = torch.where(mask, values, tensor[chosen])
+
+
+def _like(state: Mapping[Any, Any], parameter: Any) -> Iterator[Tensor]:
+    """Tensors of the state of a parameter that have its shape, such as moments."""
+    for value in state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
             yield value

@@ -1,65 +1,64 @@
-"""Spectral regularisation: largest singular values near 1 keep a network trainable over many tasks."""
+"""Spectral regularisation: the largest singular value of each layer is held at 1."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_lightning.batch import Batch, mix
+from cl_lightning.batch import Batch, Draw
 from cl_lightning.callback import ContinualCallback
 from cl_lightning.checks import at_least
 from cl_lightning.losses import full_precision
 from cl_lightning.models import Output
 
-_MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
-_START = 0x5BEC  # salt of the first vectors
+if TYPE_CHECKING:
+    from cl_lightning.strategy import ContinualStrategy
+
+_START = 0x5BEC  # salt of the vectors with which the power iteration starts
 
 
-def singular_vectors(weight: Tensor, left: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
-    """Approximate singular vectors of the largest singular value after some steps of power iteration.
+def spectral_norm(weight: Tensor, u: Tensor) -> Tensor:
+    """sigma = u^T W v with v = W^T u / ||W^T u||, a scalar whose gradient is u v^T: u and v are constants.
+
+    It is the largest singular value if u is the first left singular vector.
 
     Args:
         weight: W, ``(outputs, inputs)``.
-        left: u, ``(outputs,)``, the result of earlier steps or any vector.
-        steps: Number of steps, at least 1.
-
-    Returns:
-        u ``(outputs,)`` and v ``(inputs,)``, of norm 1.
+        u: Vector of norm 1, ``(outputs,)``.
     """
-    for _ in range(steps):
-        right = F.normalize(weight.T @ left, dim=0)
-        left = F.normalize(weight @ right, dim=0)
-    return left, right
-
-
-def spectral_penalty(weight: Tensor, left: Tensor, right: Tensor, exponent: int) -> Tensor:
-    """``(sigma^k - 1)^2`` with sigma = u^T W v; u and v are constants."""
-    sigma = left @ full_precision(weight).flatten(1) @ right
-    return (sigma**exponent - 1).square()
+    with torch.no_grad():
+        v = F.normalize(weight.T @ u, dim=0)
+    sigma: Tensor = u @ (weight @ v)
+    return sigma
 
 
 class SpectralRegularization(ContinualCallback):
-    """Adds the distance of the largest singular value of each layer from 1 to the loss of any strategy.
+    """Penalty on the distance of the largest singular value of each layer from 1, which keeps a network trainable.
 
-    The term ``spectral`` is
+    With W_l the weights of layer l as a matrix (outputs, inputs times kernel size), b_l its bias, and g and s the scale
+    and the shift of a normalisation layer, the term ``spectral`` is added to the loss of any strategy:
 
-        lambda sum_l [ (sigma(W_l)^k - 1)^2 + ||b_l||^(2k) ]
+        lambda * ( sum_l [ (sigma_max(W_l)^k - 1)^2 + ||b_l||^(2k) ]
+                   + sum_norms [ sum_i (|g_i|^k - 1)^2 + ||s||^(2k) ] )
 
-    over linear layers and convolutions, whose kernels are matrices ``(outputs, inputs * height * width)`` (Lewandowski
-    et al., ICLR 2025, arXiv:2406.06811). lambda -> weight, k -> exponent. sigma = u^T W v, where one step of power
-    iteration per batch follows the weights; u is in the checkpoint. Scales g of normalisation layers, whose singular
-    values are |g|, add ``sum_i (|g_i|^k - 1)^2``, and their shifts count as biases.
-    Chosen here, since only abstracts, reviews and a summary could be read: k = 2, and normalisation layers as above.
-    Embeddings, tokens and parameters of other modules are left out, and so are frozen layers. With weight 0 no term is
-    added.
+    (Lewandowski et al., "Learning Continually by Spectral Regularization", ICLR 2025, arXiv:2406.06811). lambda ->
+    weight, k -> exponent. sigma_max = u^T W v, with one power iteration per step,
+
+        v = W^T u / ||W^T u||,   u = W v / ||W v||
+
+    u is kept from step to step and in checkpoints; it starts as Gaussian noise. u and v are constants, so the gradient
+    with respect to W is ``2 k (sigma^k - 1) sigma^(k-1) u v^T``.
+
+    k = 2, the penalties of normalisation layers and the layers are our choice: all trained weights with two dimensions
+    or more take part, embeddings excepted. The weights of the classes of each task are a matrix of their own. The
+    stacked projections of ``nn.MultiheadAttention`` are one matrix. Do not use weight decay on the same weights.
 
     Args:
-        weight: lambda, at least 0; the paper's grid is 1e-5 to 1e-2.
-        exponent: k, at least 1.
+        weight: lambda, at least 0; with 0 no term is added. The paper searches 1e-5 to 1e-2.
+        exponent: k, an integer of at least 1.
     """
 
     paper: str = "Lewandowski et al., ICLR 2025, arXiv:2406.06811"
@@ -68,50 +67,67 @@ class SpectralRegularization(ContinualCallback):
         at_least(self, 0, weight=weight)
         at_least(self, 1, exponent=exponent)
         self.weight, self.exponent = weight, exponent
-        self._left: dict[str, Tensor] = {}
-        self._right: dict[str, Tensor] = {}
+        self.vectors: dict[str, Tensor] = {}
+        """u of each matrix by the name of its weight, ``(outputs,)``, at least float32."""
 
+    @torch.no_grad()
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """One step of power iteration, on every process, also on one without samples."""
-        if self.weight == 0:
-            return
-        with torch.no_grad(), torch.autocast(pl_module.device.type, enabled=False):
-            for name, layer in _trained_maps(cast(nn.Module, pl_module.network)):
-                matrix = full_precision(layer.weight).flatten(1)
-                left = self._left.get(name)
-                if left is None or len(left) != len(matrix):
-                    generator = torch.Generator().manual_seed(mix(_START, *name.encode()))
-                    left = torch.randn(len(matrix), generator=generator)
-                self._left[name], self._right[name] = singular_vectors(matrix, left.to(matrix))
+        # Here and not in `losses`, which a process without samples does not call: u is the same on all processes.
+        if self.weight:
+            strategy: Any = pl_module
+            self.iterate(strategy.network, strategy.seed)
 
-    def losses(self, strategy: Any, batch: Batch, output: Output) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def iterate(self, network: nn.Module, seed: int) -> None:
+        """One power iteration for each matrix; new matrices begin with a vector that their name and the seed give."""
+        with torch.autocast(next(network.parameters()).device.type, enabled=False):
+            for name, value in _matrices(network):
+                matrix = full_precision(value).flatten(1)
+                u = self.vectors.get(name)
+                if u is None or u.shape != matrix.shape[:1]:
+                    u = F.normalize(Draw.of(len(matrix), seed, _START, *name.encode()).randn(), dim=0)
+                v = F.normalize(matrix.T @ u.to(matrix), dim=0)
+                self.vectors[name] = F.normalize(matrix @ v, dim=0)
+
+    def losses(self, strategy: "ContinualStrategy", batch: Batch, output: Output) -> dict[str, Tensor]:
         if self.weight == 0:
             return {}
-        k, parts = self.exponent, []
-        with torch.autocast(strategy.device.type, enabled=False):
-            for name, layer in _trained_maps(strategy.network):
-                parts.append(spectral_penalty(layer.weight, self._left[name], self._right[name], k))
-                parts += _of_bias(layer.bias, k)
-            for layer in strategy.network.modules():
-                if isinstance(layer, _NORMS) and layer.weight is not None and layer.weight.requires_grad:
-                    parts.append((full_precision(layer.weight).abs() ** k - 1).square().sum())
-                    parts += _of_bias(layer.bias, k)
-        return {"spectral": self.weight * torch.stack(parts).sum()} if parts else {}
+        return {"spectral": self.weight * self.penalty(strategy.network)}
+
+    def penalty(self, network: nn.Module) -> Tensor:
+        """The sum over all layers, a scalar, with the vectors of the last :meth:`iterate`."""
+        k, terms = self.exponent, list[Tensor]()
+        with torch.autocast(next(network.parameters()).device.type, enabled=False):
+            for name, value in _matrices(network):
+                sigma = spectral_norm(full_precision(value).flatten(1), self.vectors[name])
+                terms.append((sigma**k - 1).square())
+            for value in _vectors(network, "weight"):
+                terms.append((full_precision(value).abs() ** k - 1).square().sum())
+            for value in _vectors(network, "bias"):
+                terms.append(full_precision(value).square().sum() ** k)
+        return torch.stack(terms).sum()
+
+    def bytes_kept(self) -> dict[str, int]:
+        return {"singular vectors": sum(u.numel() * u.element_size() for u in self.vectors.values())}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"left": {name: value.cpu() for name, value in self._left.items()}}
+        return dict(self.vectors)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self._left = dict(state_dict["left"])
+        self.vectors = dict(state_dict)
 
 
-def _trained_maps(network: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Linear layers and convolutions whose weights are trained, by name."""
-    for name, layer in network.named_modules():
-        if isinstance(layer, _MAPS) and layer.weight.requires_grad:
-            yield name, layer
+def _matrices(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of the trained weights with two dimensions or more, embeddings excepted."""
+    for prefix, module in network.named_modules():
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            for name, value in module.named_parameters(recurse=False):
+                if name.endswith("weight") and value.requires_grad and value.dim() > 1:
+                    yield f"{prefix}.{name}", value
 
 
-def _of_bias(bias: Tensor | None, exponent: int) -> list[Tensor]:
-    """``||b||^(2k)``, if the layer has a bias that is trained."""
-    return [] if bias is None or not bias.requires_grad else [full_precision(bias).square().sum() ** exponent]
+def _vectors(network: nn.Module, kind: str) -> Iterator[Tensor]:
+    """The trained vectors whose name ends with ``kind``: biases and shifts, or scales of normalisation."""
+    for name, value in network.named_parameters():
+        if name.endswith(kind) and value.requires_grad and value.dim() == 1:
+            yield value

@@ -9,10 +9,9 @@ from cl_lightning.callbacks.distillation import Distillation
 from cl_lightning.callbacks.drift_compensation import DriftCompensation
 from cl_lightning.callbacks.ema_ensemble import EMAEnsemble
 from cl_lightning.callbacks.importance_penalty import ImportancePenalty
-from cl_lightning.callbacks.l2_init import L2Init
 from cl_lightning.callbacks.shrink_and_perturb import ShrinkAndPerturb
 from cl_lightning.callbacks.spectral_regularization import SpectralRegularization
-from cl_lightning.callbacks.wasserstein_regularization import WassersteinRegularization
+from cl_lightning.callbacks.wasserstein_regularization import L2Init, WassersteinRegularization
 from cl_lightning.memory import PrototypeHead
 from cl_lightning.models import MLP
 from cl_lightning.strategies.baselines.finetune import Finetune
@@ -30,6 +29,6 @@ def plasticity_callbacks() -> list[Callback]:
         SpectralRegularization(),
         WassersteinRegularization(),
         L2Init(),
-        ShrinkAndPerturb(shrink=0.99, every="step"),
+        ShrinkAndPerturb(when="step"),
         ContinualBackprop(rate=0.05, maturity=1),
     ]
