@@ -14,8 +14,8 @@ spread
     V = 1/2 ( 1/T sum_t tau_t^T F tau_t - tau^T F tau ),   tau = 1/T sum_t tau_t
 
 by which the composition is better than the mean of its parts for a quadratic loss with the Hessian F. beta ->
-pull_weight, 0.02 as for ITA, which is our choice. Phases, F, the chain rule for A and B, ``pull_limit`` and
-:meth:`compose` are those of ITA; the first task is the first task of ITA, since there tau_T is the composition.
+pull_weight, 0.02 as for ITA, which is our choice. The phases, the chain rule for A and B, ``pull_limit`` and
+:meth:`compose` are as in ITA. The first task is the first task of ITA, since tau_T is the whole composition there.
 The gradient of CE with respect to tau_T has the factor 1/T, which Adam takes out. Validation during a task measures
 the composition.
 Departs from the paper: the variants of full fine-tuning and of (IA)^3 are not offered. The released code adds 1e-5 to F

@@ -27,7 +27,7 @@ The running statistics of batch normalisation begin each task as before the firs
 composed weights on the images of the task, because images of earlier tasks are gone; with ``freeze_norm`` they stay.
 Validation during a task, and curves of ``ContinualEvaluation``, measure theta_0 + tau_t.
 tau_t is the change of all weights that ``lr_factors`` leaves trainable, or, with ``peft``, the matrices s B_t A_t of a
-new ``LoRA`` for each task in the frozen backbone. F is then the one of the whole matrices, the pull reaches A and B by
+new ``LoRA`` for each task in the frozen backbone. F is computed for the whole matrices, the pull reaches A and B by
 the chain rule, ``pull_limit`` holds for each A and B, and A_t and B_t are kept instead of tau_t:
 
     g_B = s (alpha F_past * tau) A^T,   g_A = s B^T (alpha F_past * tau)
