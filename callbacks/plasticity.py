@@ -14,21 +14,12 @@ from cl_lightning.callbacks.continual_backprop import hidden_layers
 from cl_lightning.checks import at_least
 from cl_lightning.distributed import all_gather_rows, all_sum, world_size
 from cl_lightning.losses import cross_entropy
+from cl_lightning.measures import PLASTICITY
 from cl_lightning.models import Output
 from cl_lightning.stream import Task
 
 if TYPE_CHECKING:
     from cl_lightning.strategy import ContinualStrategy
-
-NAMES = (
-    "online_accuracy",
-    "task_accuracy",
-    "dormant_units",
-    "effective_rank",
-    "weight_norm",
-    "gradient_norm",
-)
-"""Names of the measures, in the results and, after ``plasticity/``, in loggers."""
 
 
 class Plasticity(ContinualCallback):
@@ -61,8 +52,8 @@ class Plasticity(ContinualCallback):
         at_least(self, 1, samples=samples, optional=True)
         at_least(self, 0, threshold=threshold)
         self.samples, self.threshold = samples, threshold
-        self.table = torch.zeros(0, len(NAMES), dtype=torch.float64)
-        """Measures in the order of ``NAMES`` after each task, float64 ``(tasks, measures)``; nan where undefined."""
+        self.table = torch.zeros(0, len(PLASTICITY), dtype=torch.float64)
+        """Measures in the order of ``PLASTICITY``, float64 ``(tasks, measures)``; nan where undefined."""
         self._counts = torch.zeros(2, dtype=torch.float64)  # correct and all predictions of the task in training
         self._is_new_batch = self._is_local = False
 
@@ -93,7 +84,7 @@ class Plasticity(ContinualCallback):
         new = torch.tensor([row], dtype=torch.float64)
         self.table = torch.cat([self.table[: task.index], new])
         for logger in trainer.loggers:
-            found = {f"plasticity/{name}": value for name, value in zip(NAMES, row, strict=True) if value == value}
+            found = {f"plasticity/{name}": value for name, value in zip(PLASTICITY, row, strict=True) if value == value}
             logger.log_metrics(found, step=trainer.global_step)
 
     def _measured(self, strategy: "ContinualStrategy") -> list[float]:
@@ -148,7 +139,9 @@ class Plasticity(ContinualCallback):
 
     def results(self) -> dict[str, Any]:
         columns = self.table.T.tolist()
-        found = {name: [None if v != v else v for v in values] for name, values in zip(NAMES, columns, strict=True)}
+        found = {
+            name: [None if v != v else v for v in values] for name, values in zip(PLASTICITY, columns, strict=True)
+        }
         return {"samples": self.samples, "threshold": self.threshold, **found} if len(self.table) else {}
 
     def state_dict(self) -> dict[str, Any]:

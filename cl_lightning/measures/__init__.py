@@ -46,11 +46,12 @@ from cl_lightning.measures.functional import (
     unknown_auroc,
 )
 from cl_lightning.measures.matrix import AccuracyMatrix
-from cl_lightning.measures.plasticity import dormant_units, effective_rank, joint_norm
+from cl_lightning.measures.plasticity import PLASTICITY, dormant_units, effective_rank, joint_norm
 
 __all__ = [
     "CONFIDENCE_BINS",
     "MEBIBYTE",
+    "PLASTICITY",
     "AccuracyMatrix",
     "BaseNovel",
     "CostMeter",

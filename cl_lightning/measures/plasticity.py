@@ -5,6 +5,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+PLASTICITY = (
+    "online_accuracy",
+    "task_accuracy",
+    "dormant_units",
+    "effective_rank",
+    "weight_norm",
+    "gradient_norm",
+)
+"""Names of the measures after each task: of the callback ``Plasticity``, its results and the report."""
+
 
 def dormant_units(activity: Tensor, threshold: float = 0.025) -> Tensor:
     """Which units of a layer are dormant, ``a_i / mean_k a_k <= threshold`` (Sokar et al., arXiv:2302.12902).

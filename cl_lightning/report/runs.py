@@ -175,6 +175,7 @@ class Run:
         flops: Floating-point operations of one prediction.
         protocol: Protocol of the run.
         curves: Evaluations during training; None without.
+        plasticity: Measures of plasticity after each finished task, by name; empty without.
         versions, hardware: Software versions and hardware, as text by name.
         written: Modification time of the file in seconds; 0 if not known.
         notes: Malformed or missing optional fields of the file.
@@ -210,6 +211,7 @@ class Run:
     flops: int | None
     protocol: Protocol
     curves: Curves | None
+    plasticity: Mapping[str, tuple[float | None, ...]]
     versions: Mapping[str, str]
     hardware: Mapping[str, str]
     written: float = field(default=0.0, compare=False)
@@ -396,6 +398,7 @@ def parse(data: Any, folder: Path) -> Run:
         flops=cost.optional("flops_per_image", nullable(natural), None),
         protocol=_protocol(top, finished),
         curves=_curves(top),
+        plasticity=_plasticity(top),
         versions=top.optional("versions", flattened, {}),
         hardware=top.optional("hardware", flattened, {}),
         notes=tuple(clean(note) for note in notes),
@@ -465,3 +468,16 @@ def _curves(top: _Object) -> Curves | None:
         return found
 
     return top.optional("continual_evaluation", parse, None)
+
+
+def _plasticity(top: _Object) -> Mapping[str, tuple[float | None, ...]]:
+    def parse(value: Any) -> Mapping[str, tuple[float | None, ...]]:
+        from cl_lightning.measures import PLASTICITY  # imports torch, which most reports do not need
+
+        part = _object(value)
+        found = {name: list_of(nullable(number))(part[name]) for name in PLASTICITY if name in part}
+        if len({len(values) for values in found.values()}) > 1:
+            raise _MalformedError("must have one entry per task in each list")
+        return found
+
+    return top.optional("plasticity", parse, {})

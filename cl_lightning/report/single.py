@@ -38,6 +38,7 @@ def sections(group: Group) -> list[Section]:
         _run_confusion(run),
         _run_calibration(run),
         _run_stability(run),
+        _run_plasticity(run),
         _run_measures(run),
         _run_cost(run),
         Section("Software and hardware", card=cards.software([group])),
@@ -218,6 +219,23 @@ def _run_stability(run: Run) -> Section:
     tiles = [(gap_name(name), f"{100 * value:.1f}", "%") for name, value in curves.measures.items() if "/" not in name]
     plot = Plot("Accuracy during training.", svg, text, legend)
     return Section("During training: the stability gap", tiles=tiles, plots=[plot], notes=[GAP_NOTE])
+
+
+def _run_plasticity(run: Run) -> Section:
+    shown = []
+    for name, values in run.plasticity.items():
+        is_share = name.endswith("accuracy") or name == "dormant_units"
+        points = [percent(value) if is_share else math.nan if value is None else value for value in values]
+        label = name.replace("_", " ")
+        svg = plots.curves(
+            f"plasticity-{name.replace('_', '-')}",
+            f"{label.capitalize()} after each task",
+            [plots.Series(label, 0, range(len(points)), points)],
+            x_label="task",
+            y_label=f"{label} (%)" if is_share else label,
+        )
+        shown.append(Plot(f"{label.capitalize()}.", svg, "", []))
+    return Section("Plasticity", plots=shown)
 
 
 def _run_measures(run: Run) -> Section:

@@ -9,8 +9,11 @@ from support.runs import NormNet, assert_resumes, assert_same_run, plain_net, ru
 from torch.nn import functional as F
 
 from cl_lightning.callback import ContinualCallback
-from cl_lightning.callbacks.plasticity import NAMES, Plasticity
+from cl_lightning.callbacks.plasticity import Plasticity
+from cl_lightning.measures import PLASTICITY
 from cl_lightning.models import MLP
+from cl_lightning.report.runs import read
+from cl_lightning.report.single import _run_plasticity
 from cl_lightning.strategies.baselines.finetune import Finetune
 from cl_lightning.strategies.rehearsal.er import ER
 from cl_lightning.testing import check_strategy, small
@@ -67,7 +70,7 @@ class Plain(ContinualCallback):
 def test_the_measures_are_those_of_plain_loops(host):
     measured, plain = Plasticity(samples=None, threshold=0.5), Plain()
     run(host(backbone=partial(MLP, hidden=(12, 6)), optimizer=sgd), measured, plain, max_epochs=1)
-    assert measured.table.shape == (3, len(NAMES))
+    assert measured.table.shape == (3, len(PLASTICITY))
     torch.testing.assert_close(measured.table, torch.tensor(plain.rows, dtype=torch.float64), rtol=1e-4, atol=1e-6)
 
 
@@ -89,9 +92,12 @@ def test_results_and_logs_have_all_measures_per_task(tmp_path):
     saved = json.loads((tmp_path / "results.json").read_text())["plasticity"]
     assert saved["samples"] == 30
     assert saved["threshold"] == 0.025
-    for name in NAMES:
+    for name in PLASTICITY:
         assert len(saved[name]) == 3
     assert saved == callback.results()
+    found = read(tmp_path)
+    assert dict(found.plasticity) == {name: tuple(saved[name]) for name in PLASTICITY}
+    assert [plot.title for plot in _run_plasticity(found).plots][:2] == ["Online accuracy.", "Task accuracy."]
 
 
 def test_a_network_that_never_fires_is_dormant_and_learns_nothing():
@@ -103,7 +109,7 @@ def test_a_network_that_never_fires_is_dormant_and_learns_nothing():
 
     callback = Plasticity()
     run(Finetune(backbone=plain_net, optimizer=sgd), Kill(), callback, max_epochs=1)
-    last = dict(zip(NAMES, callback.table[-1].tolist(), strict=True))
+    last = dict(zip(PLASTICITY, callback.table[-1].tolist(), strict=True))
     assert last["dormant_units"] == 1
     assert last["effective_rank"] == 0
     assert last["gradient_norm"] == 0
