@@ -56,7 +56,7 @@ ROOMS = (
     Room(
         "data",
         "from files to augmented tensors",
-        "sources, images, loaders, transforms, auto_augment, pixels, corruptions, rotations, feature_pool, "
+        "sources, images, loaders, transforms, auto_augment, aug_mix, pixels, corruptions, rotations, feature_pool, "
         "feature_cache, arrays, samples, standardize, tables, joined, files, datasets, decoding, labels, scaling, "
         "shifts, layout, balance, cut_mix, levels",
     ),

@@ -1,5 +1,6 @@
 """From files to tensors: sources, loaders, transforms, corruptions, stored features."""
 
+from cl_lightning.data.aug_mix import AugMix
 from cl_lightning.data.auto_augment import AutoAugment
 from cl_lightning.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from cl_lightning.data.cut_mix import cut_box, cutmix, mixed_loss, mixup
@@ -35,6 +36,7 @@ __all__ = [
     "SEVERITIES",
     "AlternatingFlip",
     "ArraySource",
+    "AugMix",
     "AutoAugment",
     "ColorJitter",
     "Compose",

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as tv
 from cl_lightning.batch import Draw, mix
 from cl_lightning.data import (
     AlternatingFlip,
+    AugMix,
     AutoAugment,
     ColorJitter,
     Compose,
@@ -52,6 +53,7 @@ EXAMPLES: list[Transform] = [
     RandomGrayscale(0.5),
     RandAugment(),
     AutoAugment(),
+    AugMix(),
 ]
 TO_FLOAT = (Compose, ToFloat, Normalize)
 
@@ -72,7 +74,7 @@ def subclasses(base: type) -> set[type]:
 
 
 def test_every_transform_has_an_example():
-    modules = (ours.__name__, AutoAugment.__module__)
+    modules = (ours.__name__, AutoAugment.__module__, AugMix.__module__)
     here = {item for item in subclasses(Transform) - {Transform} if item.__module__ in modules}
     assert here == {type(example) for example in EXAMPLES}
 
@@ -110,7 +112,9 @@ def test_augmentations_keep_the_type_of_the_images_and_give_the_same_on_bytes_an
         assert numbers.dtype == dtype
         if isinstance(transform, TO_FLOAT):
             torch.testing.assert_close(numbers.float(), result, rtol=0, atol=5 * tolerance)
-        elif isinstance(transform, AutoAugment):  # an equalised image shows how the operation before it was rounded
+        elif isinstance(
+            transform, AutoAugment | AugMix
+        ):  # an equalised image shows how the operation before it was rounded
             assert dtype == torch.bfloat16 or ((numbers.float() - result / 255).abs() < 2 / 255).float().mean() > 0.9
         elif dtype != torch.bfloat16 or not isinstance(transform, RandAugment):  # thresholds turn rounding into jumps
             levels = 1.5 if isinstance(transform, RandAugment) else 0.5  # each of its two operations rounds bytes
