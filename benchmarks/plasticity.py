@@ -46,8 +46,8 @@ TEXT = """# Plasticity
 A network that has learnt many tasks may lose the ability to learn the next one. The stream `digits_random_labels`
 shows it within minutes on a CPU: 200 of scikit-learn's digits have random labels, the same in all tasks, and each task
 has a new permutation of the pixels. They are to be memorised in 20 epochs by an MLP with two hidden layers of 64 units
-and Adam with learning rate 0.003. Memorising is measured: the accuracy is on the training samples of a task directly after it. The accuracy on test
-data is chance by design.
+and Adam with learning rate 0.003. Memorising is measured: the accuracy is on the training samples of a task directly
+after it. The accuracy on test data is chance by design.
 
 {table}
 

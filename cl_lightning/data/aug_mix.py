@@ -36,9 +36,9 @@ class AugMix(Transform):
 
     The operations are those of the authors without changes of colour, contrast, brightness and sharpness; their ranges
     are recalled, not read. The level of an operation is uniform between 0.1 and ``severity``; at level 10 an image is
-    rotated by 30 degrees, sheared by 0.3, shifted by a third of its side, and all values are inverted. The sign of geometric operations is random.
-    Interpolation is by nearest neighbour. Images in [0, 1] stay in [0, 1]; for a linear normalisation, mixing before it
-    equals mixing after it.
+    rotated by 30 degrees, sheared by 0.3, shifted by a third of its side, and all values are inverted. The sign of
+    geometric operations is random. Interpolation is by nearest neighbour. Images in [0, 1] stay in [0, 1]; for a linear
+    normalisation, mixing before it equals mixing after it.
 
     Args:
         severity: Highest level, in [0.1, 10].
