@@ -1,8 +1,11 @@
-"""A frozen copy of the network that a callback owns."""
+"""A frozen copy of the network that a callback owns, and the base of callbacks with one."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch import LightningModule, Trainer
+
+from cl_lightning.callback import ContinualCallback
 from cl_lightning.memory import Teacher
 from cl_lightning.models import Network
 
@@ -46,3 +49,28 @@ class Snapshot(Teacher):
     def num_bytes(self) -> int:
         """Size of the copy or of the stored state in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state().values())
+
+
+class Taught(ContinualCallback):
+    """Base of callbacks with a teacher, which is in the checkpoint and on the device of the fit."""
+
+    def __init__(self) -> None:
+        self.teacher = Snapshot()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.teacher.restore(pl_module.network)  # type: ignore[arg-type]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A fit that is resumed loads the checkpoint again after `setup`.
+        self.teacher.restore(pl_module.network)  # type: ignore[arg-type]
+        self.teacher.to(pl_module.device)
+
+    def bytes_kept(self) -> dict[str, int]:
+        return {"teachers": self.teacher.num_bytes()}
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self.teacher.state()
+        return {"teacher": state} if state else {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.teacher.keep(state_dict["teacher"])

@@ -1,14 +1,12 @@
 """Knowledge distillation from the network before the task, for any strategy."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from cl_lightning.batch import Batch
-from cl_lightning.callback import ContinualCallback
-from cl_lightning.callbacks._snapshot import Snapshot
+from cl_lightning.callbacks._snapshot import Taught
 from cl_lightning.checks import above, at_least, one_of
 from cl_lightning.losses import feature_distillation, sigmoid_distillation, softmax_distillation
 from cl_lightning.models import Output
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
     from cl_lightning.strategy import ContinualStrategy
 
 
-class Distillation(ContinualCallback):
+class Distillation(Taught):
     """Distillation of logits or features on the current images, from the network before the task.
 
     With f the network and g a frozen copy of the network after the previous task, one of these terms is added to the
@@ -60,6 +58,7 @@ class Distillation(ContinualCallback):
         temperature: float = 2.0,
         scale_by_temperature: bool = False,
     ) -> None:
+        super().__init__()
         one_of(self, ("logits", "features"), space=space)
         one_of(self, ("softmax", "sigmoid"), form=form)
         at_least(self, 0, weight=weight)
@@ -67,7 +66,6 @@ class Distillation(ContinualCallback):
         self.space, self.form, self.weight = space, form, weight
         self.temperature, self.scale_by_temperature = temperature, scale_by_temperature
         self.uses_old_logits = space == "logits" and weight > 0
-        self.teacher = Snapshot()
 
     @property
     def state_key(self) -> str:
@@ -85,24 +83,6 @@ class Distillation(ContinualCallback):
         loss = softmax_distillation(old, target, self.temperature, scale_by_temperature=self.scale_by_temperature)
         return {"distill": self.weight * loss}
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.teacher.restore(pl_module.network)  # type: ignore[arg-type]
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A fit that is resumed loads the checkpoint again after `setup`.
-        self.teacher.restore(pl_module.network)  # type: ignore[arg-type]
-        self.teacher.to(pl_module.device)
-
     def on_task_end(self, trainer: Trainer, strategy: "ContinualStrategy", task: Task) -> None:
         self.teacher.forget()  # before the copy is made, so that one teacher at a time is in memory
         self.teacher.learn_from(strategy.network)
-
-    def bytes_kept(self) -> dict[str, int]:
-        return {"teachers": self.teacher.num_bytes()}
-
-    def state_dict(self) -> dict[str, Any]:
-        state = self.teacher.state()
-        return {"teacher": state} if state else {}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.teacher.keep(state_dict["teacher"])

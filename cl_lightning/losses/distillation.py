@@ -245,6 +245,32 @@ def cosine_feature_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     return mean_over_rows(1 - F.cosine_similarity(full_precision(student), full_precision(teacher.detach()), dim=1))
 
 
+def norm_and_direction(student: Tensor, teacher: Tensor, directions: Tensor, known: Tensor | None = None) -> Tensor:
+    """Distance of features from the direction of their class and from the teacher's norm (KD++, arXiv:2305.17007).
+
+        L = mean_i [ 1 - <f_i, e_i> / max(||f_i||, ||t_i||) ]
+
+    A feature that is shorter than the teacher's is drawn along e_i, a longer one only turns.
+
+    Args:
+        student: Features f, ``(B, d)``.
+        teacher: Features t of the same images, ``(B, d)``.
+        directions: Unit vectors e of the classes of the rows, ``(B, d)``.
+        known: Rows that count, bool ``(B,)``; the others add 0 to the mean over B rows. None for all.
+
+    Returns:
+        A scalar, in [0, 2].
+
+    Raises:
+        ValueError: If the shapes of student and teacher differ.
+    """
+    _same_shape("norm_and_direction", student, teacher)
+    student, teacher = full_precision(student), full_precision(teacher.detach())
+    longest = torch.maximum(student.norm(dim=1), teacher.norm(dim=1)).clamp(min=1e-12)
+    rows = 1 - (student * directions.to(student.dtype)).sum(1) / longest
+    return mean_over_rows(rows if known is None else rows * known)
+
+
 def pod_spatial(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Distance between pooled maps of student and teacher, mean over the batch and the maps.
 
