@@ -177,6 +177,7 @@ ADAPTED = {
     "PromptSRC": Method("promptsrc_vit32", "--trainer.max_epochs {epochs}"),
     "FSA": Method("fsa_vit32"),
     "APER": Method("aper_vit32"),
+    "APER, shallow prompts": Method("aper_vpt_shallow_vit32"),
     "RanPAC": Method("ranpac_vit32", "--model.projection 2000"),
     "SLCA": Method("slca_vit32", "--trainer.max_epochs {epochs}"),
     "LAE": Method("lae_vit32", "--trainer.max_epochs {epochs}"),
@@ -186,6 +187,8 @@ ADAPTED = {
     "CoMA": Method("cofima_vit32", "--trainer.max_epochs {epochs} --model.importance equal"),
     "MagMax": Method("magmax_vit32", "--trainer.max_epochs {epochs}"),
     "ITA": Method("ita_vit32", "--trainer.max_epochs {epochs}"),
+    "ITA, LoRA": Method("ita_lora_vit32", "--trainer.max_epochs {epochs}"),
+    "IEL": Method("iel_vit32", "--trainer.max_epochs {epochs}"),
     "SD-LoRA": Method("sd_lora_vit32", "--trainer.max_epochs {epochs}"),
     "CL-LoRA": Method("cl_lora_vit32", "--trainer.max_epochs {epochs}"),
     "MOS": Method("mos_vit32", "--trainer.max_epochs {epochs}"),
@@ -194,15 +197,22 @@ ADAPTED = {
     "DualPrompt": Method("dual_prompt_vit32", "--trainer.max_epochs {epochs}"),
     "CODA-Prompt": Method("coda_prompt_vit32", "--trainer.max_epochs {epochs}"),
     "S-Prompts": Method("s_prompts_vit32", "--trainer.max_epochs {epochs}"),
+    "S-liPrompts": Method("s_liprompts_vit32", f"{NAMES} --trainer.max_epochs {{epochs}}"),
     "EAR": Method("ear_vit32", "--trainer.max_epochs {epochs}"),
     "OnePrompt": Method("one_prompt_vit32", "--trainer.max_epochs {epochs}"),
     "OVOR": Method("ovor_vit32", "--trainer.max_epochs {epochs}"),
     "InfLoRA": Method("inflora_vit32", "--trainer.max_epochs {epochs}"),
     "RAPF": Method("rapf_vit32", f"{NAMES} --trainer.max_epochs {{epochs}}"),
+    "MG-CLIP": Method("mg_clip_vit32", NAMES),
     "PROOF": Method("proof_vit32", f"{NAMES} {MEMORY} --trainer.max_epochs {{epochs}}"),
 }
 STEPLESS = {"prototypes (ProtoCosine)": Method("proto_cosine"), "TEEN": Method("teen")}
-FEW_SHOT_METHODS = {**STEPLESS, "NC-FSCIL": Method("nc_fscil")}
+FEW_SHOT_METHODS = {
+    **STEPLESS,
+    "NC-FSCIL": Method("nc_fscil"),
+    "SoftNet": Method("softnet"),
+    "WaRP": Method("warp"),
+}
 ADAPTING = {
     "source": Method("source_cifar10"),
     "batch statistics": Method("source_cifar10", "--model BNAdapt"),
@@ -218,10 +228,16 @@ ADAPTING = {
     "ROID": Method("source_cifar10", "--model ROID"),
     "CMF": Method("source_cifar10", "--model CMF"),
     "CoTTA": Method("source_cifar10", "--model CoTTA"),
+    "PETAL": Method("source_cifar10", "--model PETAL --model.posterior_options.epochs 0"),
+    "ViDA": Method("source_cifar10", "--model ViDA --model.adapter_options.epochs 0 --model.targets '[\"*conv*\"]'"),
+    "VisualDomainPrompt": Method("source_cifar10", "--model VisualDomainPrompt"),
     "RoTTA": Method("source_cifar10", "--model RoTTA"),
     "T3A": Method("source_cifar10", "--model T3A"),
     "LAME": Method("source_cifar10", "--model LAME"),
     "LAME (rbf)": Method("source_cifar10", "--model LAME --model.affinity rbf"),
 }
 # Methods with something to reset.
-LEARNING = ("Core", "Tent", "RPL", "EATA", "SAR", "DeYO", "WisdomOfCrowds", "ROID", "CMF", "CoTTA", "RoTTA", "T3A")
+LEARNING = (
+    *("Core", "Tent", "RPL", "EATA", "SAR", "DeYO", "WisdomOfCrowds", "ROID", "CMF", "CoTTA", "PETAL", "ViDA"),
+    *("VisualDomainPrompt", "RoTTA", "T3A"),
+)
