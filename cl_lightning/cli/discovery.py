@@ -34,6 +34,8 @@ class Method:
         task_ids: Whether predictions need the task id.
         pretrained: Whether it needs a pretrained backbone.
         test_batch: Whether a prediction depends on the other samples of its test batch.
+        inputs: Kinds of samples that the method takes; its backbone must take them too. Empty for a callback.
+        targets: Kinds of targets that the method takes, likewise.
         summary: First sentence of the docstring.
     """
 
@@ -47,6 +49,8 @@ class Method:
     task_ids: bool
     pretrained: bool
     test_batch: bool
+    inputs: tuple[str, ...]
+    targets: tuple[str, ...]
     summary: str
 
     @property
@@ -58,6 +62,7 @@ class Method:
             "task ids": self.task_ids,
             "pretrained": self.pretrained,
             "whole test batches": self.test_batch,
+            "images": self.inputs == ("image",),
         }
         return ", ".join(name for name, mark in marks.items() if mark)
 
@@ -113,6 +118,8 @@ def methods() -> list[Method]:
             task_ids=member.traits.task_ids != "unused",
             pretrained=member.traits.needs_pretrained,
             test_batch=member.traits.transductive,
+            inputs=member.traits.inputs,
+            targets=member.traits.targets,
             summary=_first_sentence(member),
         )
         for member in strategies()
@@ -129,6 +136,8 @@ def methods() -> list[Method]:
             task_ids=False,
             pretrained=False,
             test_batch=False,
+            inputs=(),
+            targets=(),
             summary=_first_sentence(member),
         )
         for member in callbacks()

@@ -89,6 +89,11 @@ def predict_folder(
             allowed = f"predictions of {type(strategy).__name__} do not depend on the task; leave it out"
         raise ValueError(f"predict: task is {task}; {allowed}")
     shape = part.get("raw_shape", strategy.image_shape)
+    if shape is not None and len(shape) != 3:
+        raise ValueError(
+            f"predict: it classifies images, and the run learnt samples of shape {tuple(shape)}; call predict of the "
+            "strategy in Python"
+        )
     strategy.task = seen[-1]
     source = file_source(paths, root, shape, skip_unreadable=skip_unreadable)
     kept = set(source.paths)

@@ -20,6 +20,10 @@ def test_methods_are_listed_as_a_table_as_markdown_and_as_json(run):
     assert found["ER"]["family"] == "rehearsal"
     assert found["ER"]["exemplars"] is True
     assert found["Joint"]["all_data"] is True
+    assert found["ER"]["inputs"] == ["image", "vector", "sequence", "tokens"]
+    assert found["PASS"]["inputs"] == ["image"]
+    assert found["ER"]["targets"] == ["class"]
+    assert found["EMAEnsemble"]["inputs"] == []
     assert "arXiv:1606.09282" in found["LwF"]["paper"]
     table = run("methods").out
     assert max(map(len, table.splitlines())) <= 80

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.samples import OtherDigits
 from torch.utils.data import TensorDataset
 
@@ -117,6 +118,15 @@ def fit(tmp_path, values: Any, *options: str) -> int:
     fixed = ("--data.batch_size", "8", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu")
     path, run = str(tmp_path / "data.npz"), str(tmp_path / "run")
     return cli.main(["fit", "--data", "NpzData", "--data.path", path, *fixed, *options, "--run_dir", run])
+
+
+def test_predictions_of_files_are_for_images(tmp_path, capsys):
+    assert fit(tmp_path, VALUES["vector"], "--model", "ER", "--model.backbone", "MLP") == 0
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    options = ["--images", str(tmp_path / "a.png"), "--output", str(tmp_path / "p.csv"), "--trainer.accelerator", "cpu"]
+    assert cli.main(["predict", "--ckpt_path", checkpoint, *options]) == 2
+    assert "it classifies images, and the run learnt samples of shape (6,)" in capsys.readouterr().err
 
 
 def test_methods_and_backbones_for_images_say_so_before_training(tmp_path, capsys):
