@@ -171,7 +171,8 @@ def test_files_that_are_no_tables_are_refused(tmp_path, name, content, message):
 
 def test_a_table_of_scikit_learn_is_learnt_by_domains_and_resumed(tmp_path):
     arguments = [
-        *("fit", "--config", "table_domains", "--trainer.accelerator", "cpu", "--loop.stop_after_task", "1"),
+        *("fit", "--config", "table_domains", "--config", "er", "--model.backbone", "TableResNet"),
+        *("--trainer.max_epochs", "5", "--trainer.accelerator", "cpu", "--loop.stop_after_task", "1"),
         *("--run_dir", str(tmp_path / "run")),
     ]
     assert cli.main(arguments) == 0

@@ -80,7 +80,9 @@ DEFAULTS = {
     "rehearsal.lucir.LUCIR": {"less_forget_weight": 5, "margin": 0.5, "num_negatives": 2, "margin_weight": 1},
     "rehearsal.podnet.PODNet": {"spatial_weight": 3, "flat_weight": 1, "margin": 0.6, "proxies": 10},
     "rehearsal.wa.WA": {"memory_size": 2000, "temperature": 2},
-    "test_time.cotta.CoTTA": {"teacher_momentum": 0.999, "restore": 0.01, "threshold": 0.92, "views": 32},
+    "test_time.cotta.CoTTA": {"restore": 0.01},
+    "test_time.mean_teacher.MeanTeacherAdaptation": {"teacher_momentum": 0.999},
+    "test_time.mean_teacher.ViewAveragedTeacher": {"threshold": 0.92, "views": 32},
     "test_time.eata.EATA": {"margin": 0.4, "diversity": 0.4, "fisher_weight": 1, "fisher_samples": 2000},
     "test_time.lame.LAME": {"neighbours": 5, "iterations": 100},
 }

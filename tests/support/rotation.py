@@ -30,7 +30,7 @@ ROTATION = os.environ.setdefault("CL_LIGHTNING_ROTATION", datetime.now(UTC).date
 """Set before the workers start, which inherit it."""
 ONE_IN = 10
 """Of the methods that do not depend on what has changed."""
-MOST = 32
+MOST = 24
 """Of the methods, and files of variants, that depend on what has changed: the time of a run stays bounded."""
 
 

@@ -150,7 +150,7 @@ class SoftNet(TunedSessions):
         kwargs: Options of ``ProtoCosine``.
     """
 
-    traits = TunedSessions.traits.but(paper="Kang et al., ICLR 2023, arXiv:2209.07529")
+    traits = TunedSessions.traits.but(family="few-shot", paper="Kang et al., ICLR 2023, arXiv:2209.07529")
 
     def __init__(
         self,

@@ -45,6 +45,8 @@ class TunedSessions(ProtoCosine):
         kwargs: Options of ``ProtoCosine``.
     """
 
+    traits = ProtoCosine.traits.but(family="")  # a base class, which is not listed
+
     def __init__(self, *, session_options: PhaseOptions, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not self.adapt:

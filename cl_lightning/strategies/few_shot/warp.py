@@ -147,7 +147,7 @@ class WaRP(TunedSessions):
         kwargs: Options of ``ProtoCosine``.
     """
 
-    traits = TunedSessions.traits.but(paper="Kim et al., ICLR 2023")
+    traits = TunedSessions.traits.but(family="few-shot", paper="Kim et al., ICLR 2023")
 
     def __init__(
         self,

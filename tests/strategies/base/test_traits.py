@@ -34,7 +34,11 @@ def test_facts_that_do_not_exist_are_refused(facts, said):
 @pytest.mark.parametrize(
     ("facts", "scenario", "said"),
     [
-        ({"inputs": ("text",)}, ClassIncremental(tasks=5), "Told takes inputs of the kind text, Digits gives image"),
+        (
+            {"inputs": ("tokens",)},
+            ClassIncremental(tasks=5),
+            "Told takes inputs of the kind tokens, Digits gives image",
+        ),
         (
             {"targets": ("pixels",)},
             ClassIncremental(tasks=5),

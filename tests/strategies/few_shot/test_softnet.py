@@ -26,6 +26,7 @@ SUBJECTS = {
 PUBLISHED = {
     "softnet": {
         "source": "ihaeyong/SoftNet-FSCIL: the configuration for CIFAR-100, as its card gives it",
+        "major_share": 0.5,
         "distance": "cosine",
         "temperature": 0.1,
         "session_options": {"epochs": 15, "optimizer": "SGD(lr=0.001)"},

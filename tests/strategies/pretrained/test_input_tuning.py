@@ -16,6 +16,7 @@ from cl_lightning.testing import Subject, check_strategy, small
 
 REASON = "the backbone is frozen"
 
+SLOW = "a second subject has a transform per task"
 SUBJECTS = {
     "InputTuning": Subject(small(InputTuning), first_task_is_finetuning=False, reason=REASON),
     "InputTuning(per_task)": Subject(

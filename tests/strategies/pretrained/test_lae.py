@@ -12,6 +12,7 @@ from cl_lightning.stream import ClassIncremental
 from cl_lightning.testing import Subject, check_strategy, small
 
 # SSF: the small net has no transformer blocks for an adapter.
+SLOW = "each step runs a transformer and its slow copy"
 SUBJECTS = {
     "LAE": Subject(
         small(LAE, peft=SSF, freeze_epochs=1, momentum=0.9),

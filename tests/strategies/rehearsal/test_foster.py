@@ -19,6 +19,7 @@ from cl_lightning.strategy import PhaseOptions
 from cl_lightning.stream import ClassIncremental, RotatedDomains
 from cl_lightning.testing import check_strategy, small
 
+SLOW = "each task has two phases, which are killed and resumed one by one"
 PUBLISHED = {
     "foster_cifar100": {
         "source": "G-U-N/ECCV22-FOSTER: configs/cifar/b50inc10.json, utils/data.py (jitter 63/255)",

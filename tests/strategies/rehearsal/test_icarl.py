@@ -19,6 +19,7 @@ from cl_lightning.strategies.rehearsal.icarl import ICaRL
 from cl_lightning.stream import Blurry, RotatedDomains
 from cl_lightning.testing import Subject, check_strategy, small
 
+SLOW = "the means of the exemplars are measured after each task, and herded anew"
 SUBJECTS = {
     "ICaRL": Subject(
         small(ICaRL), first_task_is_finetuning=False, reason="binary cross-entropy takes the place of cross-entropy"

@@ -15,6 +15,7 @@ from cl_lightning.strategies.test_time.parts import views
 from cl_lightning.strategies.test_time.source import Source
 from cl_lightning.testing import Subject, small
 
+SLOW = "each step runs the network, its teacher and the source, the teacher on views"
 SUBJECTS = {
     "CoTTA": Subject(small(CoTTA, backbone=tiny_resnet, views=2, teacher_momentum=0.9)),
 }

@@ -13,6 +13,7 @@ from cl_lightning.strategies.test_time.bn_adapt import BNAdapt
 from cl_lightning.strategies.test_time.marginal_entropy import MarginalEntropy, augmentation, entropy_of_views
 from cl_lightning.testing import Subject, small
 
+SLOW = "each image runs the network on three views, one image after another"
 SUBJECTS = {
     "MarginalEntropy": Subject(small(MarginalEntropy, backbone=tiny_resnet, views=3)),
 }

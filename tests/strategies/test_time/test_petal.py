@@ -27,6 +27,7 @@ from cl_lightning.testing import Subject, small
 FEW = PhaseOptions(epochs=2)
 NONE = PhaseOptions(epochs=0)
 PRIOR = {"prior_weight": 1e-3, "damping": 1e-3}
+SLOW = "two phases on the source, and a teacher that runs the network on two views"
 SUBJECTS = {
     "PETAL": Subject(
         small(PETAL, backbone=tiny_resnet, views=2, teacher_momentum=0.9, posterior_options=FEW, **PRIOR),

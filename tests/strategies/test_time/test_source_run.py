@@ -200,10 +200,10 @@ def test_a_run_made_in_python_has_no_configuration_for_the_command_line(tmp_path
 def test_a_run_whose_configuration_could_run_code_needs_consent(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    Path("attack.py").write_text("open('proof', 'w').close()\nfrom cl_lightning.models import MLP\n")
+    Path("attack_by_source.py").write_text("open('proof', 'w').close()\nfrom cl_lightning.models import MLP\n")
     path = learnt(Finetune(backbone=small), tmp_path)
     content = torch.load(path, weights_only=True)
-    model = {"class_path": "Finetune", "init_args": {"backbone": {"class_path": "attack.MLP"}}}
+    model = {"class_path": "Finetune", "init_args": {"backbone": {"class_path": "attack_by_source.MLP"}}}
     content["cl_lightning"]["config"] = json.dumps({"model": model})
     torch.save(content, "bad.ckpt")
     checksums.seal(Path("bad.ckpt"))

@@ -15,6 +15,7 @@ from cl_lightning.strategies.test_time.ttt import BRANCH, TTT, TwoBranches, crop
 from cl_lightning.strategy import PhaseOptions
 from cl_lightning.testing import Subject, small
 
+SLOW = "each step runs the network on two copies in four rotations"
 SUBJECTS = {
     "TTT": Subject(
         small(TTT, backbone=tiny_resnet, copies=2),
@@ -27,6 +28,7 @@ PUBLISHED = {
     "ttt": {
         "source": "Sun et al., ICML 2020, arXiv:1909.13231, section 3",
         "copies": 32,
+        "shared": ["conv1", "bn1", "layer1", "layer2"],
         "backbone": "CifarResNet(depth=8, width=8)",
         "optimizer": "SGD(lr=0.001)",
     },

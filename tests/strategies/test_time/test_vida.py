@@ -25,6 +25,7 @@ from cl_lightning.testing import Subject, small
 
 CONV = {"targets": ["*conv*"], "high_rank": 6}
 NONE = PhaseOptions(epochs=0)
+SLOW = "two phases on the source, and a teacher whose further views run the network three times in a step"
 SUBJECTS = {
     "ViDA": Subject(
         small(ViDA, backbone=tiny_resnet, views=2, teacher_momentum=0.9, adapter_momentum=0.8, threshold=0.01, **CONV),

@@ -11,6 +11,7 @@ from cl_lightning.strategies.test_time.source import Source
 from cl_lightning.strategies.test_time.visual_domain_prompt import VisualDomainPrompt
 from cl_lightning.testing import Subject, small
 
+SLOW = "each step runs the network, its teacher and the source on views"
 SUBJECTS = {
     "VisualDomainPrompt": Subject(
         small(VisualDomainPrompt, backbone=tiny_resnet, frame_width=2, teacher_momentum=0.9, shift=0.001),
