@@ -42,8 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _is_chosen(config: pytest.Config) -> bool:
-    """Whether single tests were asked for."""
-    return bool(config.option.keyword) or any("::" in arg for arg in config.args)
+    """Whether single tests or files were asked for."""
+    return bool(config.option.keyword) or any("::" in arg or arg.endswith(".py") for arg in config.args)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist writes the groups into the names

@@ -51,6 +51,7 @@ def commands_of(path: Path) -> list[str]:
     return commands
 
 
+@pytest.mark.rotating(100, of=selection.files_of_config)
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
 def test_the_command_in_the_head_of_a_method_file_is_right(run, monkeypatch, path):
     """It is parsed, and all that it names is built, where that needs no download."""

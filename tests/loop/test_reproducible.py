@@ -7,6 +7,7 @@ from support import ROOT, kills
 from support.runs import assert_same
 
 
+@pytest.mark.rotating(1)
 @pytest.mark.parametrize("method", ["er_ema", "pass"])
 def test_the_same_command_gives_the_same_bits_in_another_interpreter_with_other_hashes(method, tmp_path):
     (config,) = (ROOT / "experiments" / "methods").rglob(f"{method}.yaml")

@@ -11,6 +11,10 @@ changed come first (``support/selection.py``). A test with the mark ``dependent`
 what has changed, and for one in ten of the others: on each day another tenth, so that all have their turn in ten days.
 The same holds for tests that call ``check_strategy`` on variants of a method, without a mark. Where a change concerns
 more than ``MOST`` of them, those whose own files have changed come first, then others in the order of the day.
+
+All other tests of a method, in its own file and in the suites for all methods, run if its own files have changed, and
+otherwise on one day in ``DAYS``: the time of a run grows little with the number of methods. A shared part that has
+changed is tested by half of the methods on each day, and by all of them in ``make stress``.
 """
 
 import hashlib
@@ -23,14 +27,16 @@ from typing import Any
 
 import pytest
 
-from support import selection
+from support import costs, selection
 from support.subjects import SUBJECTS
 
 ROTATION = os.environ.setdefault("CL_LIGHTNING_ROTATION", datetime.now(UTC).date().isoformat())
 """Set before the workers start, which inherit it."""
 ONE_IN = 10
 """Of the methods that do not depend on what has changed."""
-MOST = 24
+DAYS = 2
+"""Of the methods whose own files have not changed, an ordinary run tests one in so many."""
+MOST = 16
 """Of the methods, and files of variants, that depend on what has changed: the time of a run stays bounded."""
 
 
@@ -69,7 +75,10 @@ def left_out(
             group = (str(item.path), item.originalname, each(_first(item)))
             groups[group].append(item)
             count[group] = mark.args[0]
-        elif _is_dependent(item) and _name(item) not in chosen and not _has_its_turn(item, rotation):
+        elif _is_dependent(item):
+            if _name(item) not in chosen and not _has_its_turn(item, rotation):
+                found.append(item)
+        elif (method := costs.method_of(item)) is not None and _rests(method, rotation, changed):
             found.append(item)
     for group, members in groups.items():
         members.sort(key=lambda item: _order(item, rotation, affected))
@@ -98,11 +107,20 @@ def _name(item: Any) -> str:
 
 def _has_its_turn(item: Any, rotation: str) -> bool:
     """Whether it is the day of a dependent test; all tests of a method run together, and share its reference run."""
+    return (int(place(_name(item), ""), 16) + _day(rotation)) % ONE_IN == 0
+
+
+def _rests(method: str, rotation: str, changed: frozenset[str]) -> bool:
+    """Whether the tests of a method wait for another day: it is not its turn, and its own files have not changed."""
+    turn = (int(place(method, ""), 16) + _day(rotation)) % DAYS == 0
+    return not turn and changed.isdisjoint(selection.files_of_module(method))
+
+
+def _day(rotation: str) -> int:
     try:
-        day = date.fromisoformat(rotation).toordinal()
+        return date.fromisoformat(rotation).toordinal()
     except ValueError:
-        day = int(place("", rotation), 16)
-    return (int(place(_name(item), ""), 16) + day) % ONE_IN == 0
+        return int(place("", rotation), 16)
 
 
 def _is_dependent(item: Any) -> bool:
@@ -127,8 +145,8 @@ def summary() -> Iterator[str]:
     names = [name for name in SUBJECTS if selection.depends(selection.files_of_method(name), affected)]
     yield (
         f"selection: {len(names)} of {len(SUBJECTS)} methods depend on what has changed, of which up to {MOST} are "
-        "tested on two processes, in half precision and on a device; of the others a tenth (all of them with "
-        "CL_LIGHTNING_ROTATION=all)"
+        "tested on two processes, in half precision and on a device; of the others a tenth. Of the methods whose own "
+        f"files have not changed, one in {DAYS} is tested (all of them with CL_LIGHTNING_ROTATION=all)"
     )
 
 

@@ -225,6 +225,13 @@ def files_of_method(name: str) -> Iterator[str]:
     yield str((TESTS / family / f"test_{stem}.py").relative_to(ROOT))
 
 
+def files_of_module(method: str) -> Iterator[str]:
+    """Files of the strategies of a module, such as ``rehearsal/er``: the module and its test file."""
+    for name, other in METHOD_OF.items():
+        if other == method:
+            yield from files_of_method(name)
+
+
 def files_of(item: Any) -> Iterator[str]:
     """Files that a test is about: its own, and the files of the method that its parameter ``name`` names."""
     yield str(Path(item.path).relative_to(ROOT))
