@@ -201,6 +201,11 @@ class ContinualEvaluation(ContinualCallback):
     def _draw_subset(self, trainer: Trainer, strategy: Any) -> None:
         """Draw the subsets of new tasks, and keep their images if they are within the limit of ``cache_mb``."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if data.target_kind != "class":
+            raise ValueError(
+                f"ContinualEvaluation counts correct predictions of classes, and {type(data).__name__} has the target "
+                f"{data.target_kind}; remove the callback"
+            )
         known, seen = len(self.totals), strategy.task.index + 1
         if known < seen:
             fresh = self._loader(trainer, range(known, seen)).plan.tasks.bincount(minlength=seen)

@@ -13,6 +13,7 @@ from rich.text import Text
 from cl_lightning.callback import ContinualCallback, Progress
 from cl_lightning.checks import within
 from cl_lightning.escape_control import printable
+from cl_lightning.measures import SCORES
 
 if TYPE_CHECKING:
     from cl_lightning.strategy import ContinualStrategy
@@ -122,10 +123,11 @@ class StreamProgress(ProgressBar, ContinualCallback):
             return
         index = strategy.task.index
         needs_tasks = strategy.traits.task_ids == "needed"
-        correct = row.correct_task_aware if needs_tasks else row.correct
-        summary = f"{heading(strategy, progress)}: accuracy {100 * share(correct, row.totals):.1f} %"
-        if index > 0 and row.totals[index] > 0:
-            summary += f" (new {100 * share(correct[index], row.totals[index]):.1f} %)"
+        values = row.task_aware if needs_tasks else row.accuracy
+        title = SCORES[strategy.data.target_kind].title
+        summary = f"{heading(strategy, progress)}: {title} {100 * row.average(task_aware=needs_tasks):.1f} %"
+        if index > 0 and float(values[index]) == float(values[index]):
+            summary += f" (new {100 * float(values[index]):.1f} %)"
         words = [summary, clock_time(seconds) if seconds >= 60 else f"{seconds:.1f} s"]
         if (left := self.time_left() or 0.0) >= 1 and index + 1 < progress.tasks:
             words.append(f"{clock_time(left)} left")
@@ -247,10 +249,6 @@ def work_ahead(strategy: Any, progress: Progress | None, trainer: Trainer, batch
 def sum_of(batches: Any) -> float:
     """Total number of batches of all loaders."""
     return float(sum(batches) if isinstance(batches, list) else batches)
-
-
-def share(correct: Any, totals: Any) -> float:
-    return float(correct.sum()) / max(float(totals.sum()), 1.0)
 
 
 def clock_time(seconds: float) -> str:

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
 KeyArray = npt.NDArray[np.uint64]
+BoolArray = npt.NDArray[np.bool_]
 
 
 def hash64(*numbers: int | IntArray | KeyArray) -> KeyArray:

@@ -142,6 +142,9 @@ class ContinualDataModule(StreamDataModule):
         chosen_tasks = range(index + 1) if self.cumulative else range(index, index + 1)
         indices, tasks = self._pool([self._train_pool(task).numpy() for task in chosen_tasks], range(len(chosen_tasks)))
         tasks += chosen_tasks.start
+        if self.cumulative and self.target_kind in ("labels", "pixels"):  # a sample may be in several tasks
+            indices = indices.unique()  # type: ignore[no-untyped-call]
+            tasks = torch.full_like(indices, index)
         if not self.with_unlabelled and (hidden := self._hidden()) is not None:
             labelled = ~hidden[indices]
             indices, tasks = indices[labelled], tasks[labelled]
@@ -363,6 +366,7 @@ class ContinualDataModule(StreamDataModule):
                 labels=training_labels(self) if kind in ("train", "statistics") else None,
                 hidden=self._hidden() if kind == "train" else None,  # in training batches only
                 shift=Shifts(self.stream) if shifted else None,
+                targets=self._target_table(test=kind == "test"),
                 workers=self.workers,
                 pin_memory=self.pin_memory,
             )

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from cl_lightning.checks import one_of, reason
-from cl_lightning.data import KINDS, ArraySource, Kind, TensorSource
+from cl_lightning.data import KINDS, TARGET_KINDS, ArraySource, Kind, TargetKind, Targets, TensorSource
 from cl_lightning.data.images import to_bytes
 from cl_lightning.data.labels import Classes, plain_labels
 from cl_lightning.data.samples import as_samples, kind_of
+from cl_lightning.data.targets import IGNORED
 from cl_lightning.datamodules.base import ContinualDataModule
 
 # Errors of numpy and zipfile for damaged archives, and for archives that declare more data than memory can hold.
@@ -72,6 +73,10 @@ class NpzData(ContinualDataModule):
             ``labels="yc"``; if the file has no such key, the labels are the names.
         domains: Prefix of the keys of the domain of each sample, labels as above, such as ``d`` for ``d_train`` and
             ``d_test``; the names are in ``domain_names`` if the file has this key. None for no domains.
+        targets: What the target of a sample is: its ``class``; several ``labels``, 0 and 1 of shape ``(N, C)`` with a
+            column for each of ``class_names``, or for "0", "1", ...; a ``number`` ``(N,)``; or ``pixels``, masks of
+            integers ``(N, H, W)`` below the number of class names, 255 for pixels without annotation, 0 for the
+            background. The keys are those of labels.
         inputs: What a sample is: ``vector`` ``(N, D)``, ``sequence`` ``(N, C, T)`` or ``(N, T)``, ``tokens``, integers
             ``(N, T)``, or ``image``, which also takes floating-point maps ``(N, C, H, W)`` or ``(N, H, W)``, such as
             spectrograms. None for vectors if samples are floating-point ``(N, D)``, and images of 8 bits otherwise.
@@ -91,13 +96,15 @@ class NpzData(ContinualDataModule):
         labels: str = "y",
         names: str | None = None,
         domains: str | None = None,
+        targets: TargetKind = "class",
         inputs: Kind | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         one_of(self, KINDS, inputs=inputs, optional=True)
+        one_of(self, TARGET_KINDS, targets=targets)
         self.path = Path(path).expanduser()
-        self.labels, self.names, self.domains, self.inputs = labels, names, domains, inputs
+        self.labels, self.names, self.domains, self.inputs, self.targets = labels, names, domains, inputs, targets
 
     def source(self, *, train: bool) -> TensorSource | ArraySource:
         with self._open() as file:
@@ -114,7 +121,12 @@ class NpzData(ContinualDataModule):
             names_key = self.names or _NAMES.get(self.labels, "")
             trained = trained or parts  # a file of test images alone: they define the classes
             of_parts = {part: keys[part].labels for part in (*trained, *parts)}
-            labels, names = self._numbers(file, of_parts, trained, parts, counts, names_key, "class")
+            targets: Targets | None = None
+            if self.targets == "class":
+                labels, names = self._numbers(file, of_parts, trained, parts, counts, names_key, "class")
+            else:
+                targets, names = self._targets(file, [of_parts[part] for part in parts], names_key)
+                labels = targets.labels()
             domains: np.ndarray | None = None
             domain_names: tuple[str, ...] = ()
             if self.domains is not None:
@@ -123,7 +135,8 @@ class NpzData(ContinualDataModule):
                     file, of_parts, trained, parts, counts, "domain_names", "domain", prefix=f"{self.domains} "
                 )
         samples, where = np.concatenate(arrays) if len(arrays) > 1 else arrays[0], self._at(keys[parts[0]].images)
-        facts: Any = {"class_names": names, "domains": domains, "domain_names": domain_names, "name": where}
+        facts: Any = {"class_names": names, "domains": domains, "domain_names": domain_names}
+        facts |= {"targets": targets, "name": where}
         if samples.dtype == np.uint8:
             return TensorSource(samples, labels, **facts)
         return ArraySource(samples, labels, kind=self._kind(samples), **facts)
@@ -243,6 +256,23 @@ class NpzData(ContinualDataModule):
         if not isinstance(array, np.ndarray):
             raise ValueError(f"{self._at(key)} is not an array")
         return array
+
+    def _targets(self, file: Any, keys: list[str], names_key: str) -> tuple[Targets, tuple[str, ...]]:
+        """Targets of the samples under the given keys, and the names of the classes."""
+        arrays = [self._array(file, key) for key in keys]
+        if len({array.shape[1:] for array in arrays}) > 1:
+            raise ValueError(f"{self._at(' and '.join(keys))} differ in shape; save targets of one shape")
+        values = np.concatenate(arrays)
+        if self.targets == "number":
+            names: tuple[str, ...] = ("number",)
+        elif names_key in file.files:
+            names = tuple(self._names(file, names_key))
+        elif self.targets == "labels" and values.ndim == 2:
+            names = tuple(map(str, range(values.shape[1])))
+        else:
+            present = values[values != IGNORED]
+            names = tuple(map(str, range(int(present.max(initial=0)) + 1)))
+        return Targets(self.targets, values, len(names), self._at(keys[0])), names
 
     def _names(self, file: Any, key: str) -> list[str]:
         array = self._array(file, key)

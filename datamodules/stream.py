@@ -11,13 +11,14 @@ from lightning.pytorch import LightningDataModule
 
 from cl_lightning.batch import Batch, ImageShape, RowDraw
 from cl_lightning.checks import at_least
-from cl_lightning.data import Compose, Context, FileSource, Normalize, SampleSource, Transform
+from cl_lightning.data import TARGETS, Compose, Context, FileSource, Normalize, SampleSource, Transform, targets_of
 from cl_lightning.data.feature_cache import KEYS, STORED
 from cl_lightning.data.labels import training_labels
 from cl_lightning.data.levels import TwoLevelSource
 from cl_lightning.data.scaling import InputSize, measured
 from cl_lightning.data.sources import checked, decoded
 from cl_lightning.data.standardize import Standardize, Unchanged
+from cl_lightning.data.targets import TargetTable, with_masks
 from cl_lightning.recorded import options_of
 from cl_lightning.stream import ClassIncremental, DatasetInfo, Scenario, Segment, Stream
 
@@ -73,8 +74,6 @@ class StreamDataModule(LightningDataModule):
     mean: ClassVar[Sequence[float] | None] = None
     std: ClassVar[Sequence[float] | None] = None
 
-    target_kind: ClassVar[str] = "class"
-    """What the target of a sample is; a strategy whose traits do not name it is refused."""
     _any_kind: ClassVar[bool] = False
     """Whether the data decide what a sample is, so that mean and std are checked only when the data are read."""
 
@@ -158,6 +157,13 @@ class StreamDataModule(LightningDataModule):
         return self.samples(train=True).kind
 
     @property
+    def target_kind(self) -> str:
+        """What the target of a sample is, of ``cl_lightning.data.TARGET_KINDS``; a strategy whose traits lack it is
+        refused."""
+        targets = targets_of(self.samples(train=True))
+        return "class" if targets is None else targets.kind
+
+    @property
     def image_shape(self) -> ImageShape:
         """Shape of a sample as the network receives it: ``(channels, height, width)`` of images."""
         shape, side = self.samples(train=True).image_shape, self.input_size.side
@@ -208,6 +214,8 @@ class StreamDataModule(LightningDataModule):
             test_domains=test.domains,
             domain_names=train.domain_names,
             parents=getattr(train, "parents", ()),
+            train_sets=None if (targets := targets_of(train)) is None else targets.sets,
+            test_sets=None if (targets := targets_of(test)) is None else targets.sets,
         )
 
     def make_stream(self, seed: int, earlier: Stream | None = None) -> Stream:
@@ -260,6 +268,8 @@ class StreamDataModule(LightningDataModule):
             (test, test.labels, stream.test[task]),
         ):
             digest.update(source.digest(indices))
+            if (targets := targets_of(source)) is not None:
+                digest.update(targets.digest(indices))
             digest.update(stream.columns_of(labels[indices]).astype("<i8").tobytes())
         return digest.hexdigest()
 
@@ -284,7 +294,13 @@ class StreamDataModule(LightningDataModule):
             draw = batch.draw
             if KEYS in batch.extra:  # a fixed view: its draw depends on the sample, not on the batch
                 draw, epoch = RowDraw.of_rows(batch.extra[KEYS]), epoch % self.feature_views
-            images = self.augmentation(images, draw, Context(indices=batch.indices, epoch=epoch, seed=self.seed or 0))
+            context = Context(indices=batch.indices, epoch=epoch, seed=self.seed or 0)
+            masks = batch.extra.get(TARGETS)
+            if masks is not None and masks.dim() > 2:
+                images, masks = with_masks(self.augmentation, images, masks, draw, context)
+                batch = batch.replace(extra={**batch.extra, TARGETS: masks})
+            else:
+                images = self.augmentation(images, draw, context)
             ready = self.input_size.center_crop is not None and images.shape[-2:] == (
                 self.input_size.side,
                 self.input_size.side,
@@ -337,6 +353,44 @@ class StreamDataModule(LightningDataModule):
             else:
                 continue
             raise ValueError(f"{name}: {type(transform).__name__} is for {what}; remove it from data.transforms")
+        if self.target_kind == "pixels":
+            self._check_masks()
+
+    def _check_masks(self) -> None:
+        name = type(self).__name__
+        if self.input_size.side is not None:
+            raise ValueError(f"{name}: resize does not resize masks; remove it, and store images and masks of one size")
+        for transform in self.augmentation.transforms:
+            if not transform.moves_pixels:
+                raise ValueError(
+                    f"{name}: {type(transform).__name__} does more than move pixels, which masks cannot follow; use "
+                    "RandomCrop (mode zeros), RandomHorizontalFlip and RandomVerticalFlip"
+                )
+        if _dtype(self.samples(train=True)) != torch.uint8 and self.augmentation.transforms:
+            raise ValueError(f"{name}: masks follow the augmentation of images of 8 bits alone; give transforms []")
+        if self.stream.order[0] != 0:
+            raise ValueError(
+                f"{name}: class 0 of the pixels, {self.stream.class_names[0]!r}, is not the first column; class 0 is "
+                "the background: name it as background of the scenario LabelSets"
+            )
+
+    cumulative: bool = False
+    """Whether the training loader serves all tasks so far, with the classes of all of them."""
+
+    def _target_table(self, *, test: bool) -> TargetTable | None:
+        """Targets of the samples as a strategy sees them; None where the target is the class."""
+        if (targets := targets_of(self.samples(train=not test))) is None:
+            return None
+        scale = (0.0, 1.0)
+        if targets.kind == "number":
+            of_all = targets_of(self.samples(train=True))
+            assert of_all is not None
+            numbers = of_all.values[torch.as_tensor(self.stream.train[0].copy())].double()
+            scale = (float(numbers.mean()), float(numbers.std(correction=0)) or 1.0)
+        columns = torch.zeros(len(self.stream), len(self.stream.order), dtype=torch.bool)
+        for task in self.stream.tasks:
+            columns[task.index, list(range(task.num_seen) if self.cumulative else task.columns)] = True
+        return TargetTable(targets, self.stream.order, None if test else columns, scale)
 
     def _measure(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel over images of the first task."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from cl_lightning.checks import at_least, within
+from cl_lightning.data import Targets
 from cl_lightning.data.labels import Classes
 from cl_lightning.data.tables import Preprocessing, TableSource, column, pandas, quantile_bins, read_table
 from cl_lightning.datamodules.base import ContinualDataModule
@@ -25,8 +26,10 @@ class Table(ContinualDataModule):
 
     Args:
         path: A file ``.csv``, ``.tsv`` or ``.parquet`` with named columns, or ``sklearn:breast_cancer``,
-            ``sklearn:digits``, ``sklearn:iris``, ``sklearn:wine``.
-        target: Column of the class.
+            ``sklearn:diabetes``, ``sklearn:digits``, ``sklearn:iris``, ``sklearn:wine``.
+        target: Column of the class, or of the number.
+        regression: Whether the target is a number, which is standardised by mean and standard deviation of the training
+            samples of the first task; the stream then has one class, named as the column.
         test: File of the test samples, with the same columns; None to hold out ``test_fraction``.
         test_fraction: Share of the rows of each class, in each domain, that are test samples, in (0, 1), drawn by the
             seed; a class has at least one of them where it has two rows.
@@ -52,6 +55,7 @@ class Table(ContinualDataModule):
         path: str,
         *,
         target: str = "target",
+        regression: bool = False,
         test: str | None = None,
         test_fraction: float = 0.2,
         domain: str | None = None,
@@ -69,6 +73,7 @@ class Table(ContinualDataModule):
         if both := sorted(set(numeric or ()) & set(categorical or ())):
             raise ValueError(f"Table: the column {both[0]!r} is in numeric and in categorical; name it once")
         self.path, self.target, self.test, self.test_fraction = path, target, test, test_fraction
+        self.regression = regression
         self.domain, self.domain_bins = domain, domain_bins
         self.numeric, self.categorical, self.drop = numeric, categorical, drop
         self._earlier: Stream | None = None
@@ -92,9 +97,16 @@ class Table(ContinualDataModule):
         frames = [read_table(path) for path in (self.path, self.test) if path is not None]
         counts = [len(frame) for frame in frames]
         given = np.repeat(np.arange(len(frames)), counts)  # 0 for rows of the first file
-        columns = [np.concatenate([np.asarray(column(f, self.target, "the class")) for f in frames])]
-        labels = Classes.of(columns[0][given == 0], counts[0], None, f"Table: {self.path}")
-        numbers = labels.number(columns[0], len(given), f"Table: {self.test or self.path}")
+        what = "the number" if self.regression else "the class"
+        values = np.concatenate([np.asarray(column(frame, self.target, what)) for frame in frames])
+        targets: Targets | None = None
+        if self.regression:
+            targets = Targets("number", values, 1, f"Table: {self.path}: column {self.target!r}")
+            class_names: tuple[str, ...] = (self.target,)
+            numbers = targets.labels()
+        else:
+            labels = Classes.of(values[given == 0], counts[0], None, f"Table: {self.path}")
+            class_names, numbers = labels.names, labels.number(values, len(given), f"Table: {self.test or self.path}")
         domains, names = self._domains(frames, given)
         is_train = given == 0 if self.test is not None else ~self._held_out(numbers, domains)
         inputs = self._inputs(frames)
@@ -102,7 +114,7 @@ class Table(ContinualDataModule):
         info = DatasetInfo(
             numbers[parts[True]],
             numbers[parts[False]],
-            labels.names,
+            class_names,
             train_domains=None if domains is None else domains[parts[True]],
             test_domains=None if domains is None else domains[parts[False]],
             domain_names=names,
@@ -119,7 +131,8 @@ class Table(ContinualDataModule):
                 pool[train],
                 self.preprocessing(pool[train]),
                 numbers[rows],
-                class_names=labels.names,
+                class_names=class_names,
+                targets=None if targets is None else targets.select(rows),
                 domains=None if domains is None else domains[rows],
                 domain_names=names,
                 name=f"Table: {self.path}",

@@ -34,7 +34,11 @@ ROOMS = (
         "the command line",
         "main, arguments, configs, processes, commands, parsing, trust, prediction, discovery",
     ),
-    Room("testing", "the conformance suite, for our methods and users' own", "checks, bench, pair, compare, task_free"),
+    Room(
+        "testing",
+        "the conformance suite, for our methods and users' own",
+        "checks, bench, pair, compare, task_free, targets",
+    ),
     Room(
         "loop",
         "the task loop, checkpoints and results",
@@ -58,7 +62,7 @@ ROOMS = (
         "from files to augmented tensors",
         "sources, images, loaders, transforms, auto_augment, aug_mix, pixels, corruptions, rotations, feature_pool, "
         "feature_cache, arrays, samples, standardize, tables, joined, files, datasets, decoding, labels, scaling, "
-        "shifts, layout, balance, cut_mix, levels",
+        "shifts, layout, balance, cut_mix, levels, targets",
     ),
     Room(
         "report",
@@ -68,7 +72,7 @@ ROOMS = (
     Room(
         "measures",
         "accuracy matrix, measures and cost of a run",
-        "accuracy, matrix, functional, curves, cost, compatibility, plasticity",
+        "accuracy, scores, matrix, functional, curves, cost, compatibility, plasticity",
     ),
     Room("optim", "optimizers that any strategy takes", "default, sam, upgd"),
     Room(
@@ -81,16 +85,16 @@ ROOMS = (
     Room(
         "models",
         "modules with parameters: backbones, heads, adapters",
-        "backbones, residual, weights, convnet, heads, growing, text_head, closed_form, network, normalization, "
-        "prompts, expert_prompts, expansion, masks, svm, consolidated_head, cut, energy_head, kmeans, max_margin, "
-        "null_space, random_layer, simplex_head, vae, mean_head, mixture, dependence, domain_head, transport, vectors, "
-        "task_head, `peft/` (a file per mechanism)",
+        "backbones, background_head, residual, weights, convnet, heads, growing, text_head, closed_form, network, "
+        "normalization, prompts, expert_prompts, expansion, masks, svm, consolidated_head, cut, energy_head, kmeans, "
+        "max_margin, null_space, pixels, random_layer, simplex_head, vae, mean_head, mixture, dependence, domain_head, "
+        "transport, vectors, task_head, `peft/` (a file per mechanism)",
     ),
-    Room("losses", "functions of logits, features, labels", "classification, distillation, contrastive"),
+    Room("losses", "functions of logits, features, labels", "classification, distillation, contrastive, targets"),
     Room(
         "stream",
         "the samples of each task; pure numpy",
-        "tasks, core, scenarios, modifiers, rehearsal, levels, domains, dealing, manifest, draws",
+        "tasks, core, scenarios, modifiers, rehearsal, levels, label_sets, domains, dealing, manifest, draws",
     ),
     Room("batch", "a batch and its random numbers", "(porch)"),
     Room("distributed", "sums and rows over all processes", "(porch)"),

@@ -11,6 +11,7 @@ from cl_lightning.data.pixels import permute_pixels, resized_crop, rotate_images
 from cl_lightning.data.rotations import rotate_batch, rotated, rotation_labels
 from cl_lightning.data.samples import KINDS, ArraySource, Kind
 from cl_lightning.data.sources import DatasetSource, DecodedSource, FileSource, SampleSource, TensorSource
+from cl_lightning.data.targets import TARGET_KINDS, TARGETS, TargetKind, Targets, targets_of
 from cl_lightning.data.transforms import (
     AlternatingFlip,
     ColorJitter,
@@ -34,6 +35,8 @@ __all__ = [
     "KINDS",
     "MEMORY_ROWS",
     "SEVERITIES",
+    "TARGETS",
+    "TARGET_KINDS",
     "AlternatingFlip",
     "ArraySource",
     "AugMix",
@@ -65,6 +68,8 @@ __all__ = [
     "SampleSource",
     "StreamLoader",
     "Table",
+    "TargetKind",
+    "Targets",
     "TensorSource",
     "ToFloat",
     "Transform",
@@ -80,4 +85,5 @@ __all__ = [
     "rotated",
     "rotation_labels",
     "shift_images",
+    "targets_of",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from cl_lightning.batch import ImageShape
 from cl_lightning.data.images import CHANNELS, to_bytes
 from cl_lightning.data.labels import check_labels
+from cl_lightning.data.targets import Targets, check_targets
 
 
 class SampleSource(Protocol):
@@ -57,6 +58,7 @@ class TensorSource:
             possible, the reading with square images is used.
         domains: Domain of each sample, integers ``(N,)``.
         domain_names: One per domain.
+        targets: Targets of the samples, where they are not one class each; ``labels`` are then ``targets.labels()``.
         name: Name of the data in error messages.
 
     Raises:
@@ -75,6 +77,7 @@ class TensorSource:
         channels_last: bool | None = None,
         domains: np.ndarray | None = None,
         domain_names: Sequence[str] = (),
+        targets: Targets | None = None,
         name: str = "data",
     ) -> None:
         tensor = images if isinstance(images, Tensor) else torch.from_numpy(np.require(images, requirements=["C", "W"]))
@@ -98,6 +101,7 @@ class TensorSource:
         self.class_names = tuple(class_names) if class_names is not None else tuple(str(i) for i in range(count))
         self.domains = None if domains is None else np.asarray(domains, dtype=np.int64)
         self.domain_names = tuple(domain_names)
+        self.targets = check_targets(targets, self.labels, self.image_shape, name)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -17,6 +17,7 @@ from cl_lightning.data.balance import balanced_order
 from cl_lightning.data.feature_cache import KEYS, STORED, FeatureStore
 from cl_lightning.data.feature_pool import FeaturePool
 from cl_lightning.data.sources import SampleSource
+from cl_lightning.data.targets import TARGETS
 from cl_lightning.hashing import IntArray
 from cl_lightning.memory import Memory
 
@@ -147,6 +148,7 @@ class StreamLoader:
         labels: Raw labels that batches have, int64 ``(N,)``; None for the labels of the source.
         hidden: Samples whose label is hidden (-1), bool ``(N,)``, or None.
         shift: Domain shift of raw images, ``(images, tasks) -> images``, or None.
+        targets: Targets of samples, ``(indices, tasks) -> targets``; None where the target is the class.
         workers: Number of worker processes for files.
         pin_memory: Whether batches are in page-locked memory.
     """
@@ -159,13 +161,14 @@ class StreamLoader:
         labels: IntArray | None = None,
         hidden: Tensor | None = None,
         shift: Callable[[Tensor, Tensor], Tensor] | None = None,
+        targets: Callable[[Tensor, Tensor], Tensor] | None = None,
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
         raw = torch.as_tensor(source.labels if labels is None else labels)
         known = torch.where(raw < len(columns), columns[raw.clamp(max=len(columns) - 1)], -1)
         self.labels = known if hidden is None else known.masked_fill(hidden, -1)
-        self.pin_memory, self.shifted = pin_memory, shift is not None
+        self.pin_memory, self.shifted, self.targets = pin_memory, shift is not None, targets
         self._images = _Images(source, shift)
         self._steps = _Steps()
         self._workers: DataLoader[Tensor] | None = None
@@ -303,12 +306,15 @@ class PlannedLoader:
         for rows, raw in images:
             yield self._batch(rows, raw, stored)
 
-    def _batch(self, rows: Rows, raw: Tensor, stored: tuple[Tensor, Tensor, Tensor] | None) -> Batch:
+    def _batch(self, rows: Rows, raw: Tensor, stored: tuple[Tensor, ...] | None) -> Batch:
         extra = {}
         if stored is None:
             labels, indices, tasks = self.loader.labels[rows.indices], rows.indices, rows.tasks
+            if self.loader.targets is not None:
+                extra[TARGETS] = self.loader.targets(indices, tasks)
         else:
-            raw, labels, tasks = self._mixed(rows, raw, *stored)
+            raw, labels, tasks, *targets = self._mixed(rows, raw, *stored)
+            extra |= {TARGETS: targets[0]} if targets else {}
             indices = torch.where(rows.indices >= self.num_data, -1, rows.indices)
             extra[MEMORY_ROWS] = (rows.indices - self.num_data).clamp(min=-1)
         batch = Batch(raw, labels, tasks, indices, raw, rows.draw, extra=extra, weight=rows.weight)
@@ -318,27 +324,29 @@ class PlannedLoader:
         """Function that selects the rows of the data set from the rows of a step."""
         return partial(_below, len(self.loader.labels)) if self.memory is not None else _all
 
-    def _stored(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Images, labels and tasks of the whole memory on the CPU: copied once per epoch, not once per step."""
+    def _stored(self) -> tuple[Tensor, ...] | None:
+        """Images, labels, tasks, and targets if there are any, of the whole memory on the CPU.
+
+        They are copied once per epoch, not once per step.
+        """
         if self.memory is None:
             return None
-        return self.memory.images.cpu(), self.memory.labels.cpu(), self.memory.tasks.cpu()
+        stored = [self.memory.images, self.memory.labels, self.memory.tasks]
+        if self.loader.targets is not None:
+            stored.append(self.memory.fields[TARGETS])
+        return tuple(part.cpu() for part in stored)
 
-    def _mixed(
-        self, rows: Rows, raw: Tensor, images: Tensor, labels: Tensor, tasks: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, labels and tasks of rows of the data set and of the memory, in the order of the plan."""
+    def _mixed(self, rows: Rows, raw: Tensor, *stored: Tensor) -> tuple[Tensor, ...]:
+        """Rows of the data set and of the memory, in the order of the plan: images, labels, tasks, any targets."""
         replayed = rows.indices >= self.num_data
         data, places = rows.indices[~replayed], rows.indices[replayed] - self.num_data
         # Position of each row in the concatenation of the rows of the data set and the rows of the memory.
         order = torch.where(replayed, replayed.cumsum(0) + len(data), (~replayed).cumsum(0)) - 1
-        pairs = (
-            (raw, images.index_select(0, places)),
-            (self.loader.labels[data], labels[places]),
-            (rows.tasks[~replayed], tasks[places]),
-        )
-        joint_images, joint_labels, joint_tasks = (torch.cat(pair).index_select(0, order) for pair in pairs)
-        return joint_images, joint_labels, joint_tasks
+        own = [raw, self.loader.labels[data], rows.tasks[~replayed]]
+        if self.loader.targets is not None:
+            own.append(self.loader.targets(data, own[2]))
+        pairs = zip(own, stored, strict=True)
+        return tuple(torch.cat([new, old.index_select(0, places)]).index_select(0, order) for new, old in pairs)
 
 
 def _all(rows: Rows) -> Rows:

@@ -11,6 +11,7 @@ from torch import Tensor
 from cl_lightning.batch import ImageShape
 from cl_lightning.checks import one_of
 from cl_lightning.data.labels import check_labels
+from cl_lightning.data.targets import Targets, check_targets
 
 Kind = Literal["image", "vector", "sequence", "tokens"]
 """What a sample is: ``image`` (C, H, W), ``vector`` (D,), ``sequence`` (C, T), or ``tokens``, integers (T,)."""
@@ -31,6 +32,7 @@ class ArraySource:
         class_names: One per class; None for ``"0"``, ``"1"``, ...
         domains: Domain of each sample, integers ``(N,)``.
         domain_names: One per domain.
+        targets: Targets of the samples, where they are not one class each; ``labels`` are then ``targets.labels()``.
         name: Name of the data in error messages.
 
     Attributes:
@@ -51,6 +53,7 @@ class ArraySource:
         class_names: Sequence[str] | None = None,
         domains: np.ndarray | None = None,
         domain_names: Sequence[str] = (),
+        targets: Targets | None = None,
         name: str = "data",
     ) -> None:
         one_of(self, KINDS, kind=kind)
@@ -62,6 +65,7 @@ class ArraySource:
         self.class_names = tuple(class_names) if class_names is not None else tuple(map(str, range(count)))
         self.domains = None if domains is None else np.asarray(domains, dtype=np.int64)
         self.domain_names = tuple(domain_names)
+        self.targets = check_targets(targets, self.labels, self.image_shape, name)
 
     def __len__(self) -> int:
         return len(self.samples)

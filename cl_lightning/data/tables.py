@@ -15,7 +15,7 @@ from cl_lightning.data.samples import ArraySource
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-BUNDLED = ("breast_cancer", "digits", "iris", "wine")
+BUNDLED = ("breast_cancer", "diabetes", "digits", "iris", "wine")
 """Tables of scikit-learn that need no download, named ``sklearn:wine``; the column of the class is ``target``."""
 _PREFIX = "sklearn:"
 

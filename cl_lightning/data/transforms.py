@@ -47,6 +47,7 @@ class Transform(ABC):
 
     needs_pixels: ClassVar[bool] = False  # True: interprets values as colours in [0, 1], so must precede Normalize
     takes_images: ClassVar[bool] = True  # False: takes samples of any shape and dtype
+    moves_pixels: ClassVar[bool] = False  # True: moves pixels and changes no value, so that masks can follow
 
     def __call__(self, images: Tensor, draw: Draw, context: Context | None = None) -> Tensor:
         """Transform a batch.
@@ -166,6 +167,8 @@ class RandomCrop(Transform):
         mode: Padding values: ``zeros`` (black), or ``reflect`` at the border pixels.
     """
 
+    moves_pixels = True
+
     def __init__(self, padding: int = 4, mode: Border = "zeros") -> None:
         allowed = padding >= 1 and mode in ("zeros", "reflect")
         _require(self, allowed, f"padding {padding}, mode {mode}; give padding of at least 1, mode zeros or reflect")
@@ -184,6 +187,7 @@ class RandomHorizontalFlip(Transform):
     """Mirror each image left to right with probability ``p``."""
 
     axis: ClassVar[int] = -1
+    moves_pixels = True
 
     def __init__(self, p: float = 0.5) -> None:
         _require(self, 0 <= p <= 1, f"p {p}; give a probability in [0, 1]")

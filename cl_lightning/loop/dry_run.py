@@ -367,7 +367,8 @@ def _check_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None
         remedy = f"return a tensor (images, {width}), or set num_features to its width"
     found = f"{type(output).__name__}"
     if isinstance(output, Tensor):
-        if output.dim() == 2 and output.shape[1] == width and rows in (None, len(output)):
+        dimensions = 4 if getattr(module, "for_pixels", False) else 2
+        if output.dim() == dimensions and output.shape[1] == width and rows in (None, len(output)):
             if output.is_floating_point():
                 return
             found = f"{output.dtype}"

@@ -166,7 +166,33 @@ def check_kinds(strategy: ContinualStrategy, datamodule: ContinualDataModule) ->
             )
 
 
-def check_tokens(strategy: ContinualStrategy, datamodule: ContinualDataModule) -> None:
+def check_network(strategy: ContinualStrategy, datamodule: ContinualDataModule) -> None:
+    """Check that backbone and head are made for the samples and the targets.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    _check_pixels(strategy, datamodule)
+    _check_tokens(strategy, datamodule)
+
+
+def _check_pixels(strategy: ContinualStrategy, datamodule: ContinualDataModule) -> None:
+    """Check that backbone and head are made for the target: classes of pixels, or one output for a sample.
+
+    Raises:
+        ValueError: If one of them is not.
+    """
+    needed = datamodule.target_kind == "pixels"
+    for part in (strategy.network.backbone, strategy.network.head):
+        if getattr(part, "for_pixels", False) != needed:
+            remedy = "a backbone such as ConvPixels and the head PixelHead" if needed else "another backbone or head"
+            raise ValueError(
+                f"{type(part).__name__} is {'not ' if needed else ''}made for classes of pixels, and the target of "
+                f"{type(datamodule).__name__} is {datamodule.target_kind}; use {remedy}"
+            )
+
+
+def _check_tokens(strategy: ContinualStrategy, datamodule: ContinualDataModule) -> None:
     """Check that the backbone has an embedding of each token of the data.
 
     Raises:

@@ -31,7 +31,7 @@ from cl_lightning.callback import ContinualCallback
 from cl_lightning.escape_control import printable
 from cl_lightning.files import replaced
 from cl_lightning.loop.run import Run
-from cl_lightning.measures import base_novel_harmonic, performance_drop
+from cl_lightning.measures import SCORES, base_novel_harmonic, performance_drop
 from cl_lightning.memory import Memory
 from cl_lightning.recorded import described
 
@@ -118,6 +118,7 @@ def collect(loop: Run) -> dict[str, Any]:
         "stream_hash": _hash(stream.hashes),
         "fingerprints": loop.fingerprints,
         "finished": finished,
+        "score": SCORES[data.target_kind]._asdict(),
         "matrix": entries,
         "measures": per_task[-1] if finished else {},
         "measures_per_task": per_task,
@@ -390,7 +391,8 @@ def show(content: Mapping[str, Any], console: Console | None = None) -> None:
     after = [_after_task(content, t) for t in range(finished)]
     columns, digits, gap = _layout(finished, [["task", *_columns(content)], *after], console.width)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, gap - 1, 0, 0))
-    title = f"{method}: accuracy in % " + ("on each task (columns) " if columns else "") + "after each task (rows)"
+    score = content.get("score", {}).get("title", "accuracy")
+    title = f"{method}: {score} in % " + ("on each task (columns) " if columns else "") + "after each task (rows)"
     table.add_column("task", no_wrap=True)
     for index in range(columns):
         table.add_column(str(index), justify="right", no_wrap=True)
@@ -404,12 +406,12 @@ def show(content: Mapping[str, Any], console: Console | None = None) -> None:
     console.print(title, style="italic", highlight=False)
     console.print(table)
     measures = content["measures"]
-    lines = [
-        "all: average over all classes so far; known: with the task of each image known",
-    ]
+    lines = ["all: average over all classes so far"]
+    if score == "accuracy":
+        lines[0] += "; known: with the task of each image known"
     mark, words = ("", "") if "average_accuracy" in measures else ("task_aware/", " (the method needs the task)")
     lines.append(
-        f"last accuracy{words} {_percent(measures[f'{mark}average_accuracy'])} %, average incremental accuracy "
+        f"last {score}{words} {_percent(measures[f'{mark}average_accuracy'])} %, average incremental {score} "
         f"{_percent(measures[f'{mark}average_incremental_accuracy'])} %"
     )
     if f"{mark}forgetting" in measures:
@@ -426,7 +428,8 @@ def show(content: Mapping[str, Any], console: Console | None = None) -> None:
 def _columns(content: Mapping[str, Any]) -> list[str]:
     """Headings of the summary of a task; "online" only if there are online errors."""
     online = ["online"] if "mean_online_error" in content["measures"] else []
-    return ["all", "known", "forgetting", *online, "time"]
+    known = ["known"] if content.get("score", {}).get("name", "accuracy") == "accuracy" else []
+    return ["all", *known, "forgetting", *online, "time"]
 
 
 def _after_task(content: Mapping[str, Any], t: int) -> list[str]:
@@ -440,7 +443,7 @@ def _after_task(content: Mapping[str, Any], t: int) -> list[str]:
     return [
         name,
         _percent(measures.get("average_accuracy")),
-        _percent(sum(known) / len(known) if known else None),
+        *([_percent(sum(known) / len(known) if known else None)] if "known" in _columns(content) else []),
         _percent(measures.get("forgetting")),
         *([_percent(content["matrix"]["online_error"][t])] if "online" in _columns(content) else []),
         f"{seconds:.1f} s"

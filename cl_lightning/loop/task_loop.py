@@ -39,8 +39,8 @@ from cl_lightning.loop.options import (
     check_kinds,
     check_memory,
     check_names,
+    check_network,
     check_phases,
-    check_tokens,
     check_trainer,
     check_watched,
 )
@@ -377,7 +377,7 @@ class TaskLoop:
             self._seed()
             check_kinds(self.strategy, self.datamodule)
             self.strategy.build(self.datamodule.image_shape)
-        check_tokens(self.strategy, self.datamodule)
+        check_network(self.strategy, self.datamodule)
         self.datamodule.feature_views = self.options.feature_views
         self.datamodule.pin_memory = self.trainer.strategy.root_device.type == "cuda"
         if self.options.channels_last:

@@ -27,9 +27,11 @@ from cl_lightning.losses.distillation import (
     sigmoid_distillation,
     softmax_distillation,
 )
+from cl_lightning.losses.targets import at_size, multi_label_losses, target_distillation, target_loss
 
 __all__ = [
     "NewClassTargets",
+    "at_size",
     "balanced_distillation",
     "binary_cross_entropy",
     "classes_present",
@@ -46,6 +48,7 @@ __all__ = [
     "masked_logits",
     "mean_over_rows",
     "mean_over_selected",
+    "multi_label_losses",
     "norm_and_direction",
     "pod_spatial",
     "row_factor",
@@ -53,4 +56,6 @@ __all__ = [
     "sigmoid_distillation",
     "softmax_distillation",
     "supervised_contrastive",
+    "target_distillation",
+    "target_loss",
 ]

@@ -47,15 +47,20 @@ from cl_lightning.measures.functional import (
 )
 from cl_lightning.measures.matrix import AccuracyMatrix
 from cl_lightning.measures.plasticity import PLASTICITY, dormant_units, effective_rank, joint_norm
+from cl_lightning.measures.scores import METRICS, SCORES, Score, ScoreMetric
 
 __all__ = [
     "CONFIDENCE_BINS",
     "MEBIBYTE",
+    "METRICS",
     "PLASTICITY",
+    "SCORES",
     "AccuracyMatrix",
     "BaseNovel",
     "CostMeter",
     "EvaluationResult",
+    "Score",
+    "ScoreMetric",
     "Stopwatch",
     "StreamAccuracy",
     "TaskCost",

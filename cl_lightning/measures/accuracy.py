@@ -4,7 +4,7 @@ The accuracy matrix is in ``matrix``; the measures computed from it, and their c
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class EvaluationResult:
     Neither a dataclass nor a tuple: torchmetrics descends into both and squeezes tensors with one element (T = 1).
 
     Attributes:
-        totals: Test samples per task, int64 ``(T,)``.
+        totals: Test samples per task, int64 ``(T,)``; for scores that are means over classes, their number.
         correct: Samples whose class has the highest score of all columns, int64 ``(T,)``.
         correct_task_aware: Samples whose class has the highest score of the columns of its task, int64 ``(T,)``.
         accuracy: ``correct / totals``, float64 ``(T,)`` in [0, 1]; nan for a task without samples.
@@ -52,6 +52,25 @@ class EvaluationResult:
         self.accuracy = correct.double() / totals  # 0 / 0 is nan
         self.task_aware = correct_task_aware.double() / totals
         self.prefix, self.confusion, self.ece = prefix, confusion, ece
+
+    @classmethod
+    def of_scores(cls, values: Tensor, weights: Tensor) -> Self:
+        """Result of another score than accuracy: no counts of correct predictions, and no task-aware reading.
+
+        Args:
+            values: Score of each task, float64 ``(T,)``; nan where it is not defined.
+            weights: Weight of each task in averages, such as its number of classes, int64 ``(T,)``.
+        """
+        result = cls(weights, torch.zeros_like(weights), torch.zeros_like(weights))
+        result.accuracy = values.double()
+        result.task_aware = torch.full_like(result.accuracy, float("nan"))
+        return result
+
+    def average(self, *, task_aware: bool = False) -> float:
+        """Average over the tasks, weighted by ``totals``; tasks without a value are left out; 0 without any."""
+        values = self.task_aware if task_aware else self.accuracy
+        weights = self.totals.where(~values.isnan(), 0)
+        return float((values.nan_to_num() * weights).sum() / weights.sum().clamp(min=1))
 
     def leave_out_class_incremental(self) -> None:
         """Mark the class-incremental reading as not measured: ``accuracy`` is nan, for a method that needs the task."""

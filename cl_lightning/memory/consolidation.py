@@ -141,13 +141,20 @@ class Consolidation(nn.Module):
         if self.path is not None:
             self.path.after_step(self._held)
 
-    def end_task(self, network: Network, batches: Iterable[Batch], loss_classes: Tensor | None = None) -> None:
+    def end_task(
+        self,
+        network: Network,
+        batches: Iterable[Batch],
+        loss_classes: Tensor | None = None,
+        target: str = "class",
+    ) -> None:
         """Measure importance on the task that ends and merge it with the earlier ones; with weight 0, do nothing.
 
         Args:
             network: In eval mode.
             batches: This process's share of the task's training data, un-augmented.
             loss_classes: For ``fisher``: classes in the softmax of the task's loss, bool ``(C,)``; None for all.
+            target: For ``fisher``: what the target of a sample is, see ``fisher_diagonal``.
         """
         if self.weight == 0:
             return
@@ -162,7 +169,13 @@ class Consolidation(nn.Module):
             omega = output_norm(network, parameters, batches, per_sample=self.per_sample)
         else:
             omega = fisher_diagonal(
-                network, parameters, batches, labels=self.labels, per_sample=self.per_sample, loss_classes=loss_classes
+                network,
+                parameters,
+                batches,
+                labels=self.labels,
+                per_sample=self.per_sample,
+                loss_classes=loss_classes,
+                target=target,
             )
         if self.estimator == "rwalk":
             self.importance.merge(parameters, omega, decay=0.0)

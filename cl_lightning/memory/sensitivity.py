@@ -8,6 +8,7 @@ with a the layer's input and delta the gradient with respect to its output: one 
 other weights are computed per sample with ``torch.func``.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -200,6 +201,7 @@ def fisher_diagonal(
     labels: Labels = "exact",
     per_sample: bool = True,
     loss_classes: Tensor | None = None,
+    target: str = "class",
     chunk_size: int | None = None,
 ) -> dict[str, Tensor]:
     """Diagonal of the Fisher information of softmax(z(x)), averaged over samples (EWC, arXiv:1612.00796).
@@ -221,15 +223,20 @@ def fisher_diagonal(
             multiplies by the batch size, as FACIL does (there in train mode). That is not the Fisher information: it is
             smaller, and depends on the batch size of a process.
         loss_classes: Classes in the softmax, bool ``(C,)``; None for all.
+        target: What y is. Besides ``class``: ``labels``, each of the classes present or not with probability sigmoid(z)
+            (the sum over classes of ``p (1 - p) (dz/d theta)^2``), or ``number``, of a normal distribution around z of
+            variance 1 (``(dz/d theta)^2``). For these two the expectation over y is exact.
         chunk_size: Number of samples at a time; None for as many as have about 1 GiB of gradients.
 
     Returns:
         Importances, at least 0, by name, each of the shape of its parameter.
 
     Raises:
-        ValueError: For ``exact`` with ``per_sample=False``, since a batch has no single y, and if ``parameters`` is
-            empty.
+        ValueError: For ``exact`` with ``per_sample=False``, since a batch has no single y, if ``parameters`` is empty,
+            and for other targets with ``predicted`` or ``empirical`` labels, or with ``per_sample=False``.
     """
+    if target != "class":
+        return _fisher_of_targets(network, parameters, batches, labels, per_sample, loss_classes, target, chunk_size)
     if labels == "exact" and not per_sample:
         raise ValueError(
             "fisher_diagonal: labels is 'exact', which needs per_sample=True; with per_sample=False use 'sampled', "
@@ -258,6 +265,35 @@ def fisher_diagonal(
     )
 
 
+def _fisher_of_targets(
+    network: nn.Module,
+    parameters: Tensors,
+    batches: Iterable[Batch],
+    labels: Labels,
+    per_sample: bool,
+    loss_classes: Tensor | None,
+    target: str,
+    chunk_size: int | None,
+) -> dict[str, Tensor]:
+    """:func:`fisher_diagonal` of several labels or a number."""
+    if target not in ("labels", "number") or labels not in ("exact", "sampled") or not per_sample:
+        raise ValueError(
+            f"fisher_diagonal: target is {target!r} with labels {labels!r} and per_sample {per_sample}; for labels and "
+            "numbers use 'exact' or 'sampled', and per_sample=True; for pixels there is none"
+        )
+
+    def seeds(logits: Tensor, true: Tensor, uniform: Tensor) -> Tensor:
+        spread = torch.ones_like(logits)
+        if target == "labels":
+            p = logits.sigmoid()
+            spread = (p * (1 - p)).sqrt()
+            if loss_classes is not None:
+                spread = spread * loss_classes
+        return torch.diag_embed(spread)  # (n, C, C): one vector for each output
+
+    return _pull_back(network, parameters, batches, seeds, 2, per_sample=True, chunk_size=chunk_size)
+
+
 def output_norm(
     network: nn.Module,
     parameters: Tensors,
@@ -272,7 +308,7 @@ def output_norm(
         Omega_j = 1/N sum_i | d ||z(x_i)||^2 / d theta_j |
 
     Memory Aware Synapses (Aljundi et al., ECCV 2018, arXiv:1711.09601). Eval mode and the reduction over processes are
-    as in :func:`fisher_diagonal`.
+    as in :func:`fisher_diagonal`. Of logits for pixels, ``(C, h, w)``, z is the mean of the norm over the places.
 
     Args:
         network, parameters, batches, chunk_size: As in :func:`fisher_diagonal`.
@@ -289,6 +325,6 @@ def output_norm(
 
     def seeds(logits: Tensor, true: Tensor, uniform: Tensor) -> Tensor:
         gradient = 2 * logits if squared else logits / logits.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        return gradient[:, None, :]
+        return gradient[:, None] / math.prod(logits.shape[2:])
 
     return _pull_back(network, parameters, batches, seeds, 1, per_sample=per_sample, chunk_size=chunk_size)

@@ -15,6 +15,7 @@ from cl_lightning.models.backbones import (
     Timm,
     built,
 )
+from cl_lightning.models.background_head import BackgroundHead
 from cl_lightning.models.closed_form import (
     ClosedFormHead,
     LDAHead,
@@ -96,6 +97,7 @@ from cl_lightning.models.peft.scale_shift import SSF, FiLM
 from cl_lightning.models.peft.sets import PeftSets, SideBySide
 from cl_lightning.models.peft.tokens import VPT, Prefix, PrefixSite, PromptSite
 from cl_lightning.models.peft.two_ranks import TwoRanks
+from cl_lightning.models.pixels import ConvPixels, PixelHead, TorchvisionPixels
 from cl_lightning.models.prompts import (
     DecomposedPrompts,
     KeyedPrompts,
@@ -133,12 +135,14 @@ __all__ = [
     "AdaptiveBatchNorm",
     "Against",
     "Backbone",
+    "BackgroundHead",
     "BasicBlock",
     "CifarResNet",
     "ClosedFormHead",
     "ConsolidatedHead",
     "ConvNet",
     "ConvNet1d",
+    "ConvPixels",
     "CosineHead",
     "Cut",
     "DecomposedPrompts",
@@ -175,6 +179,7 @@ __all__ = [
     "PeftFactory",
     "PeftPair",
     "PeftSets",
+    "PixelHead",
     "Prefix",
     "PrefixSite",
     "PromptPool",
@@ -200,6 +205,7 @@ __all__ = [
     "Temporary",
     "TextHead",
     "Timm",
+    "TorchvisionPixels",
     "TwoRanks",
     "WholeModel",
     "adapt_norms",

@@ -56,6 +56,7 @@ class Backbone(nn.Module):
         dimensions: Numbers of dimensions of a sample that the class takes: 3 for images, 2 for sequences, 1 for vectors
             and tokens. A network for images sets ``(3,)``.
         takes_tokens: Whether samples are tokens, int64, instead of floating-point numbers.
+        for_pixels: Whether the features are a map, ``(B, num_features, h, w)``, for classes of pixels.
         has_maps: Whether ``forward`` takes a list as second argument, to which it appends the feature map at the end of
             each stage, before its ReLU, ``(B, C, H, W)``.
 
@@ -66,6 +67,7 @@ class Backbone(nn.Module):
     num_features: int
     dimensions: ClassVar[tuple[int, ...]] = (1, 2, 3)
     takes_tokens: bool = False
+    for_pixels: ClassVar[bool] = False
     has_maps: bool = False
 
     def __init__(self, image_shape: ImageShape) -> None:

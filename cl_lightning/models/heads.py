@@ -7,7 +7,7 @@ averages that refer to them stay valid. A head is resized to the shape of the st
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,9 @@ class Head(nn.Module):
     """Whether the head is fitted on the task's features at the end of a task (``fit_features``)."""
     needs_all_rows: bool = False
     """Whether ``fit_features`` receives the features of all processes, in data set order, instead of a share."""
+
+    for_pixels: ClassVar[bool] = False
+    """Whether features are maps ``(B, d, h, w)`` and logits ``(B, columns, h, w)``, for classes of pixels."""
 
     needs_names: bool = False
     """Whether the head is given the names of its classes when it has grown (``fill_names``)."""

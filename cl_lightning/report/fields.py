@@ -48,6 +48,12 @@ def fraction(value: Any) -> float:
     return float(value)
 
 
+def at_most_one(value: Any) -> float:
+    if number(value) > 1:
+        _refuse("a number of at most 1", value)
+    return float(value)
+
+
 def non_negative(value: Any) -> float:
     if number(value) < 0:
         _refuse("a number of at least 0", value)

@@ -83,6 +83,11 @@ def axis_range(values: Sequence[float], *, whole: bool) -> tuple[float, float]:
     return max(-103.0, min(0.0, low) - pad), min(103.0, max(0.0, high) + pad)
 
 
+def capital(text: str) -> str:
+    """The text with a capital first letter, unless it is a name such as mIoU."""
+    return text if any(letter.isupper() for letter in text) else text.capitalize()
+
+
 def counted(number: int, noun: str) -> str:
     """A number with its noun in singular or plural."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

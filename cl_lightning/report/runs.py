@@ -23,6 +23,7 @@ from cl_lightning.report.fields import (
     _MalformedError,
     _Object,
     _object,
+    at_most_one,
     clean,
     dict_of,
     flattened,
@@ -153,6 +154,7 @@ class Run:
         config: The configuration, flat: text by dotted key; None if the run was not started from one.
         seed: Seed of all random numbers; None if not known.
         data_seed: Seed of the data, if it has a seed of its own.
+        score: What the entries of the matrix are: accuracy, mIoU, mAP, R2.
         tasks: All tasks of the stream, including future tasks.
         class_order: Raw label of each column.
         class_names: Class name of each column; two classes may have the same name.
@@ -188,6 +190,7 @@ class Run:
     config: Mapping[str, str] | None
     seed: int | None
     data_seed: int | None
+    score: str
     tasks: tuple[TaskInfo, ...]
     class_order: tuple[int, ...]
     class_names: tuple[str, ...]
@@ -357,10 +360,14 @@ def parse(data: Any, folder: Path) -> Run:
     if finished > len(tasks):
         raise UnusableRunError(f"{FILE}: finished is {finished}, of {len(tasks)} tasks")
     matrix, cost, seeds = top.part("matrix"), top.part("cost"), top.part("seeds")
+    entry = nullable(fraction)
+    score = top.part("score").optional("title", text, "accuracy")
+    if score != "accuracy":
+        entry = nullable(at_most_one)
     entries: Parser[Matrix | None] = matrix_of(nullable(fraction), finished)
     accuracy: Matrix = ()
     if finished:
-        accuracy = matrix.required("R_ci", matrix_of(nullable(fraction), finished))
+        accuracy = matrix.required("R_ci", matrix_of(entry, finished))
     measures: tuple[dict[str, float], ...] = top.optional("measures_per_task", list_of(dict_of(number)), ())
     if measures and len(measures) < finished:
         notes.append(f"{FILE}: measures_per_task has {len(measures)} entries, of {finished} tasks; left out")
@@ -375,6 +382,7 @@ def parse(data: Any, folder: Path) -> Run:
         config=top.optional("config", flattened, None),
         seed=top.optional("seed", nullable(integer), None),
         data_seed=seeds.optional("data", nullable(integer), None),
+        score=score,
         tasks=tasks,
         class_order=top.optional("class_order", list_of(integer), ()),
         class_names=top.optional("class_names", list_of(text), ()) or _class_names(tasks),

@@ -24,6 +24,7 @@ from cl_lightning.report.parts import (
     Plot,
     Section,
     axis_range,
+    capital,
     counted,
     gap_name,
     heat,
@@ -72,8 +73,9 @@ def _untitled(sheet: Sheet) -> Sheet:
 
 def _over_tasks(comparison: Comparison) -> Section:
     drawn = []
+    score = comparison.groups[0].first.score
     for name, title, key in (
-        ("accuracy", "Average accuracy over all classes so far (%)", "average_accuracy"),
+        ("accuracy", f"Average {score} over all classes so far (%)", "average_accuracy"),
         ("known", "The same with the task known (%)", "task_aware/average_accuracy"),
         ("forgetting", "Forgetting (%)", "forgetting"),
     ):
@@ -232,7 +234,8 @@ def _matrices(groups: Sequence[Group]) -> Section:
         )
         title = f"{group.label}: mean of {counted(len(group.runs), 'run')}" if len(group.runs) > 1 else group.label
         found.append(heat(f"matrix-{index}", title, group.first, mean, totals, brief=True))
-    return Section("Accuracy on each task after each task", text="In %, of all classes seen so far.", matrices=found)
+    title = f"{capital(groups[0].first.score)} on each task after each task" if groups else ""
+    return Section(title, text="In %, of all classes seen so far.", matrices=found)
 
 
 def _stability(comparison: Comparison) -> Section:

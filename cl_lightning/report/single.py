@@ -14,6 +14,7 @@ from cl_lightning.report.parts import (
     Plot,
     Section,
     axis_range,
+    capital,
     gap_name,
     heat,
     is_plain,
@@ -63,7 +64,8 @@ def _run_matrices(run: Run) -> Section:
     if run.accuracy_known is not None:
         known = [values.get("task_aware/average_accuracy") for values in run.measures]
         matrices.append(heat("matrix-known", "With the task known", run, run.accuracy_known, known))
-    return Section("Accuracy on each task after each task", text="In %; columns are tasks.", matrices=matrices)
+    title = f"{capital(run.score)} on each task after each task"
+    return Section(title, text="In %; columns are tasks.", matrices=matrices)
 
 
 def _run_curves(run: Run) -> Section:
@@ -81,14 +83,14 @@ def _run_curves(run: Run) -> Section:
     ]
     losses = [series("all classes so far", 0, "forgetting"), series("task known", 1, "task_aware/forgetting")]
     drawn = [
-        _curve_plot("average", "Average accuracy (%)", averages, whole=True),
+        _curve_plot("average", f"Average {run.score} (%)", averages, whole=True),
         _curve_plot("forgetting", "Forgetting (%)", losses, whole=False),
     ]
     if run.finished <= plots.COLORS:
         tasks = [
             plots.Series(f"task {i}", i, after[i:], [percent(run.accuracy[t][i]) for t in after[i:]]) for i in after
         ]
-        drawn.append(_curve_plot("tasks", "Accuracy on each task (%)", tasks, whole=True))
+        drawn.append(_curve_plot("tasks", f"{capital(run.score)} on each task (%)", tasks, whole=True))
     return Section("Over the tasks", plots=drawn)
 
 

@@ -145,7 +145,7 @@ def matrix(run: Run) -> Sheet:
     rows = [(run.tasks[t].name, *map(cell, row), cell(run.measures[t].get("average_accuracy")))
             for t, row in enumerate(run.accuracy)]  # fmt: skip
     return Sheet(
-        title=f"{run.method}: accuracy (%) on each task (columns) after each task (rows)",
+        title=f"{run.method}: {run.score} (%) on each task (columns) after each task (rows)",
         columns=("after", *map(str, range(run.finished)), "all classes"),
         rows=tuple(rows),
     )

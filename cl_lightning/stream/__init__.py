@@ -12,6 +12,7 @@ from cl_lightning.hashing import IntArray
 from cl_lightning.stream.core import DatasetInfo, Stream
 from cl_lightning.stream.dealing import Scenario, Split, Splitter
 from cl_lightning.stream.domains import DomainIncremental, PermutedDomains, RotatedDomains
+from cl_lightning.stream.label_sets import LabelSets
 from cl_lightning.stream.levels import LabelExpansion
 from cl_lightning.stream.modifiers import LabelFraction, LongTailed, Modifier, NoisyLabels, Online, Subsampling, Subset
 from cl_lightning.stream.rehearsal import PowerLawRehearsal
@@ -28,6 +29,7 @@ __all__ = [
     "IntArray",
     "LabelExpansion",
     "LabelFraction",
+    "LabelSets",
     "LongTailed",
     "Modifier",
     "NoisyLabels",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cl_lightning.files import replaced
-from cl_lightning.hashing import IntArray, KeyArray, hash64, hash_names
+from cl_lightning.hashing import BoolArray, IntArray, KeyArray, hash64, hash_names
 from cl_lightning.stream import manifest
 from cl_lightning.stream.draws import rank_in_group
 from cl_lightning.stream.tasks import Segment, Shift, Task, _integers, number_tasks, repeats
@@ -30,10 +30,13 @@ class DatasetInfo:
         domain_names: Name of each domain, all different.
         parents: Raw label of the superclass of each class, and -1 for a superclass; empty for labels of one level. The
             second half of the samples is then the first half again, with the superclasses of their classes as labels.
+        train_sets: Classes of each training sample where it may have several (multi-label, classes of pixels), bool
+            ``(N, num_classes)``, each row with at least one; its label is one of them. None for one class a sample.
+        test_sets: Classes of each test sample, bool ``(M, num_classes)``, or None.
 
     Raises:
         ValueError: If a label or domain has no name, a name is given twice, lengths differ, or labels contradict
-            ``parents``.
+            ``parents`` or the sets of classes.
     """
 
     train_labels: IntArray
@@ -43,6 +46,8 @@ class DatasetInfo:
     test_domains: IntArray | None = None
     domain_names: tuple[str, ...] = ()
     parents: tuple[int, ...] = ()
+    train_sets: BoolArray | None = None
+    test_sets: BoolArray | None = None
 
     def __post_init__(self) -> None:
         for kind in ("class", "domain"):
@@ -61,6 +66,24 @@ class DatasetInfo:
                 if len(domains) != len(labels):
                     raise ValueError(f"DatasetInfo: {len(labels)} {part} labels but {len(domains)} {part} domains")
         self._check_parents()
+        self._check_sets()
+
+    def _check_sets(self) -> None:
+        if (self.train_sets is None) != (self.test_sets is None):
+            raise ValueError("DatasetInfo: sets of classes are given for one of train and test only; give both")
+        for part in ("train", "test"):
+            labels, sets = getattr(self, f"{part}_labels"), getattr(self, f"{part}_sets")
+            if sets is None:
+                continue
+            sets = np.asarray(sets, bool)
+            object.__setattr__(self, f"{part}_sets", sets)
+            if sets.shape != (len(labels), self.num_classes):
+                expected = (len(labels), self.num_classes)
+                raise ValueError(f"DatasetInfo: {part}_sets has shape {sets.shape}; expected {expected}")
+            if (wrong := np.flatnonzero(~sets[np.arange(len(labels)), labels])).size:
+                raise ValueError(
+                    f"DatasetInfo: {part} sample {wrong[0]} has label {labels[wrong[0]]}, which is not in its set"
+                )
 
     def _check_parents(self) -> None:
         object.__setattr__(self, "parents", tuple(int(parent) for parent in self.parents))
@@ -111,6 +134,26 @@ class DatasetInfo:
             return hash64(self.name_keys[labels], rank_in_group(labels)[0])
         place, _ = rank_in_group(labels * len(self.domain_names) + self.train_domains)
         return hash64(self.name_keys[labels], hash_names(self.domain_names)[self.train_domains], place)
+
+    def classes_in(self, indices: IntArray) -> IntArray:
+        """Raw labels of the classes that occur in training samples, ascending."""
+        if self.train_sets is None:
+            return np.unique(self.train_labels[indices])
+        return np.flatnonzero(self.train_sets[indices].any(axis=0))
+
+    def seen_by(self, first: IntArray) -> IntArray:
+        """For each test sample the first task at whose end all of its classes have been seen, int64 ``(M,)``.
+
+        Args:
+            first: First task of each raw label, int64 ``(num_classes,)``; -1 for a class that never arrives.
+
+        Returns:
+            -1 for a sample with a class that never arrives.
+        """
+        if self.test_sets is None:
+            return first[self.test_labels]
+        latest = np.where(self.test_sets, first, -1).max(axis=1, initial=-1)
+        return np.where((self.test_sets & (first < 0)).any(axis=1), -1, latest)
 
     def keys(self, indices: IntArray, seed: int | KeyArray, purpose: int) -> KeyArray:
         """Counter-based random numbers of training samples.
@@ -334,14 +377,24 @@ class Stream:
                     raise ValueError(
                         f"Stream: task {task.index}: {name} has index {array.max()}; the data has {len(labels)} samples"
                     )
-                columns = self.columns_of(labels[array])
-                fits = (columns >= 0) & (columns < task.num_seen) if name == "test" else np.isin(columns, task.columns)
+                fits = self._fits(info, task, array, test=name == "test")
                 if not fits.all():
                     sample = array[~fits][0]
                     raise ValueError(
                         f"Stream: task {task.index}: {name} has sample {sample} of class "
                         f"{info.class_names[labels[sample]]!r}, which does not belong to this task"
                     )
+
+    def _fits(self, info: DatasetInfo, task: Task, samples: IntArray, *, test: bool) -> BoolArray:
+        """Whether each sample belongs to the task: a test sample has seen classes alone, another one of the task's."""
+        labels, sets = (info.test_labels, info.test_sets) if test else (info.train_labels, info.train_sets)
+        if sets is None:
+            columns = self.columns_of(labels[samples])
+            return (columns >= 0) & (columns < task.num_seen) if test else np.isin(columns, task.columns)
+        allowed = np.zeros(info.num_classes, bool)
+        allowed[list(self.order[: task.num_seen] if test else task.classes)] = True
+        wrong = sets[samples] & ~allowed
+        return np.asarray(~wrong.any(axis=1) if test else (sets[samples] & allowed).any(axis=1))
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest of the stream: numbers, strings, lists and dicts only."""

@@ -121,6 +121,7 @@ class Split:
         test: Indices of the test samples of each task; by default the samples of its new classes.
         holds_out: Whether a task has validation samples; by default every task has.
         one_pass: Whether each sample is seen once.
+        classes: Raw labels of each task, for samples of several classes; by default the classes of its samples.
     """
 
     train: Sequence[IntArray]
@@ -130,6 +131,7 @@ class Split:
     test: Sequence[IntArray] | None = None
     holds_out: Sequence[bool] | None = None
     one_pass: bool = False
+    classes: Sequence[IntArray] | None = None
 
 
 class Splitter(Scenario):
@@ -146,7 +148,7 @@ class Splitter(Scenario):
         """
 
     def stream(self, info: DatasetInfo, part: Segment, earlier: Stream | None) -> Stream:
-        missing = np.flatnonzero(np.bincount(info.train_labels, minlength=info.num_classes) == 0)
+        missing = np.setdiff1d(np.arange(info.num_classes), info.classes_in(np.arange(len(info.train_labels))))
         if missing.size:
             self.fail(
                 f"class {info.class_names[missing[0]]!r} has no training samples; add some, or leave the class out"
@@ -161,7 +163,8 @@ class Splitter(Scenario):
         if rest:
             parts = (*parts, Segment(rest, part.seed, part.val_fraction))
         train, val = _hold_out(info, chosen, parts)
-        tasks, order = arrivals(info, train, chosen.order, chosen.names, chosen.shifts or [None] * count)
+        present = chosen.classes or [info.classes_in(indices) for indices in train]
+        tasks, order = arrivals(info, present, chosen.order, chosen.names, chosen.shifts or [None] * count)
         return Stream(
             tasks=tasks,
             train=tuple(train),
@@ -182,6 +185,8 @@ def _hold_out(info: DatasetInfo, chosen: Split, parts: Sequence[Segment]) -> tup
         fractions = np.where(chosen.holds_out, fractions, 0.0)
     if not fractions.any():
         return list(chosen.train), [np.empty(0, np.int64) for _ in chosen.train]
+    if info.train_sets is not None:
+        return _hold_out_samples(info, chosen, fractions, parts[0].seed)
     seeds = seed_array(part.seed for part in parts for _ in range(part.tasks))
     task = np.repeat(np.arange(len(chosen.train)), [len(indices) for indices in chosen.train])
     indices = np.concatenate(chosen.train)
@@ -192,26 +197,51 @@ def _hold_out(info: DatasetInfo, chosen: Split, parts: Sequence[Segment]) -> tup
     return [indices[rows] for rows in train], [indices[rows] for rows in val]
 
 
+def _hold_out_samples(
+    info: DatasetInfo, chosen: Split, fractions: np.ndarray, seed: int
+) -> tuple[list[IntArray], list[IntArray]]:
+    """As :func:`_hold_out` for samples of several classes; one in several tasks is held out in all or in none."""
+    place = rank_in_group(
+        np.zeros(len(info.train_labels), np.int64), info.keys(np.arange(len(info.train_labels)), seed, draws.VALIDATION)
+    )[0]
+    train, val = [], []
+    for indices, fraction in zip(chosen.train, fractions, strict=True):
+        held = place[indices] < round(fraction * len(place))
+        if held.all():
+            held[place[indices].argmax()] = False
+        train.append(indices[~held])
+        val.append(indices[held])
+    return train, val
+
+
 def arrivals(
     info: DatasetInfo,
-    train: Sequence[IntArray],
+    classes: Sequence[IntArray],
     order: IntArray,
     names: Sequence[str],
     shifts: Sequence[Shift | None],
 ) -> tuple[tuple[Task, ...], tuple[int, ...]]:
-    """Tasks with the classes of their training samples, and the raw label of each column.
+    """Tasks with their classes, and the raw label of each column.
 
     Args:
         info: Labels and names of the data set.
-        train: Indices of the training samples of each task.
+        classes: Raw labels of each task, each once.
         order: Raw labels; classes that arrive in the same task get their columns in this order.
         names: Name of each task.
         shifts: Shift of each task.
     """
     rank = np.zeros(info.num_classes, np.int64)
     rank[order] = np.arange(len(order))
-    present = [order[np.unique(rank[info.train_labels[indices]])].tolist() for indices in train]
+    present = [order[np.sort(rank[labels])].tolist() for labels in classes]
     return number_tasks(present, names, shifts)
+
+
+def remaining_classes(info: DatasetInfo, tasks: Sequence[Task], train: Sequence[IntArray]) -> list[IntArray]:
+    """Raw labels of each task after its training samples have changed; samples of several classes add none."""
+    present = [info.classes_in(indices) for indices in train]
+    if info.train_sets is None:
+        return present
+    return [np.intersect1d(labels, task.classes) for labels, task in zip(present, tasks, strict=True)]
 
 
 def assign_tests(info: DatasetInfo, tasks: Sequence[Task], test: Sequence[IntArray] | None) -> tuple[IntArray, ...]:
@@ -219,11 +249,12 @@ def assign_tests(info: DatasetInfo, tasks: Sequence[Task], test: Sequence[IntArr
     first = np.full(info.num_classes, -1, np.int64)
     for task in tasks:
         first[list(task.new_classes)] = task.index
+    seen = info.seen_by(first)
     if test is None:
-        return tuple(split(first[info.test_labels], len(tasks)))
+        return tuple(split(seen, len(tasks)))
     test_task = np.repeat(np.arange(len(tasks)), [len(indices) for indices in test])
     indices = np.concatenate(test)
-    test_task = np.maximum(test_task, first[info.test_labels[indices]])
+    test_task = np.maximum(test_task, seen[indices])
     return tuple(np.unique(indices[rows]) for rows in split(test_task, len(tasks)))
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from cl_lightning.hashing import IntArray, KeyArray, hash64, seed_array
 from cl_lightning.stream import draws
 from cl_lightning.stream.core import DatasetInfo, Stream
-from cl_lightning.stream.dealing import Scenario, arrivals, assign_tests
+from cl_lightning.stream.dealing import Scenario, arrivals, assign_tests, remaining_classes
 from cl_lightning.stream.draws import rank_in_group, round_half_up, split
 from cl_lightning.stream.tasks import Segment
 
@@ -196,7 +196,9 @@ class Subsampling(Modifier):
                 self.fail(f"task {task.index} ({task.name}) has no training samples left; remove fewer of them")
         # A class without samples left in its first task arrives in a later task.
         names = [task.name for task in stream.tasks]
-        tasks, order = arrivals(info, train, np.array(stream.order), names, stream.shifts)
+        tasks, order = arrivals(
+            info, remaining_classes(info, stream.tasks, train), np.array(stream.order), names, stream.shifts
+        )
         return replace(
             stream,
             tasks=tasks,

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from cl_lightning.hashing import IntArray, hash64
 from cl_lightning.stream import draws
 from cl_lightning.stream.core import DatasetInfo, Stream
-from cl_lightning.stream.dealing import Scenario, arrivals
+from cl_lightning.stream.dealing import Scenario, arrivals, remaining_classes
 from cl_lightning.stream.modifiers import Modifier
 
 _RATES = {"power": 1.0, "recency": 5.0, "exponential": 1.0}
@@ -100,6 +100,8 @@ class PowerLawRehearsal(Modifier):
     def change(self, stream: Stream, info: DatasetInfo) -> Stream:
         if any(part.size for part in (*stream.unlabelled, *stream.noisy)):
             self.fail(f"labels are hidden or noisy already; put those modifiers around {type(self).__name__}")
+        if info.train_sets is not None:
+            self.fail("samples have several classes, of which a task shows its own alone; use data of one class each")
         if any(stream.shifts):
             self.fail("images of the tasks are shifted, and a sample would come back with another shift; use classes")
         train = list(stream.train)
@@ -114,5 +116,7 @@ class PowerLawRehearsal(Modifier):
                 taken = np.concatenate([taken, pool[chosen]])
             train[task.index] = np.setdiff1d(taken, stream.val[task.index])
         names = [task.name for task in stream.tasks]
-        tasks, order = arrivals(info, train, np.array(stream.order), names, stream.shifts)
+        tasks, order = arrivals(
+            info, remaining_classes(info, stream.tasks, train), np.array(stream.order), names, stream.shifts
+        )
         return replace(stream, tasks=tasks, order=order, train=tuple(train))

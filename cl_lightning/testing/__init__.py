@@ -12,6 +12,7 @@ from cl_lightning.testing.bench import Factory, Outcome, SavePoint, Subject, Tin
 from cl_lightning.testing.checks import CHECKS, Case, check_limit, check_strategy, small
 from cl_lightning.testing.compare import difference
 from cl_lightning.testing.pair import Pair
+from cl_lightning.testing.targets import TinyMasks, data_for
 
 __all__ = [
     "CHECKS",
@@ -22,8 +23,10 @@ __all__ = [
     "SavePoint",
     "Subject",
     "TinyDigits",
+    "TinyMasks",
     "check_limit",
     "check_strategy",
+    "data_for",
     "difference",
     "places",
     "run",

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from cl_lightning.batch import Batch, ImageShape
-from cl_lightning.data import RandomCrop, SampleSource, TensorSource
+from cl_lightning.data import RandomCrop, SampleSource, TensorSource, targets_of
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.loop import LoopOptions, RunFiles, TaskLoop
 from cl_lightning.strategy import ContinualStrategy
@@ -175,6 +175,7 @@ class Outcome:
         touches: The samples that were read.
         strategy: The strategy.
         stream: The stream.
+        target_kind: What the target of a sample is.
     """
 
     state: dict[str, Tensor]
@@ -187,6 +188,7 @@ class Outcome:
     touches: list[Touch] = field(default_factory=list)
     strategy: ContinualStrategy | None = None
     stream: Stream | None = None
+    target_kind: str = "class"
 
     def plain(self) -> dict[str, Any]:
         """The fields that are compared between processes, as plain values and tensors."""
@@ -253,6 +255,7 @@ class _Watched:
         self.labels, self.class_names, self.in_memory = source.labels, source.class_names, source.in_memory
         self.domains, self.domain_names, self.kind = source.domains, source.domain_names, source.kind
         self.parents = getattr(source, "parents", ())
+        self.targets = targets_of(source)
 
     @property
     def image_shape(self) -> ImageShape:
@@ -434,6 +437,7 @@ def run(
             touches=probe.touches,
             strategy=strategy,
             stream=loop.stream,
+            target_kind=data.target_kind,
         )
 
 

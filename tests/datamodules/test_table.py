@@ -165,7 +165,7 @@ def test_files_that_are_no_tables_are_refused(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         Table(str(tmp_path / name), target="kind").make_stream(0)
-    with pytest.raises(ValueError, match="no table 'boston' without download; use breast_cancer, digits, iris, wine"):
+    with pytest.raises(ValueError, match="no table 'boston' without download; use breast_cancer, diabetes, digits"):
         Table("sklearn:boston").make_stream(0)
 
 

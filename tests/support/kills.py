@@ -17,6 +17,7 @@ DATA = (
     "--data Digits --data.scenario ClassIncremental --data.scenario.sizes [4,3,3] --data.scenario.tasks null "
     "--data.batch_size 64 --data.val_fraction 0.05"  # tasks: a config may have a scenario with this option
 )
+MASKS = "--data Shapes --data.classes 4 --data.train 60 --data.test 20 --data.size 16 --data.batch_size 20"
 TRAINER = "--trainer.max_epochs 2 --trainer.accelerator cpu --trainer.enable_progress_bar false"
 SAVING = "--loop.save_every_n_steps 3 --loop.save_every_seconds 0"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cl_lightning.cli import discovery
 from cl_lightning.strategy import ContinualStrategy
-from cl_lightning.testing import Subject, small
+from cl_lightning.testing import Subject, data_for, small
 from support import ROOT
 
 TESTS = ROOT / "tests" / "strategies"
@@ -40,7 +40,7 @@ def _found() -> Iterator[tuple[str, Subject, str]]:
     for cls in discovery.strategies():
         if cls not in known:
             *_, family, stem = cls.__module__.split(".")
-            yield cls.__name__, Subject(small(cls), cls.__name__), f"{family}/{stem.rstrip('_')}"
+            yield cls.__name__, Subject(small(cls), cls.__name__, data=data_for(cls)), f"{family}/{stem.rstrip('_')}"
 
 
 def _module(path: Path):

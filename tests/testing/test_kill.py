@@ -40,10 +40,12 @@ def _arguments(method: str, folder: str = "run") -> str:
     path = CONFIG_OF[method]
     model = yaml.safe_load(path.read_text())["model"]
     strategies = {cls.__name__: cls for cls in discovery.strategies()}
-    options = signature(strategies[model if isinstance(model, str) else model["class_path"]]).parameters
+    strategy = strategies[model if isinstance(model, str) else model["class_path"]]
+    options = signature(strategy).parameters
     # Phases of their own, of many epochs, would take the most time.
     short = " ".join(f"--model.{name} 2" for name in options if name.endswith("_epochs"))
-    return f"--config {path} {short} --run_dir {folder} {kills.DATA} {kills.TRAINER} {kills.SAVING}"
+    data = kills.DATA if "class" in strategy.traits.targets else kills.MASKS
+    return f"--config {path} {short} --run_dir {folder} {data} {kills.TRAINER} {kills.SAVING}"
 
 
 def _chosen(events: list[str], chance: random.Random) -> int:

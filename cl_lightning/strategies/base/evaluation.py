@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from cl_lightning.batch import Batch
-from cl_lightning.data import FeatureStore
+from cl_lightning.data import TARGETS, FeatureStore
 from cl_lightning.data.feature_cache import KEYS, STORED
 from cl_lightning.distributed import all_sum
-from cl_lightning.measures import EvaluationResult, StreamAccuracy
+from cl_lightning.losses import at_size, target_loss
+from cl_lightning.measures import METRICS as SCORE_METRICS
+from cl_lightning.measures import EvaluationResult, ScoreMetric, StreamAccuracy
 from cl_lightning.strategies.base.host import Host
 from cl_lightning.stream import Stream
 
@@ -50,14 +52,15 @@ class Evaluation:
 
     Attributes:
         result: Result of the last finished pass; None before the first.
-        loss: Mean cross-entropy of the last finished pass, in nats; nan for a method that needs task ids, which has no
-            class-incremental scores.
+        loss: Mean loss of the last finished pass, for classes the cross-entropy in nats; nan for a method that needs
+            task ids, which has no class-incremental scores.
     """
 
     def __init__(self, strategy: Host) -> None:
         self._strategy = strategy
         self._accuracy: StreamAccuracy | None = None
-        self._loss_sum = torch.zeros((), dtype=torch.float64)
+        self._score: ScoreMetric | None = None
+        self._loss_sum = self._samples = torch.zeros((), dtype=torch.float64)
         self._store: FeatureStore | None = None
         self.result: EvaluationResult | None = None
         self.loss = float("nan")
@@ -76,14 +79,27 @@ class Evaluation:
         without_tasks = strategy.traits.task_ids != "needed"
         prefixes = [max(counts[: t + 1]) for t in range(tasks)] if confusion and without_tasks else None
         confusion = confusion and without_tasks
-        self._accuracy = StreamAccuracy(
-            tasks, columns, confusion=confusion, calibration=confusion, prefixes=prefixes
-        ).to(strategy.device)
+        self._accuracy = self._score = None
+        if (kind := strategy.data.target_kind) == "class":
+            self._accuracy = StreamAccuracy(
+                tasks, columns, confusion=confusion, calibration=confusion, prefixes=prefixes
+            ).to(strategy.device)
+        else:
+            self._score = SCORE_METRICS[kind](strategy.task_columns).to(strategy.device)
         self._loss_sum = torch.zeros((), device=strategy.device, dtype=torch.float64)
+        self._samples = torch.zeros((), device=strategy.device, dtype=torch.float64)
 
     def update(self, batch: Batch) -> None:
         """Predict the samples of a batch and count the correct predictions."""
         strategy = self._strategy
+        self._samples += len(batch)
+        if self._score is not None:
+            outputs, targets = strategy.predict(batch.images).float(), batch.extra[TARGETS]
+            if outputs.dim() == 4:
+                outputs = at_size(outputs, targets.shape[-2:])
+            self._score.update(outputs, targets, batch.tasks)
+            self._loss_sum += target_loss(outputs, targets) * len(batch)
+            return
         assert self._accuracy is not None
         aware: Tensor | None = None
         if KEYS in batch.extra or STORED in batch.extra:
@@ -102,19 +118,19 @@ class Evaluation:
 
     def finish(self) -> EvaluationResult:
         """End the pass and sum the counts over all processes. Called on all processes."""
-        assert self._accuracy is not None
-        result = self._accuracy.compute()
-        total = result.totals.sum().clamp(min=1)
-        self.loss = float(all_sum(self._loss_sum).cpu() / total)
+        metric = self._accuracy if self._score is None else self._score
+        assert metric is not None
+        result: EvaluationResult = metric.compute()
+        loss, samples = all_sum(torch.stack([self._loss_sum, self._samples])).tolist()
+        self.loss = loss / max(samples, 1)
         if self._strategy.traits.task_ids == "needed":
             result.leave_out_class_incremental()
             self.loss = float("nan")
-        self._accuracy, self.result = None, result
+        self._accuracy, self._score, self.result = None, None, result
         return result
 
     def accuracy(self) -> float:
-        """Accuracy of the last finished pass, in [0, 1]; the task-aware accuracy for a method that needs task ids."""
+        """Score of the last finished pass, for classes the accuracy in [0, 1], task-aware for a method that needs task
+        ids."""
         assert self.result is not None
-        needed = self._strategy.traits.task_ids == "needed"
-        correct = self.result.correct_task_aware if needed else self.result.correct
-        return float(correct.sum() / self.result.totals.sum().clamp(min=1))
+        return self.result.average(task_aware=self._strategy.traits.task_ids == "needed")

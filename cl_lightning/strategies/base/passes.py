@@ -45,6 +45,15 @@ class StrategyData:
         names: tuple[str, ...] = tuple(self.module.stream.class_names)
         return names
 
+    @property
+    def target_kind(self) -> str:
+        """What the target of a sample is, of ``cl_lightning.data.TARGET_KINDS``."""
+        try:
+            kind: str = self.module.target_kind
+        except RuntimeError:  # a strategy without a Trainer
+            return "class"
+        return kind
+
     def labels(self) -> Tensor:
         """Column of each labelled training sample of the task, int64 ``(n,)``, on the CPU, the same on every process.
 
@@ -302,7 +311,7 @@ class Passes:
             evaluation: For evaluation: None also if the strategy overrides ``predict``.
         """
         strategy = self._strategy
-        if self.cache is None or not strategy.backbone_is_final:
+        if self.cache is None or not strategy.backbone_is_final or strategy.data.target_kind != "class":
             return None
         if training and (_trains_on_images(strategy) or strategy.terms.sources):
             return None

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from cl_lightning.batch import Batch, join
 from cl_lightning.checks import at_least, one_of
+from cl_lightning.data import TARGETS
 from cl_lightning.data.balance import left_out
 from cl_lightning.data.labels import training_labels
 from cl_lightning.memory import (
@@ -104,6 +105,8 @@ class MemoryReplay(ContinualStrategy):
             batch: Batch of the stream, as it arrived.
             extra: Additional tensors with one row per sample, stored with the samples.
         """
+        if TARGETS in batch.extra:
+            extra = {**extra, TARGETS: batch.extra[TARGETS]}
         self.memory.add(batch.raw, batch.labels, batch.tasks, batch.draw, gathered=False, **extra)
 
 

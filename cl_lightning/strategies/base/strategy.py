@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from cl_lightning.batch import Batch, ImageShape
 from cl_lightning.checks import one_of, within
+from cl_lightning.data import TARGETS
 from cl_lightning.data.feature_cache import KEYS, STORED
 from cl_lightning.lightning_private import HOOK_NAME
-from cl_lightning.losses import cross_entropy, masked_logits
+from cl_lightning.losses import cross_entropy, masked_logits, target_loss
 from cl_lightning.memory import Memory, bytes_by_kind, restore_shapes
 from cl_lightning.models import MLP, Backbone, Head, LinearHead, Network, Output, batch_norms, built, joined
 from cl_lightning.optim import default_optimizer
@@ -254,8 +255,11 @@ class ContinualStrategy(LightningModule):
     def classification_loss(self, output: Output, batch: Batch) -> Tensor:
         """Mean cross-entropy over the logits of ``loss_classes``, in nats; samples with a hidden label are ignored.
 
-        Samples are weighted by the ``class_weights`` of the data module.
+        Samples are weighted by the ``class_weights`` of the data module. Where the target is not one class, it is
+        :func:`~cl_lightning.losses.target_loss`, over the classes of the task of each sample.
         """
+        if (targets := batch.extra.get(TARGETS)) is not None:
+            return target_loss(output.logits, targets)
         weights = self.data.weights_of(batch)
         if self.loss_classes == "all":
             return cross_entropy(output.logits, batch.labels, weights=weights)

@@ -14,6 +14,7 @@ each sample (``"task"``).
 from torch import Tensor
 
 from cl_lightning.batch import Batch
+from cl_lightning.data import TARGET_KINDS
 from cl_lightning.models import Output
 from cl_lightning.strategy import ContinualStrategy, Traits
 
@@ -21,7 +22,7 @@ from cl_lightning.strategy import ContinualStrategy, Traits
 class Finetune(ContinualStrategy):
     """Cross-entropy on the current task, without any measure against forgetting."""
 
-    traits = Traits(family="baseline", paper="lower bound", losses_use_images=False)
+    traits = Traits(family="baseline", paper="lower bound", targets=TARGET_KINDS, losses_use_images=False)
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
         return {"ce": self.classification_loss(output, batch)}

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from cl_lightning.batch import Batch
+from cl_lightning.data import TARGET_KINDS
 from cl_lightning.models import Output
 from cl_lightning.strategy import ContinualStrategy, Traits
 from cl_lightning.stream import Task
@@ -28,7 +29,9 @@ class Joint(ContinualStrategy):
         kwargs: Options of the base class; ``loss_classes`` is ``all`` or ``task``.
     """
 
-    traits = Traits(family="baseline", paper="upper bound", needs_all_data=True, losses_use_images=False)
+    traits = Traits(
+        family="baseline", paper="upper bound", needs_all_data=True, targets=TARGET_KINDS, losses_use_images=False
+    )
 
     def __init__(self, *, from_scratch: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)

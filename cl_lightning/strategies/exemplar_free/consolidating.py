@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cl_lightning.data import TARGET_KINDS
 from cl_lightning.memory import Consolidation
 from cl_lightning.strategies.base import AddsLosses
 from cl_lightning.strategy import Batch, ContinualStrategy, Output, Phase, Task
@@ -25,6 +26,14 @@ class Consolidating(ContinualStrategy):
     def __init__(self, *, consolidation: Consolidation, hold_initial: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.consolidation, self.hold_initial = consolidation, hold_initial
+
+        taken: tuple[str, ...] = ("class",)
+        if consolidation.estimator == "fisher":
+            exact = consolidation.labels in ("exact", "sampled") and consolidation.per_sample
+            taken = ("class", "labels", "number") if exact else taken
+        elif consolidation.estimator != "rwalk":
+            taken = TARGET_KINDS
+        self.traits = self.traits.but(targets=taken)
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
@@ -49,4 +58,6 @@ class Consolidating(ContinualStrategy):
     def end_task(self, task: Task) -> None:
         super().end_task(task)
         batches = self.passes.batches(samples=self.consolidation.samples)
-        self.consolidation.end_task(self.network, batches, self.loss_columns())
+        kind = self.data.target_kind
+        columns = self.task_columns[-1] if kind == "labels" else self.loss_columns()
+        self.consolidation.end_task(self.network, batches, columns, kind)

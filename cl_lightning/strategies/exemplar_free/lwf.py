@@ -12,6 +12,8 @@ T -> temperature. LwF.MC (iCaRL, arXiv:1611.07725, sec. 4.2, without exemplars) 
 
 where the targets of old classes are the sigmoids of g instead of zeros, so that there is no lambda. The learning rate
 2.0 in the code of iCaRL is for the mean over 100 classes; for this sum it is 0.02, the default of the sigmoid form.
+Where the target is not one class, the distillation is ``target_distillation``: sigmoids of several labels, squared
+differences of numbers, a softmax for each pixel.
 Departs from the paper: one softmax is over all old classes, since no task id is given at test time; old rows of the
 head are trained by the distillation (the survey framework of Masana et al. excludes them from the optimizer).
 """
@@ -22,7 +24,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from cl_lightning.checks import above, at_least, one_of
-from cl_lightning.losses import binary_cross_entropy, lwf_mc_targets, softmax_distillation
+from cl_lightning.data import TARGET_KINDS, TARGETS
+from cl_lightning.losses import binary_cross_entropy, lwf_mc_targets, softmax_distillation, target_distillation
 from cl_lightning.memory import Teacher
 from cl_lightning.strategies.base import LossClasses, sigmoid_optimizer
 from cl_lightning.strategy import Batch, ContinualStrategy, Output, Phase, PhaseOptions, Task, Traits
@@ -46,7 +49,7 @@ class LwF(ContinualStrategy):
         kwargs: Options of the base class.
     """
 
-    traits = Traits(family="exemplar-free", paper="Li & Hoiem, ECCV 2016, arXiv:1606.09282")
+    traits = Traits(family="exemplar-free", paper="Li & Hoiem, ECCV 2016, arXiv:1606.09282", targets=TARGET_KINDS)
 
     def __init__(
         self,
@@ -68,18 +71,23 @@ class LwF(ContinualStrategy):
         self.distill_weight, self.temperature, self.form = distill_weight, temperature, form
         self.scale_by_temperature, self.warmup_epochs = scale_by_temperature, warmup_epochs
         self.traits = self.traits.but(uses_old_logits=distill_weight > 0 or form == "sigmoid")
+        if form == "sigmoid":
+            self.traits = self.traits.but(targets=("class",))
         self.teacher = Teacher()
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
         if self.form == "sigmoid":
             old = self.teacher(batch.images).logits if self.teacher else None  # (batch, classes before this task)
-            targets = lwf_mc_targets(batch.labels, output.logits.shape[1], old)
-            return {"bce": binary_cross_entropy(output.logits, targets)}
+            mixed = lwf_mc_targets(batch.labels, output.logits.shape[1], old)
+            return {"bce": binary_cross_entropy(output.logits, mixed)}
         terms = {"ce": self.classification_loss(output, batch)}
         if self.teacher and self.distill_weight and self.phase.name != WARMUP:
-            old, target = self.teacher.pair(batch.images, output)  # (batch, classes before this task) each
+            before, target = self.teacher.pair(batch.images, output)  # (batch, classes before this task) each
+            if (targets := batch.extra.get(TARGETS)) is not None:
+                terms["distill"] = self.distill_weight * target_distillation(before, target, targets, self.temperature)
+                return terms
             terms["distill"] = self.distill_weight * softmax_distillation(
-                old, target, self.temperature, scale_by_temperature=self.scale_by_temperature
+                before, target, self.temperature, scale_by_temperature=self.scale_by_temperature
             )
         return terms
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from cl_lightning.checks import one_of
+from cl_lightning.data import TARGET_KINDS
 from cl_lightning.memory import Memory
 from cl_lightning.strategies.base import check_loss_classes
 from cl_lightning.strategy import Batch, Output, Replay, Task, Traits
@@ -36,7 +37,11 @@ class ER(Replay):
     """
 
     traits = Traits(
-        family="rehearsal", paper="Chaudhry et al. 2019, arXiv:1902.10486", keeps_exemplars=True, task_free=True
+        family="rehearsal",
+        paper="Chaudhry et al. 2019, arXiv:1902.10486",
+        keeps_exemplars=True,
+        task_free=True,
+        targets=TARGET_KINDS,
     )
 
     def __init__(
@@ -56,6 +61,8 @@ class ER(Replay):
                 "'step'; leave them out, since the loader mixes in the whole memory, and the task's end feeds it"
             )
         self.replay_by, self.reduction = replay_by, reduction
+        if replay_by == "loader" and reduction == "sum":  # separates the two by their labels
+            self.traits = self.traits.but(targets=("class",))
         if replay_by == "loader":
             self.traits = self.traits.but(task_free=False)
 
