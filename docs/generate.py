@@ -31,6 +31,7 @@ FAMILIES = {
         "prompts, adapters and closed-form heads on a pretrained backbone",
     ),
     "rehearsal": ("Rehearsal methods", "class-incremental learning with a memory of samples of earlier tasks"),
+    "segmentation": ("Segmentation methods", "classes of pixels that arrive in tasks, with all others as background"),
     "test_time": ("Test-time adaptation", "a trained network adapts to unlabelled, corrupted test data"),
     "callbacks": ("Callbacks", "mechanisms that can be added to any strategy"),
 }
