@@ -6,6 +6,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from cl_lightning.data import TensorSource
+from cl_lightning.data.shared import read_once
 from cl_lightning.datamodules.base import ContinualDataModule
 
 
@@ -25,6 +26,7 @@ class Digits(ContinualDataModule):
     def __init__(self, *, batch_size: int = 32, **kwargs: Any) -> None:
         super().__init__(batch_size=batch_size, **kwargs)
 
+    @read_once
     def source(self, *, train: bool) -> TensorSource:
         bunch = load_digits()
         images = np.round(bunch.images * (255 / 16)).astype(np.uint8)

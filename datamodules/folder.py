@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from cl_lightning.data import FileSource
 from cl_lightning.data.images import IMAGE_SUFFIXES, image_files, sub_folders, visible_files
 from cl_lightning.data.layout import Layout, find_layout
+from cl_lightning.data.shared import read_once
 from cl_lightning.datamodules.base import ContinualDataModule
 
 
@@ -104,6 +105,7 @@ class ImageFolder(ContinualDataModule):
         self.test_fraction, self.test_seed = test_fraction, test_seed
         self.train_folder, self.test_folder = train_folder, test_folder
 
+    @read_once
     def source(self, *, train: bool) -> FileSource:
         files = self._files[0 if train else 1]
         class_names = sorted({file.class_name for file in self._files[0]})

@@ -17,6 +17,7 @@ from cl_lightning.data import KINDS, TARGET_KINDS, ArraySource, Kind, TargetKind
 from cl_lightning.data.images import to_bytes
 from cl_lightning.data.labels import Classes, plain_labels
 from cl_lightning.data.samples import as_samples, kind_of
+from cl_lightning.data.shared import read_once
 from cl_lightning.data.targets import IGNORED
 from cl_lightning.datamodules.base import ContinualDataModule
 
@@ -106,6 +107,7 @@ class NpzData(ContinualDataModule):
         self.path = Path(path).expanduser()
         self.labels, self.names, self.domains, self.inputs, self.targets = labels, names, domains, inputs, targets
 
+    @read_once
     def source(self, *, train: bool) -> TensorSource | ArraySource:
         with self._open() as file:
             keys = self._keys(file, train=train)

@@ -4,6 +4,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,6 +17,7 @@ from cl_lightning.data.feature_cache import KEYS, STORED
 from cl_lightning.data.labels import training_labels
 from cl_lightning.data.levels import TwoLevelSource
 from cl_lightning.data.scaling import InputSize, measured
+from cl_lightning.data.shared import once_of
 from cl_lightning.data.sources import checked, decoded
 from cl_lightning.data.standardize import Standardize, Unchanged
 from cl_lightning.data.targets import TargetTable, with_masks
@@ -143,7 +145,7 @@ class StreamDataModule(LightningDataModule):
         if train not in self._sources:
             source = self.source(train=train)
             if not source.in_memory and self._keep(source):
-                source = decoded(source, self.workers)
+                source = once_of(source, partial(decoded, source, self.workers))
             elif isinstance(source, FileSource):
                 source = checked(source, self.workers)
             if self._superclasses is not None:

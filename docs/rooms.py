@@ -32,7 +32,12 @@ ROOMS = (
     Room(
         "cli",
         "the command line",
-        "main, arguments, configs, processes, commands, parsing, trust, prediction, discovery",
+        "main, arguments, configs, processes, commands, parsing, trust, prediction, discovery, described",
+    ),
+    Room(
+        "study",
+        "many runs in one command",
+        "command, definition, program, checking, storage, selection, worker, warm, progress, page",
     ),
     Room(
         "testing",
@@ -62,7 +67,7 @@ ROOMS = (
         "from files to augmented tensors",
         "sources, images, loaders, transforms, auto_augment, aug_mix, pixels, corruptions, rotations, feature_pool, "
         "feature_cache, arrays, samples, standardize, tables, joined, files, datasets, decoding, labels, scaling, "
-        "shifts, layout, balance, cut_mix, levels, targets",
+        "shifts, layout, balance, cut_mix, levels, targets, shared",
     ),
     Room(
         "report",

@@ -1,4 +1,4 @@
-"""The command line: ``python -m cl_lightning fit | validate | test | predict | report | methods``."""
+"""The command line: ``python -m cl_lightning fit | validate | test | predict | report | study | methods``."""
 
 from cl_lightning.cli.arguments import (
     COMMANDS,

@@ -20,6 +20,7 @@ COMMANDS = {
     "validate": "evaluate a checkpoint on the samples held out by data.val_fraction",
     "predict": "classify a folder of images with a checkpoint, into a CSV file",
     "report": "compare runs: a table, and one HTML page",
+    "study": "run many methods, streams and seeds, and compare them",
     "methods": "list the strategies and callbacks",
 }
 

@@ -1,4 +1,4 @@
-"""The command line: ``python -m cl_lightning fit | validate | test | predict | report | methods``.
+"""The command line: ``python -m cl_lightning fit | validate | test | predict | report | study | methods``.
 
 This module does not import torch, so that help, the version and simple errors are printed without delay.
 """
@@ -42,6 +42,7 @@ Classes are given by name or import path. Configs are merged, later values overr
   {PROGRAM} test --ckpt_path runs/LwF/0000/checkpoints/last.ckpt
   {PROGRAM} predict --ckpt_path last --images FOLDER --output FILE.csv
   {PROGRAM} report runs --output report.html
+  {PROGRAM} study STUDY.yaml --workers 2
 
 Errors are printed in one line; CL_LIGHTNING_TRACEBACK=1 adds the traceback."""
 
@@ -90,6 +91,8 @@ def _run(arguments: list[str]) -> int:
         from cl_lightning import report
 
         return report.main(rest)
+    if command == "study":
+        return _study(rest)
     arguments = resolve_configs(resolve_last(arguments))
     if not set(rest) & {"-h", "--help"}:
         check_required(arguments)
@@ -114,6 +117,17 @@ def version() -> str:
         from cl_lightning import __version__
 
         return __version__
+
+
+def _study(rest: list[str]) -> int:
+    from cl_lightning import study
+
+    def describe(arguments: Sequence[str]) -> study.Description:
+        from cl_lightning.cli.described import describe
+
+        return describe(arguments)
+
+    return study.main(rest, study.Program(PROGRAM, main, describe))
 
 
 def _methods(options: list[str]) -> int:
