@@ -119,6 +119,14 @@ class StreamDataModule(LightningDataModule):
         self._origin = 0
         self._sources: dict[bool, SampleSource] = {}
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "stream":
+            raise AttributeError(
+                f"{type(self).__name__} has no stream yet: make_stream(seed) makes it, and "
+                "cl_lightning.fit(strategy, data) or TaskLoop learns it, in place of Trainer.fit and Trainer.test"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     # ------------------------------------------------------------------ to be overridden
 
     def source(self, *, train: bool) -> SampleSource:

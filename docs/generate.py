@@ -9,6 +9,7 @@ configs under ``experiments/methods/<family>``. A new method needs no line here;
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from typing import Any
 import yaml
 from rooms import FORBIDDEN, ORDER, PACKAGE, ROOMS, ROOT, Room
 
-from cl_lightning.cli.discovery import Method, methods
+from cl_lightning.cli.discovery import Method, catalogue, methods
 
 FAMILIES = {
     "baselines": ("Baselines", "lower and upper bounds"),
@@ -147,6 +148,18 @@ def page(name: str, members: list[Method]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table_of_names() -> str:
+    """The table of all classes, as JSON with a line for each."""
+    content = catalogue()
+
+    def line(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, default=list)
+
+    entries = ",\n".join(line(entry) for entry in content["entries"])
+    bases = ",\n".join(f"{line(name)}: {line(options)}" for name, options in sorted(content["bases"].items()))
+    return f'{{"entries": [\n{entries}\n], "bases": {{\n{bases}\n}}}}\n'
+
+
 # --------------------------------------------------------------------- files
 
 
@@ -166,6 +179,7 @@ def with_part(document: Path, marker: str, text: str) -> str:
 
 def generated() -> Iterator[tuple[Path, str]]:
     """Each file with a generated part, and what it should contain."""
+    yield ROOT / PACKAGE / "catalogue.json", table_of_names()
     yield ROOT / "docs" / "design.md", with_part(ROOT / "docs" / "design.md", "rooms", table_of_rooms())
     yield ROOT / "README.md", with_part(ROOT / "README.md", "methods", table_of_families())
     for name, members in families().items():

@@ -29,10 +29,12 @@ class Room(NamedTuple):
 
 
 ROOMS = (
+    Room("api", "the Python front door", "(porch)"),
     Room(
         "cli",
         "the command line",
-        "main, arguments, configs, processes, commands, parsing, trust, prediction, discovery, described",
+        "main, arguments, configs, processes, commands, parsing, trust, prediction, discovery, described, listing, "
+        "shorthand",
     ),
     Room(
         "study",
@@ -111,6 +113,7 @@ ROOMS = (
     Room("files", "text files that are replaced as a whole", "(porch)"),
     Room("checksums", "files that show whether they are whole", "(porch)"),
     Room("renamed", "names of earlier releases in saved files", "(porch)"),
+    Room("catalogue", "names of all classes, from a generated table", "(porch)"),
     Room("escape_control", "removal of control characters from printed names", "(porch)"),
 )
 ORDER = {room.name: place for place, room in enumerate(ROOMS)}

@@ -114,9 +114,7 @@ def _config_path(value: str) -> str:
         fail(str(error))
     if not re.fullmatch(r"[\w-]+", value) or Path(value).exists() or value == "null":
         return value
-    files = sorted(Path("experiments").rglob("*.yaml"))
-    if not files:
-        fail(f"--config {value}: there is no such file, and no folder 'experiments' here; give the path of a file")
+    files = sorted(experiments(Path("*.yaml")))
     found = [path for path in files if path.stem == value]
     if len(found) == 1:
         return str(found[0])
@@ -125,6 +123,13 @@ def _config_path(value: str) -> str:
     near = difflib.get_close_matches(value, sorted({path.stem for path in files}), n=3)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     fail(f"--config {value}: no file of this name under experiments{hint}")
+
+
+def experiments(pattern: Path) -> list[Path]:
+    """Configs by a pattern of their file names: of the folder ``experiments`` here, or of the installed package."""
+    here = Path("experiments")
+    folder = here if here.is_dir() else Path(__file__).resolve().parents[1] / "experiments"
+    return [path for path in folder.rglob(str(pattern)) if path.is_file()]
 
 
 def check_required(arguments: Sequence[str]) -> None:
@@ -233,7 +238,7 @@ def _is_given(arguments: Sequence[str], name: str) -> bool:
     """Whether an option or a config sets an option of the data."""
     if value_of(arguments, f"--data.{name}") is not None:
         return True
-    contents = [content for config in configs_of(arguments) if isinstance(content := _content(config), Mapping)]
+    contents = [content for config in configs_of(arguments) if isinstance(content := content_of(config), Mapping)]
     data = [content["data"] for content in contents if isinstance(content.get("data"), Mapping)]
     return any(name in part.get("init_args", {}) for part in data if isinstance(part.get("init_args", {}), Mapping))
 
@@ -260,7 +265,7 @@ def with_current_names(arguments: list[str]) -> list[str]:
         follows = index > 0 and arguments[index - 1] in ("--config", "-c")
         if not follows and not (equals and option in ("--config", "-c")):
             continue
-        content = _content(argument if follows else value)
+        content = content_of(argument if follows else value)
         if isinstance(content, Mapping) and (now := renamed.config(content, note)) is not content:
             current[index] = json.dumps(now) if follows else f"{option}={json.dumps(now)}"
     return list(renamed.arguments(current, class_of(current, "model") or "", note))
@@ -281,7 +286,7 @@ def class_of(arguments: Sequence[str], key: str) -> str | None:
             return ""  # without a value; the parser reports it
     found = None
     for config in configs_of(arguments):
-        content = _content(config)
+        content = content_of(config)
         chosen = content.get(key) if isinstance(content, Mapping) else None
         if isinstance(chosen, str):
             found = chosen
@@ -290,7 +295,7 @@ def class_of(arguments: Sequence[str], key: str) -> str | None:
     return found
 
 
-def _content(config: str) -> Any:
+def content_of(config: str) -> Any:
     """Content of a config file, or of YAML given in its place; None if it cannot be read."""
     try:
         return configs.read(config)

@@ -37,9 +37,20 @@ from cl_lightning.cli.arguments import (
 )
 from cl_lightning.cli.parsing import Parser, explain, single_line
 from cl_lightning.cli.processes import _was_started_by_another, is_follower, process_arguments, quiet, shown
+from cl_lightning.cli.shorthand import expanded, with_default_classes
 from cl_lightning.datamodules.base import ContinualDataModule
 from cl_lightning.escape_control import printable
-from cl_lightning.loop import Interrupted, LoopOptions, NotFiniteError, TaskLoop, is_lost_peer, requeue, results
+from cl_lightning.loop import (
+    Interrupted,
+    LoopOptions,
+    NotFiniteError,
+    TaskLoop,
+    is_lost_peer,
+    next_number,
+    requeue,
+    reserved_folder,
+    results,
+)
 from cl_lightning.loop import checkpoint as checkpoints
 from cl_lightning.loop.lightning_support import BAREBONES
 from cl_lightning.strategy import ContinualStrategy
@@ -223,14 +234,10 @@ class ContinualCLI(LightningCLI):
         if follows and _RUN_DIR in os.environ:  # chosen by the process that started this one
             return Path(os.environ[_RUN_DIR])
         base = Path("runs") / str(config.model.class_path).rpartition(".")[2]
-        number = max((int(entry.name) for entry in base.glob("[0-9]*") if entry.name.isdigit()), default=-1) + 1
-        while self.subcommand == "fit" and not follows and not self._reserved:
-            try:
-                (base / f"{number:04d}").mkdir(parents=True)
-                self._reserved = True
-            except FileExistsError:
-                number += 1
-        chosen = base / f"{number:04d}"
+        if self.subcommand == "fit" and not follows and not self._reserved:
+            chosen, self._reserved = reserved_folder(base), True
+        else:
+            chosen = base / f"{next_number(base):04d}"
         os.environ[_RUN_DIR] = str(chosen)
         return chosen
 
@@ -349,7 +356,8 @@ def run(arguments: list[str]) -> int:
         find()  # imports the classes, so that their short names are known
     cli: ContinualCLI | None = None
     try:
-        completed, saved = complete(arguments)
+        completed, saved = complete(expanded(arguments))
+        completed = with_default_classes(completed)
         trusted = saved is None or trust.FLAG in arguments
         source_path = value_of(completed, SOURCE) or ""
         completed, source = with_source_run(completed)

@@ -46,6 +46,11 @@ def read(config: str) -> Any:
     return content
 
 
+def plain_text(path: Path) -> str:
+    """Text of a config of the project."""
+    return read_text(path, errors="replace")
+
+
 def of_pipe(config: str) -> str:
     """A configuration in place of the pipe that is given for it, such as ``<(command)`` of a shell; else as given.
 

@@ -14,6 +14,7 @@ from cl_lightning.cli import discovery
 from cl_lightning.cli.arguments import complete, resolve_configs, with_source_run
 from cl_lightning.cli.commands import ContinualCLI, one_line
 from cl_lightning.cli.processes import process_arguments, quiet
+from cl_lightning.cli.shorthand import expanded, with_default_classes
 from cl_lightning.study import Description
 
 
@@ -42,7 +43,8 @@ def _describe(arguments: list[str]) -> Description:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     for find in (discovery.strategies, discovery.callbacks, discovery.datamodules):
         find()
-    completed, _ = complete(resolve_configs(arguments))
+    completed, _ = complete(resolve_configs(expanded(arguments)))
+    completed = with_default_classes(completed)
     completed, _ = with_source_run(completed)
     with tempfile.TemporaryDirectory() as folder, process_arguments([*completed, f"--run_dir={Path(folder) / 'run'}"]):
         cli = ContinualCLI()

@@ -2,22 +2,24 @@
 
 import importlib
 import inspect
-import json
 import pkgutil
+import re
 from dataclasses import asdict, dataclass
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 from lightning.pytorch import Callback
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 import cl_lightning.callbacks
 import cl_lightning.datamodules
+import cl_lightning.models
 import cl_lightning.strategies
+import cl_lightning.stream
 from cl_lightning.datamodules.base import ContinualDataModule
+from cl_lightning.models import AdaptedBackbone, Backbone, Head
 from cl_lightning.strategy import ContinualStrategy
+from cl_lightning.stream import Scenario
 
 
 @dataclass(frozen=True)
@@ -145,53 +147,79 @@ def methods() -> list[Method]:
     return lines
 
 
+def catalogue() -> dict[str, Any]:
+    """All strategies, callbacks, data modules, scenarios, backbones and heads, as plain values for a file.
+
+    Returns:
+        ``entries``, each with its own ``options`` and the names of its ``bases``; and the options of ``bases`` by name.
+    """
+    described = {method.name: asdict(method) | {"needs": method.needs} for method in methods()}
+    members: list[tuple[dict[str, Any], type]] = [
+        (described[member.__name__], member) for member in (*strategies(), *callbacks())
+    ]
+    others = {
+        "data": datamodules(),
+        "scenario": _classes(cl_lightning.stream, Scenario),
+        "backbone": _classes(cl_lightning.models, Backbone),
+        "head": _classes(cl_lightning.models, Head),
+    }
+    for kind, found in others.items():
+        for member in found:
+            if not inspect.isabstract(member) and member not in (Backbone, Head, AdaptedBackbone):
+                path = f"{member.__module__}.{member.__qualname__}"
+                facts = {"name": member.__name__, "path": path, "kind": kind, "summary": _first_sentence(member)}
+                members.append((facts, member))
+    bases: dict[str, list[dict[str, str]]] = {}
+    entries = []
+    for facts, member in members:
+        above = [base for base in member.__mro__[1:] if base.__module__.partition(".")[0] == "cl_lightning"]
+        above = [base for base in above if "__init__" in vars(base)]
+        bases |= {base.__name__: options(base) for base in above if base.__name__ not in bases}
+        entries.append({**facts, "options": options(member), "bases": [base.__name__ for base in above]})
+    return {"entries": entries, "bases": bases}
+
+
+def options(cls: type) -> list[dict[str, str]]:
+    """Options that the constructor of a class names: name, type, default, text of the docstring."""
+    if "__init__" not in vars(cls):
+        return []
+    texts, found = _arguments_in(cls), []
+    for name, parameter in list(inspect.signature(cls).parameters.items()):
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        default = "" if parameter.default is parameter.empty else _plain_default(parameter.default)
+        kind = _type_name(parameter.annotation)
+        found.append({"name": name, "type": kind, "default": default, "text": texts.get(name, "")})
+    return found
+
+
+def _plain_default(value: Any) -> str:
+    return value.__name__ if isinstance(value, type) or callable(value) else repr(value)
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation is inspect.Parameter.empty:
+        return ""
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return re.sub(r"\b(?:[a-z_]\w*\.)+", "", text)
+
+
+def _arguments_in(cls: type) -> dict[str, str]:
+    """Texts of the arguments in the docstring of a class, by name."""
+    part = (inspect.getdoc(cls) or "").partition("\nArgs:\n")[2]
+    texts: dict[str, str] = {}
+    names: list[str] = []
+    for line in part.splitlines():
+        if line and not line.startswith("    "):
+            break
+        if (match := re.match(r"    ([\w, ]+): (.*)", line)) is not None:
+            names = match[1].split(", ")
+            texts |= dict.fromkeys(names, match[2])
+        elif line.strip():
+            texts |= {name: f"{texts[name]} {line.strip()}" for name in names}
+    return texts
+
+
 def _first_sentence(member: type) -> str:
     first = " ".join((member.__doc__ or "").split("\n\n")[0].split()).partition(". ")[0]
     return first.rstrip(".") + ("." if first else "")
-
-
-def show(form: str = "table", console: Console | None = None) -> None:
-    """Print every strategy and callback.
-
-    Args:
-        form: ``table`` for the terminal (without summaries below 130 columns), ``markdown``, or ``json``, a list with
-            all fields.
-        console: Console to print to; None for standard output.
-    """
-    console = console or Console()
-    if form == "json":
-        text = json.dumps([asdict(method) for method in methods()], indent=1, ensure_ascii=False)
-    elif form == "markdown":
-        text = markdown()
-    else:
-        _show_table(console)
-        return
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _show_table(console: Console) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    wide = console.width >= 130
-    table.add_column("name", no_wrap=True)
-    table.add_column("family", no_wrap=True)
-    table.add_column("keeps or needs", ratio=1)
-    table.add_column("paper", ratio=3)
-    if wide:
-        table.add_column("what it does", ratio=4)
-    family = ""
-    for method in methods():
-        if family and method.family != family:
-            table.add_section()
-        family = method.family
-        cells = [method.name, method.family, method.needs, method.paper]
-        table.add_row(*cells, *([method.summary] if wide else []))
-    console.print(table)
-
-
-def markdown() -> str:
-    """The table of methods in Markdown."""
-    lines = ["| name | family | keeps or needs | paper | what it does |", "|---|---|---|---|---|"]
-    for method in methods():
-        cells = (f"`{method.name}`", method.family, method.needs, method.paper, method.summary)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)

@@ -16,8 +16,6 @@ from cl_lightning.cli.arguments import (
     fail,
     resolve_configs,
     resolve_last,
-    value_of,
-    without,
 )
 
 HELP = f"""Continual learning on PyTorch Lightning.
@@ -44,6 +42,7 @@ Classes are given by name or import path. Configs are merged, later values overr
   {PROGRAM} report runs --output report.html
   {PROGRAM} study STUDY.yaml --workers 2
 
+Short forms: --lr, --optimizer, --backbone, --epochs, --batch_size, --tasks, --seed, --devices.
 Errors are printed in one line; CL_LIGHTNING_TRACEBACK=1 adds the traceback."""
 
 
@@ -86,7 +85,9 @@ def _run(arguments: list[str]) -> int:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's classes in the working directory
     if command == "methods":
-        return _methods(rest)
+        from cl_lightning.cli import listing
+
+        return listing.main(rest)
     if command == "report":
         from cl_lightning import report
 
@@ -128,17 +129,3 @@ def _study(rest: list[str]) -> int:
         return describe(arguments)
 
     return study.main(rest, study.Program(PROGRAM, main, describe))
-
-
-def _methods(options: list[str]) -> int:
-    form = value_of(options, "--format") or "table"
-    if set(options) & {"-h", "--help"}:
-        print(f"usage: {PROGRAM} methods [--format table|markdown|json]\n\nList the strategies and callbacks.")
-        return 0
-    if (rest := without(options, "--format")) or form not in ("table", "markdown", "json"):
-        fail(f"methods: {' '.join(rest or [form])!r} is not known; use --format table, markdown or json")
-
-    from cl_lightning.cli import discovery
-
-    discovery.show(form)
-    return 0

@@ -212,3 +212,21 @@ class RunFiles:
 
 def _in_words(error: OSError) -> str:
     return error.strerror or str(error)
+
+
+def next_number(base: Path) -> int:
+    """The number of the next run in a folder of numbered runs, ``runs/ER/0000``, ``runs/ER/0001``, ..."""
+    return max((int(entry.name) for entry in base.glob("[0-9]*") if entry.name.isdigit()), default=-1) + 1
+
+
+def reserved_folder(base: Path) -> Path:
+    """The folder of the next run, made now, so that runs that start at the same time have different folders."""
+    number = next_number(base)
+    while True:
+        folder = base / f"{number:04d}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder

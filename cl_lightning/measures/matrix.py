@@ -2,7 +2,7 @@
 
 # ruff: noqa: N806 - R is the name of the matrix in every paper
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from cl_lightning.measures.functional import (
     old_new_accuracy,
     per_class_accuracy,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class AccuracyMatrix:
@@ -92,6 +95,53 @@ class AccuracyMatrix:
         if task >= 0 and row.confusion is not None:
             self.confusion = row.confusion
             self.per_class[task].fill_(_NAN)[: len(row.confusion)] = per_class_accuracy(row.confusion)
+
+    def __repr__(self) -> str:
+        """The matrix in percent, a row after each task; task-aware where there is no class-incremental reading."""
+        if not (size := self.learned):
+            return "AccuracyMatrix: no task is finished"
+        values, kind = self._shown()
+        lines = [f"AccuracyMatrix, {kind}, in % on each task (columns) after each task (rows)"]
+        lines.append("   " + "".join(f"{column:7d}" for column in range(size)))
+        for t in range(size):
+            cells = (f"{100 * value:7.1f}" if value == value else " " * 7 for value in values[t, : t + 1].tolist())
+            lines.append(f"{t:3d}" + "".join(cells))
+        return "\n".join(lines)
+
+    def plot(self, *, title: str = "") -> "Figure":
+        """The matrix as a picture with its values in percent.
+
+        Args:
+            title: Text above it.
+
+        Returns:
+            A figure of matplotlib: ``matrix.plot().savefig("matrix.pdf")``.
+        """
+        from matplotlib.figure import Figure
+
+        size = max(self.learned, 1)
+        values = 100 * self._shown()[0][:size, :size]
+        side = 1.4 + 0.45 * size
+        figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+        axes = figure.subplots()
+        shown = values.masked_fill(torch.ones_like(values, dtype=torch.bool).triu(1), _NAN)
+        known = shown[~shown.isnan()]
+        low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 100.0)
+        span = max(high - low, 1e-9)
+        axes.imshow(shown.numpy(), cmap="viridis", vmin=low, vmax=low + span)
+        for t, row in enumerate(shown.tolist()):
+            for i, value in enumerate(row):
+                if value == value:
+                    dark = (value - low) / span < 0.6
+                    axes.text(i, t, f"{value:.1f}", ha="center", va="center", fontsize=8, color="w" if dark else "k")
+        axes.set(xlabel="on task", ylabel="after task", title=title, xticks=range(size), yticks=range(size))
+        return figure
+
+    def _shown(self) -> tuple[Tensor, str]:
+        """The class-incremental reading, or the task-aware one where there is none, and its name."""
+        if self.R_ci.isnan().all():
+            return self.R_ti, "with the task known"
+        return self.R_ci, "among all classes seen so far"
 
     def measures(self, t: int | None = None) -> dict[str, float]:
         """Measures after task ``t`` (None: after the last task learnt), by name; undefined measures (nan) are left out.

@@ -52,7 +52,9 @@ def _headline(group: Group) -> Section:
         value = group.estimate(measure)
         if value is not None:
             divisor, unit = scale_of([value.mean], measure.unit)
-            tiles.append((measure.title.replace("accuracy", group.first.score), digits(value.mean, divisor, measure.unit), unit))
+            tiles.append(
+                (measure.title.replace("accuracy", group.first.score), digits(value.mean, divisor, measure.unit), unit)
+            )
     return Section(tiles=tiles)
 
 

@@ -254,8 +254,8 @@ def test_a_bug_in_a_users_class_keeps_its_traceback(run):
         ("fti", "unknown command 'fti'; did you mean 'fit'?"),
         ("test", "test: give --ckpt_path, a checkpoint file or 'last'"),
         ("predict --images .", "predict: give --ckpt_path"),
-        ("methods --fromat json", "methods: '--fromat json' is not known; use --format table, markdown or json"),
-        ("methods --format html", "methods: 'html' is not known"),
+        ("methods --fromat json", "methods: '--fromat json' is not known"),
+        ("methods --format html", "methods: --format 'html' is not known"),
     ],
 )
 def test_the_error_of_an_unknown_command_is_one_line(run, line, message):

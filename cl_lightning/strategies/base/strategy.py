@@ -401,6 +401,11 @@ class ContinualStrategy(LightningModule):
         self.terms.log(self, {"task": float(self.task.index), "epoch": float(self.trainer.current_epoch)})
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        if not hasattr(self, "phase"):
+            raise ValueError(
+                f"{type(self).__name__} learns a stream: use cl_lightning.fit(strategy, data), or "
+                "TaskLoop(trainer, strategy, data).fit(), in place of Trainer.fit"
+            )
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not parameters:
             raise ValueError(
