@@ -143,6 +143,6 @@ def test_the_call_that_lightning_users_type_first_says_what_to_do(call, error):
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    trainer = Trainer(accelerator="cpu", **quiet)
+    trainer = Trainer(accelerator="cpu", max_epochs=1, **quiet)
     with pytest.raises(error, match=r"cl_lightning\.fit\(strategy, data\)"):
         getattr(trainer, call)(cl.ER(), datamodule=cl.Digits())
