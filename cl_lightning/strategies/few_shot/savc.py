@@ -46,6 +46,7 @@ from cl_lightning.strategies.few_shot.transformed import (
     JointCosineHead,
     JointMeansHead,
     check_copies,
+    features_of_copies,
     over_copies,
     transformed,
     transformed_batch,
@@ -287,19 +288,10 @@ class SAVC(ProtoCosine):
         self.queue.remove()
         self.key_encoder.network = None
 
-    @torch.no_grad()
     def end_task(self, task: Task) -> None:
-        head, count = self.joint_head, NUMBER[self.copies]
+        head = self.joint_head
         assert isinstance(head, JointMeansHead)
-        found = [torch.zeros(count, 0, head.num_features, device=self.device)]
-        labels = [torch.zeros(0, dtype=torch.int64, device=self.device)]
-        for batch in self.passes.batches():
-            if len(batch):
-                with self.trainer.precision_plugin.forward_context():
-                    features = self.network.backbone(transformed(batch.images, self.copies))
-                found.append(features.float().view(count, len(batch), -1))
-                labels.append(batch.labels)
-        head.fit_copies(torch.cat(found, dim=1), torch.cat(labels))
+        head.fit_copies(*features_of_copies(self, self.copies))
 
     def predict(self, images: Tensor, tasks: Tensor | None = None) -> Tensor:
         features = self.network.backbone(transformed(images, self.copies))

@@ -17,7 +17,8 @@ from cl_lightning.batch import Batch, ImageShape
 from cl_lightning.data import rotated
 from cl_lightning.losses import full_precision
 from cl_lightning.memory import PrototypeHead, Prototypes
-from cl_lightning.models import CosineHead
+from cl_lightning.models import CosineHead, in_eval_mode
+from cl_lightning.strategy import ContinualStrategy
 
 Copies = Literal["none", "rotation2", "rotation4", "rotation_color12"]
 NUMBER: dict[Copies, int] = {"none": 1, "rotation2": 2, "rotation4": 4, "rotation_color12": 12}
@@ -93,6 +94,26 @@ def over_copies(scores: Tensor, count: int) -> Tensor:
     return split.diagonal(dim1=0, dim2=3).mean(dim=2)
 
 
+@torch.no_grad()
+def features_of_copies(strategy: ContinualStrategy, copies: Copies) -> tuple[Tensor, Tensor]:
+    """Features of the copies of this process's share of the images of the task, without augmentation, in eval mode.
+
+    Returns:
+        Features ``(M, n, d)``, float32, and columns, int64 ``(n,)``.
+    """
+    network, count = strategy.network, NUMBER[copies]
+    found = [torch.zeros(count, 0, network.head.num_features, device=strategy.device)]
+    labels = [torch.zeros(0, dtype=torch.int64, device=strategy.device)]
+    with in_eval_mode(network):
+        for batch in strategy.passes.batches():
+            if len(batch):
+                with strategy.trainer.precision_plugin.forward_context():
+                    features = network.backbone(transformed(batch.images, copies))
+                found.append(features.float().view(count, len(batch), -1))
+                labels.append(batch.labels)
+    return torch.cat(found, dim=1), torch.cat(labels)
+
+
 class JointCosineHead(CosineHead):
     """Cosine classifier with M rows for each class; its logits are for images that are not transformed, m = 0.
 
@@ -111,13 +132,17 @@ class JointCosineHead(CosineHead):
 
     def joint_scores(self, features: Tensor) -> Tensor:
         """Scaled cosines of all virtual classes, ``(B, C M)``, of features ``(B, d)``."""
-        if not self.blocks:
-            return features.new_zeros(len(features), 0)
-        with torch.autocast(features.device.type, enabled=False):  # cosines near 1 differ by less than bf16 resolves
-            directions = F.normalize(full_precision(features), dim=1)
-            return self.scale * F.linear(directions, F.normalize(self.rows().to(directions.dtype), dim=1))
+        return self.compared(self.embed(features), self.rows())
+
+    def compared(self, embedded: Tensor, rows: Tensor) -> Tensor:
+        """Scaled cosines of vectors ``(B, d)`` and rows ``(n, d)``, ``(B, n)``."""
+        with torch.autocast(embedded.device.type, enabled=False):  # cosines near 1 differ by less than bf16 resolves
+            directions = F.normalize(full_precision(embedded), dim=1)
+            return self.scale * F.linear(directions, F.normalize(rows.to(directions.dtype), dim=1))
 
     def forward(self, features: Tensor) -> Tensor:
+        if not self.blocks:
+            return features.new_zeros(len(features), 0)
         return self.joint_scores(features)[:, :: self.proxies]
 
 
