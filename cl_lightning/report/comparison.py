@@ -196,12 +196,23 @@ def compare(runs: Sequence[Run], problems: Sequence[Problem] = (), baseline: str
         for run in group.runs
         if not run.complete
     ]
+    return of_groups(groups, chosen, (*problems, *repeated, *unfinished))
+
+
+def of_groups(groups: tuple[Group, ...], baseline: Group, problems: Sequence[Problem] = ()) -> Comparison:
+    """The comparison of given groups.
+
+    Args:
+        groups: At least one.
+        baseline: One of them.
+        problems: Problems with runs, passed on.
+    """
     differences = _differences(groups, lambda group: group.config)
     options = [entry for entry in differences if _is_option(entry.field)]
     return Comparison(
         groups=groups,
-        baseline=chosen if len(groups) > 1 else None,
-        problems=tuple(gathered((*problems, *repeated, *unfinished))),
+        baseline=baseline if len(groups) > 1 else None,
+        problems=tuple(gathered(problems)),
         streams=tuple(_streams(groups)),
         protocol=tuple(entry for entry in differences if entry not in options and entry.field != "model.class_path"),
         options=tuple(options),

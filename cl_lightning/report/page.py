@@ -1,19 +1,33 @@
 """The report as one self-contained HTML page."""
 
 import re
+from collections.abc import Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from cl_lightning.report import plots, several, single
 from cl_lightning.report.comparison import Comparison, shown
-from cl_lightning.report.parts import counted
+from cl_lightning.report.parts import Section, counted
 
 
 def render(comparison: Comparison) -> str:
     """The HTML of the page."""
     runs = comparison.runs
     sections = single.sections(comparison.groups[0]) if len(runs) == 1 else several.sections(comparison)
+    title = ", ".join(dict.fromkeys(group.method for group in comparison.groups))
+    return fill(title, _summary(comparison), comparison, sections)
+
+
+def fill(title: str, summary: str, comparison: Comparison, sections: Sequence[Section]) -> str:
+    """The HTML of a page with given sections.
+
+    Args:
+        title: Heading of the page.
+        summary: Line below it.
+        comparison: Groups whose signs the tables and legends show, problems, and differences of streams.
+        sections: Sections; empty ones are left out.
+    """
     environment = Environment(
         loader=PackageLoader("cl_lightning.report"),
         autoescape=True,
@@ -24,10 +38,9 @@ def render(comparison: Comparison) -> str:
     environment.filters.update(unit=_unit, half=_half, option=shown, safe_title=_bold_start)
     groups = comparison.groups
     several_groups = len(groups) > 1
-    methods = ", ".join(dict.fromkeys(group.method for group in groups))
     return environment.get_template("page.html").render(
-        title=methods,
-        summary=_summary(comparison),
+        title=title,
+        summary=summary,
         comparison=comparison,
         sections=[section for section in sections if not section.empty],
         sign_of={group.label: plots.sign(index) for index, group in enumerate(groups)} if several_groups else {},

@@ -110,6 +110,7 @@ def curves(
     y_label: str,
     y_range: tuple[float, float] | None = None,
     whole_x: bool = True,
+    log_x: bool = False,
     marks: Sequence[float] = (),
 ) -> Markup:
     """Plot of curves with bands.
@@ -121,6 +122,7 @@ def curves(
         x_label, y_label: Labels of the axes.
         y_range: Limits of the y axis; None to fit the data.
         whole_x: Whether x counts tasks.
+        log_x: Whether the x axis is logarithmic.
         marks: Positions on the x axis of thin vertical lines.
     """
     with mpl.rc_context(_RC):
@@ -152,6 +154,8 @@ def curves(
             axes.set_ylim(bottom, top)
         if whole_x:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if log_x:
+            axes.set_xscale("log")
         return _svg(figure, name, title)
 
 
@@ -189,6 +193,54 @@ def tradeoff(name: str, title: str, points: Sequence[Point], *, x_label: str, y_
         axes.set_ylim(max(-3.0, min(heights) - pad), min(103.0, max(heights) + pad))  # intervals may exceed the limits
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
+        return _svg(figure, name, title)
+
+
+def ranks(
+    name: str,
+    title: str,
+    labels: Sequence[str],
+    places: Sequence[float],
+    groups: Sequence[tuple[float, float]],
+    difference: float,
+) -> Markup:
+    """Diagram of mean ranks with the critical difference (Demsar, JMLR 2006); rank 1, the best, is on the left.
+
+    Args:
+        name: Id of the plot in the page.
+        title: Text for screen readers.
+        labels: Names of the methods.
+        places: Their mean ranks.
+        groups: Smallest and largest rank of groups that do not differ, drawn as bars.
+        difference: The critical difference, drawn as a scale.
+    """
+    count = len(labels)
+    with mpl.rc_context({**_RC, "axes.grid": False}):
+        figure, axes = _figure(width=1.6 * _WIDTH, height=1.2 + 0.24 * (count + len(groups)))
+        axes.set_xlim(0.9, count + 0.1)
+        axes.set_ylim(-count - len(groups) - 0.5, 1.6)
+        axes.xaxis.set_ticks_position("top")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.spines["bottom"].set_visible(False)
+        axes.spines["left"].set_visible(False)
+        axes.spines["top"].set_visible(True)
+        axes.yaxis.set_visible(False)
+        axes.plot([1, min(1 + difference, count)], [1.0, 1.0], color=_INK, linewidth=2.2)
+        axes.text(1, 0.75, f"critical difference {difference:.2f}", va="top")
+        for level, (low, high) in enumerate(groups):
+            axes.plot([low - 0.03, high + 0.03], [-0.8 - level] * 2, color=_INK, linewidth=3.2)
+        order = sorted(range(count), key=places.__getitem__)
+        for line, index in enumerate(order):
+            height = -len(groups) - 1.0 - line
+            color, _, marker = style(index)
+            axes.plot([places[index]] * 2, [1.6, height], color=_FAINT, linewidth=0.8, zorder=0)
+            axes.plot(places[index], height, color=color, marker=marker, markersize=6)
+            left = places[index] > (count + 1) / 2
+            shift = -0.06 if left else 0.06
+            side = "right" if left else "left"
+            axes.text(
+                places[index] + shift, height, f"{_cut(labels[index], 28)} ({places[index]:.2f})", ha=side, va="center"
+            )
         return _svg(figure, name, title)
 
 
@@ -290,6 +342,23 @@ def image(
         bar = figure.colorbar(drawn, ax=axes, shrink=0.8, label=label)
         bar.outline.set_visible(False)  # type: ignore[operator]
         return _svg(figure, name, title)
+
+
+_COLORS_OF_FILES = {
+    "var(--series-0)": "#0072b2", "var(--series-1)": "#d55e00", "var(--series-2)": "#009e73",
+    "var(--series-3)": "#cc79a7", "var(--series-4)": "#56b4e9", "var(--series-5)": "#e69f00",
+    "var(--series-6)": "#15181c", "var(--series-7)": "#8c8200", "var(--line)": "#d9dde3", "var(--paper)": "#ffffff",
+    "currentColor": "#15181c",
+}  # fmt: skip
+
+
+def standalone(plot: Markup) -> str:
+    """The plot as the content of an SVG file, in the colours of the light page."""
+    text = str(plot)
+    for variable, color in _COLORS_OF_FILES.items():
+        text = text.replace(variable, color)
+    start = '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif"'
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{text.replace("<svg", start, 1)}\n'
 
 
 def sign(index: int) -> Markup:

@@ -43,12 +43,12 @@ def sections(comparison: Comparison) -> list[Section]:
     groups = comparison.groups
     return [
         _results(comparison),
-        _over_tasks(comparison),
-        _tradeoffs(comparison),
+        over_tasks(comparison),
+        tradeoffs(comparison),
         _budget_section(comparison),
         _matrices(groups),
         _stability(comparison),
-        _protocol(comparison),
+        protocol(comparison),
         _cost_of_groups(groups),
         _runs(comparison),
     ]
@@ -71,7 +71,8 @@ def _untitled(sheet: Sheet) -> Sheet:
     return Sheet("", sheet.columns, sheet.rows, sheet.notes)
 
 
-def _over_tasks(comparison: Comparison) -> Section:
+def over_tasks(comparison: Comparison, prefix: str = "") -> Section:
+    """Accuracy and forgetting after each task; ``prefix`` makes the ids of the plots unique in a page."""
     drawn = []
     score = comparison.groups[0].first.score
     for name, title, key in (
@@ -86,7 +87,7 @@ def _over_tasks(comparison: Comparison) -> Section:
         if series:
             values = [v for entry in series for v in (*entry.y, *(entry.high or ()), *(entry.low or ()))]
             svg = plots.curves(
-                f"over-{name}",
+                f"{prefix}over-{name}",
                 f"{title} after each task",
                 series,
                 x_label="after task",
@@ -123,7 +124,8 @@ def _measured(group: Group, index: int, key: str, *, band: bool) -> plots.Series
     )
 
 
-def _tradeoffs(comparison: Comparison) -> Section:
+def tradeoffs(comparison: Comparison, prefix: str = "") -> Section:
+    """Accuracy against memory and time; ``prefix`` makes the ids of the plots unique in a page."""
     if len(comparison.groups) < 2:
         return Section()
     drawn = []
@@ -145,7 +147,7 @@ def _tradeoffs(comparison: Comparison) -> Section:
         ]
         unit, unit_name = scale_of([point.cost.mean for point in points], cost.unit)
         svg = plots.tradeoff(
-            f"cost-{cost.name.replace('_', '-')}",
+            f"{prefix}cost-{cost.name.replace('_', '-')}",
             f"Last accuracy against {name.lower()}",
             points,
             x_label=f"{name.lower()} ({unit_name})",
@@ -288,7 +290,8 @@ def _anytime(comparison: Comparison) -> list[Plot]:
     return [Plot("Accuracy on all classes seen so far.", svg, text, legend)]
 
 
-def _protocol(comparison: Comparison) -> Section:
+def protocol(comparison: Comparison) -> Section:
+    """What the runs share, with what differs between them first."""
     found: list[tuple[str, Sequence[Difference]]] = []
     if comparison.protocol:
         found.append(("Fields of the protocol that differ", comparison.protocol))

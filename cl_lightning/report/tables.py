@@ -231,6 +231,15 @@ def latex(sheet: Sheet) -> str:
     )
 
 
+def sheet_csv(sheet: Sheet) -> str:
+    """A table as CSV, with its texts; those that a spreadsheet would evaluate get a leading apostrophe."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(sheet.columns)
+    writer.writerows([spreadsheet_cell(row[0]), *row[1:]] for row in sheet.rows)
+    return buffer.getvalue()
+
+
 def comma_separated(comparison: Comparison) -> str:
     """One row per group, with fractions in [0, 1], seconds and bytes, with all digits; an empty cell is unknown.
 

@@ -28,11 +28,13 @@ class Order:
         arguments: Arguments of the command line.
         log: File to which standard output and standard error are appended.
         environment: Variables to be set.
+        note: Line for the log.
     """
 
     arguments: Sequence[str]
     log: Path
     environment: dict[str, str]
+    note: str = ""
 
 
 class WarmProcess:
@@ -146,6 +148,8 @@ def _carry_out(
         for descriptor in (1, 2):
             os.dup2(log.fileno(), descriptor)
     print(time.strftime("%Y-%m-%d %H:%M:%S"), *order.arguments, flush=True)
+    if order.note:
+        print(order.note, flush=True)
     prepare()
     code = call(list(order.arguments))
     sys.stdout.flush()

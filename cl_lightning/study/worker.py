@@ -163,7 +163,9 @@ class Worker:
         chosen = self._chosen(trial, cell)
         arguments = self.definition.arguments(cell.data, cell.method, cell.seed, chosen)
         trial.set_user_attr("arguments", arguments)
-        run = self._run(trial, arguments, Path("runs") / cell.name, lambda run: self._report(trial, run))
+        known = self._known(trial).user_attrs
+        note = f"hyper-parameters of {known['hash']}" if "hash" in known else ""
+        run = self._run(trial, arguments, Path("runs") / cell.name, lambda run: self._report(trial, run), note)
         value = headline_accuracy(run.last)
         return value if value == value else 0.0
 
@@ -266,7 +268,9 @@ class Worker:
 
     # ------------------------------------------------------------------ runs
 
-    def _run(self, trial: Trial, arguments: Sequence[str], place: Path, finished_task: Callable[[Run], None]) -> Run:
+    def _run(
+        self, trial: Trial, arguments: Sequence[str], place: Path, finished_task: Callable[[Run], None], note: str = ""
+    ) -> Run:
         """Carry out a run from its last checkpoint, or from the start.
 
         Args:
@@ -274,6 +278,7 @@ class Worker:
             arguments: Arguments of the command line.
             place: Folder of the run in the folder of the study.
             finished_task: Called with the run when tasks have finished; it may raise ``TrialPruned``.
+            note: Line for the log.
 
         Raises:
             RunFailedError: If it ended with an error.
@@ -283,7 +288,7 @@ class Worker:
             raise PutBackError
         folder, log = self.folder / place, self.folder / "logs" / f"{place}.log"
         environment = {"WANDB_RUN_GROUP": self.definition.name}
-        self._warm.start(Order([*arguments, f"--run_dir={folder}", "--ckpt_path=auto"], log, environment))
+        self._warm.start(Order([*arguments, f"--run_dir={folder}", "--ckpt_path=auto"], log, environment, note))
         pruned, code, seen = False, None, (0, 0)
         while code is None:
             code = self._warm.poll(_LOOK)

@@ -131,7 +131,7 @@ def searched(tmp_path):
     """A study whose search has three settings on the stream ``a``, with two seeds each, and two cells per method."""
     spaces = {"er": {"model.level": [0.3, 0.6, 0.4]}}
     select = {"data": "a", "sampler": "grid", "seeds": [5, 6], "score": "last_accuracy", "tasks": 2}
-    write(tmp_path, spaces=spaces, select=select, options={"model.pace": 0.1}, seeds=[0, 1])
+    write(tmp_path, spaces=spaces, select=select, seeds=[0, 1])
     finish(start(study, tmp_path, "s.yaml", "--workers", "2"))
     return tmp_path
 
@@ -148,6 +148,7 @@ def test_two_phases_and_a_frozen_choice(searched):
     assert content["cost"] == {"settings": 3, "pruned": 0, "failed": 0, "runs": 6, "seconds": 2 * 3 * (2 * 7.25)}
     log = (searched / "studies" / "s" / "logs" / "runs" / "b" / "er" / "seed_1.log").read_text()
     assert "--model.level=0.6 " in log
+    assert f"hyper-parameters of {content['hash']}\n" in log
     plain = (searched / "studies" / "s" / "logs" / "runs" / "b" / "finetune" / "seed_1.log").read_text()
     assert "model.level" not in plain
 
@@ -156,7 +157,6 @@ def test_two_phases_and_a_frozen_choice(searched):
         searched,
         spaces={"er": {"model.level": [0.3, 0.6, 0.4]}},
         select={"data": "a", "sampler": "grid", "seeds": [5, 6], "score": "last_accuracy", "tasks": 2},
-        options={"model.pace": 0.1},
         seeds=[0, 1, 2],
     )
     finish(start(study, searched, "s.yaml"), 1)
@@ -166,7 +166,7 @@ def test_two_phases_and_a_frozen_choice(searched):
 def test_a_trial_of_the_second_half_takes_the_choice_of_the_first(tmp_path):
     spaces = {"er": {"model.level": [0.4, 0.8], "model.weight": [0, 1, 4]}}
     select = {"data": "a", "sampler": "plasticity_first", "stability": {"er": "model.weight"}, "share": 0.2}
-    write(tmp_path, methods=["er"], seeds=[0], spaces=spaces, select=select, options={"model.pace": 0.1})
+    write(tmp_path, methods=["er"], seeds=[0], spaces=spaces, select=select)
     finish(start(study, tmp_path, "s.yaml", "--workers", "2"))
     content = yaml.safe_load((tmp_path / "studies" / "s" / "selected" / "a" / "er.yaml").read_text())
     assert content["options"] == {"model.level": 0.8, "model.weight": 1}  # 0.8 - 0.1 is kept, 0.8 - 0.4 is not
@@ -176,27 +176,34 @@ def test_a_trial_of_the_second_half_takes_the_choice_of_the_first(tmp_path):
 def test_a_low_accuracy_ends_a_setting_early(tmp_path):
     levels = [0.6, 0.5, 0.1, 0.2]
     select = {"data": "a", "sampler": "grid", "pruner": "median"}
-    write(tmp_path, methods=["er"], seeds=[0], spaces={"er": {"model.level": levels}}, select=select)
+    options = {"model.patient": 0.15}  # the lowest would never end by itself
+    write(tmp_path, methods=["er"], seeds=[0], spaces={"er": {"model.level": levels}}, select=select, options=options)
     finish(start(study, tmp_path, "s.yaml"))
     content = yaml.safe_load((tmp_path / "studies" / "s" / "selected" / "a" / "er.yaml").read_text())
     assert content["options"] == {"model.level": 0.6}
     assert content["cost"]["pruned"] >= 1
     places = done_tasks(tmp_path)
-    assert len(places["search/a/er/0002/seed_0"].tasks) < 3
+    assert places["search/a/er/0002/seed_0"].tasks == [0]
 
 
 def test_a_study_is_enqueued_once(tmp_path):
-    made = write(tmp_path, spaces={"er": {"model.level": [0.3, 0.6]}}, select={"data": "a", "trials": 3})
+    known = {"spaces": {"er": {"model.level": [0.3, 0.6]}}, "select": {"data": "a", "trials": 3}}
+    made = write(tmp_path, **known)
     trials = Trials(connect(url_of(tmp_path), 20), made.name)
     for _ in range(2):
         begin(trials, made, tmp_path)
     assert len(trials.of("a", "er")) == 3
     assert len(trials.of()) == 4
-    with pytest.raises(DefinitionError, match="other select"):
-        begin(
-            trials,
-            write(tmp_path, spaces={"er": {"model.level": [0.3, 0.6]}}, select={"data": "a", "trials": 4}),
-            tmp_path,
-        )
+    for changes, what in (
+        ({"select": {"data": "a", "trials": 4}}, "other select"),
+        ({"options": {"model.x": 0.7}}, "other options"),
+        ({"spaces": {"er": {"model.level": [0.3, 0.7]}}}, "other spaces of er"),
+        (
+            {"methods": ["finetune", {"name": "er", "config": "other"}]},
+            "another config or other options of er in methods",
+        ),
+    ):
+        with pytest.raises(DefinitionError, match=what):
+            begin(trials, write(tmp_path, **(known | changes)), tmp_path)
     with pytest.raises(DefinitionError, match="of the folder"):
         begin(trials, made, tmp_path / "other")

@@ -19,7 +19,9 @@ def start(function: Callable[..., Any], *args: Any, **environment: str) -> Any:
         args: What it is called with.
         environment: Set before it is called.
     """
-    _context.set_forkserver_preload(["support.runs", "cl_lightning.cli.commands", "cl_lightning.study.worker"])
+    _context.set_forkserver_preload(
+        ["support.runs", "cl_lightning.cli.commands", "cl_lightning.study.worker", "cl_lightning.study.page"]
+    )
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     try:

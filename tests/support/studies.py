@@ -1,4 +1,4 @@
-"""Studies whose runs are made up: each task takes a fixed time, and a run that is started again goes on after it."""
+"""Studies whose runs are made up: a run that is started again goes on after the tasks that it has finished."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from cl_lightning.study.definition import parse
 from support.reports import ER, content
 
 TASKS = 3
-SECONDS = 0.2  # per task
+SECONDS = 0.05  # per task
 
 
 def options_of(arguments):
@@ -25,7 +25,11 @@ def options_of(arguments):
 
 
 def run(arguments):
-    """A run of three tasks; each task adds a line to ``tasks.txt`` with its number and the process."""
+    """A run of three tasks; each task adds a line to ``tasks.txt`` with its number and the process.
+
+    With ``model.gate`` the second task waits for a file ``go`` in the working directory, or for SIGTERM; with
+    ``model.patient`` those of a lower ``model.level`` do.
+    """
     options = options_of(arguments)
     folder, seed = Path(options["run_dir"]), int(options["seed_everything"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,8 +43,9 @@ def run(arguments):
     finished = len(lines.read_text().splitlines()) if lines.exists() else 0
     last = int(options.get("loop.stop_after_task", TASKS - 1)) + 1
     for task in range(finished, last):
-        end = time.monotonic() + SECONDS * float(options.get("model.pace", 1))
-        while time.monotonic() < end:
+        end = time.monotonic() + SECONDS
+        gated = task == 1 and ("model.gate" in options or level < float(options.get("model.patient", 0)))
+        while time.monotonic() < end or (gated and not Path("go").exists()):
             if stopped:
                 return 143
             time.sleep(0.01)
