@@ -108,8 +108,9 @@ def main(args: Sequence[str], program: Program) -> int:
 
 
 def _start(options: argparse.Namespace, program: Program) -> int:
-    definition = read(options.file)
-    folder = Path(options.output or Path("studies") / definition.name)
+    definition, written, saved = read(options.file)
+    folder = Path(options.file).parent if written else Path("studies") / definition.name
+    folder = folder if options.output is None else Path(options.output)
 
     from cl_lightning.data.shared import sharing_sources
     from cl_lightning.study import storage
@@ -119,12 +120,13 @@ def _start(options: argparse.Namespace, program: Program) -> int:
     with sharing_sources():
         check(definition, program)
         folder.mkdir(parents=True, exist_ok=True)
-        url = options.storage or storage.url_of(folder)
+        url = options.storage or saved or storage.url_of(folder)
         trials = storage.Trials(storage.connect(url, options.heartbeat), definition.name)
         storage.begin(trials, definition, folder)
         with replaced(folder / FILE) as file:
             file.write(f"# {program.name} study {folder / FILE}\n")
-            yaml.safe_dump({**definition.to_dict(), "storage": storage.without_password(url)}, file, sort_keys=False)
+            own = None if url == storage.url_of(folder) else storage.without_password(url)
+            yaml.safe_dump({**definition.to_dict(), "storage": own}, file, sort_keys=False)
         trials.storage.engine.dispose()  # a connection must not be shared with a forked process
         return _carry_out(definition, folder, url, options, program)
 
@@ -139,8 +141,6 @@ def _join(options: argparse.Namespace, program: Program) -> int:
     if "://" not in options.place:
         saved = _stored(folder)
         options.place, options.name = saved.get("storage") or storage.url_of(folder), saved.get("name")
-        if options.place.startswith("sqlite"):
-            options.place = storage.url_of(folder)
     trials, definition, recorded = storage.joined(options.place, options.heartbeat, options.name)
     folder = recorded if "://" in str(folder) or not folder.is_dir() else folder
     trials.storage.engine.dispose()
@@ -159,8 +159,11 @@ def _stored(folder: Path) -> dict[str, str]:
     return content if isinstance(content, dict) else {}
 
 
-def read(path: str) -> Definition:
+def read(path: str) -> tuple[Definition, bool, str | None]:
     """The study in a file.
+
+    Returns:
+        The study, whether the file is that in the folder of a study, and its storage, if that is not in the folder too.
 
     Raises:
         DefinitionError: If the file cannot be read, or the study cannot be run as it is written.
@@ -171,9 +174,9 @@ def read(path: str) -> Definition:
         raise DefinitionError(f"{path}: {getattr(error, 'strerror', None) or error}; give a YAML file") from None
     except yaml.YAMLError as error:
         raise DefinitionError(f"{path}: correct the YAML: {error}") from None
-    if isinstance(content, dict):
-        content.pop("storage", None)  # of the file that a study writes
-    return parse(content, path)
+    written = isinstance(content, dict) and "storage" in content
+    saved = content.pop("storage") if written else None
+    return parse(content, path), written, saved
 
 
 def _carry_out(definition: Definition, folder: Path, url: str, options: argparse.Namespace, program: Program) -> int:
@@ -197,7 +200,7 @@ def _carry_out(definition: Definition, folder: Path, url: str, options: argparse
     for place in places(folder, url, options.heartbeat, count, gpus):
         workers.append(FORK.Process(target=work, args=(place,), name="worker"))
         start_quietly(workers[-1])
-    trials = storage.Trials(storage.connect(url, options.heartbeat), definition.name)
+    trials = storage.Trials(storage.connect(url, options.heartbeat, checked=True), definition.name)
     with Progress(trials, definition) as progress, _passing_on(workers, progress) as stops:
         while any(worker.is_alive() for worker in workers):
             progress.show()

@@ -44,12 +44,13 @@ def url_of(folder: Path) -> str:
     return f"sqlite:///{folder / _SQLITE}"
 
 
-def connect(url: str, heartbeat: int) -> RDBStorage:
+def connect(url: str, heartbeat: int, *, checked: bool = False) -> RDBStorage:
     """Open a storage; trials of workers that have died are retried.
 
     Args:
         url: URL of a database, as SQLAlchemy writes it.
         heartbeat: Seconds between two signs of life of a worker.
+        checked: Whether this process, or the one that forked it, has opened the storage before: its tables are there.
 
     Raises:
         DefinitionError: If it cannot be reached.
@@ -62,6 +63,8 @@ def connect(url: str, heartbeat: int) -> RDBStorage:
             return RDBStorage(
                 url,
                 engine_kwargs=options,
+                skip_compatibility_check=checked,
+                skip_table_creation=checked,
                 heartbeat_interval=heartbeat,
                 grace_period=_MISSED * heartbeat,
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=_RETRIES),

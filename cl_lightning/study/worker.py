@@ -100,7 +100,7 @@ class Worker:
     def __init__(self, definition: Definition, place: Place, warm: WarmProcess) -> None:
         quiet_optuna()
         self.definition, self.folder, self._warm = definition, place.folder, warm
-        self.trials = Trials(connect(place.url, place.heartbeat), definition.name)
+        self.trials = Trials(connect(place.url, place.heartbeat, checked=True), definition.name)
         self.stopped = False
         self._cells = {cell.name: cell for cell in definition.cells}
         self._parts = {(data.name, method.name): (data, method) for data, method in definition.searches()}

@@ -13,7 +13,7 @@ import pytest
 from support.forks import start
 from support.studies import PROGRAM, done_tasks, study, write
 
-from cl_lightning.study.command import main
+from cl_lightning.study.command import main, read
 
 ALL = [f"runs/b/{method}/seed_{seed}" for method in ("er", "finetune") for seed in (0, 1)]
 
@@ -134,10 +134,13 @@ def test_a_killed_worker_is_noticed_and_its_trial_repeated_on_postgresql(tmp_pat
 
 
 def test_a_worker_joins_by_the_folder(tmp_path, capsys):
-    write(tmp_path, seeds=[0])
-    finish(start(study, tmp_path, "s.yaml", "--workers", "0"))
+    made = write(tmp_path, seeds=[0])
+    finish(start(study, tmp_path, "s.yaml", "--workers", "0", "--storage", f"sqlite:///{tmp_path}/other.sqlite3"))
     assert done_tasks(tmp_path) == {}
     finish(start(study, tmp_path, "join", "studies/s"))
     assert len(done_tasks(tmp_path)) == 2
+    assert not (tmp_path / "studies" / "s" / "storage.sqlite3").exists()
+    again, written, storage = read(str(tmp_path / "studies" / "s" / "study.yaml"))  # with which `study` goes on
+    assert (again, written, storage) == (made, True, f"sqlite:///{tmp_path}/other.sqlite3")
     assert main(["join", str(tmp_path)], PROGRAM) == 2
     assert f"{tmp_path} has no study.yaml" in capsys.readouterr().err

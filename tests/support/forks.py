@@ -20,7 +20,13 @@ def start(function: Callable[..., Any], *args: Any, **environment: str) -> Any:
         environment: Set before it is called.
     """
     _context.set_forkserver_preload(
-        ["support.runs", "cl_lightning.cli.commands", "cl_lightning.study.worker", "cl_lightning.study.page"]
+        [
+            "support.runs",
+            "cl_lightning.cli.commands",
+            "cl_lightning.study.worker",
+            "cl_lightning.study.page",
+            "alembic.command",
+        ]
     )
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
