@@ -151,6 +151,8 @@ class Batch:
         parts: Rows and original batch of each part of a joint batch, by name (see ``join``).
         passes: Rows of each forward pass of the network, in order, which together are all rows; empty for one pass.
             Batch normalisation takes its statistics over the rows of a pass.
+        groups: Numbers of unlabelled and labelled rows of the global batch in a phase with ``Phase.labelled``, which
+            :func:`cl_lightning.data.apart` separates; None in others.
     """
 
     images: Tensor
@@ -165,6 +167,7 @@ class Batch:
     last_pass: bool = True
     parts: dict[str, tuple[slice, "Batch"]] = field(default_factory=dict)
     passes: tuple[slice, ...] = ()
+    groups: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return self.labels.shape[0]

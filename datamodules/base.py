@@ -12,7 +12,16 @@ from torch import Tensor
 from cl_lightning import distributed
 from cl_lightning.batch import Batch, mix
 from cl_lightning.checks import one_of
-from cl_lightning.data import FeatureLoader, FeaturePool, FeatureStore, Plan, PlannedLoader, StreamLoader
+from cl_lightning.data import (
+    FeatureLoader,
+    FeaturePool,
+    FeatureStore,
+    LabelledPlan,
+    LabelledRows,
+    Plan,
+    PlannedLoader,
+    StreamLoader,
+)
 from cl_lightning.data.balance import ClassWeights, check_class_weights, class_weight_table, left_out
 from cl_lightning.data.labels import training_labels
 from cl_lightning.data.loaders import Stored
@@ -36,7 +45,7 @@ class ContinualDataModule(StreamDataModule):
         sampler: Order of the training samples in an epoch: ``shuffled``, each sample once; or ``balanced``, as many
             samples in which all classes are equally frequent, so that samples of small classes occur several times and
             samples of large classes more rarely. Samples of a memory that the loader mixes in count too. Streams with
-            an order of their own, and phases that train on features, keep it.
+            an order of their own, and phases that train on features or on labelled and unlabelled samples, keep it.
         class_weights: Weights of the classification loss that the methods share: ``balanced`` for the inverse of the
             number of labelled training samples of a class in its task, with mean 1 over the samples of the task; a list
             of one number per class, in the order of the class names; a dict by the names of classes, 1 for others; None
@@ -73,6 +82,7 @@ class ContinualDataModule(StreamDataModule):
         self._resume: tuple[int, int] | None = None
         self._features: Callable[[], FeaturePool] | None = None
         self._phase_batch_size: int | None = None
+        self._labelled: LabelledRows | None = None
         self._augments = True
         self._loaders: dict[str, StreamLoader] = {}
 
@@ -114,6 +124,7 @@ class ContinualDataModule(StreamDataModule):
         samples: Callable[[Tensor, Tensor], Tensor | None] | None = None,
         features: Callable[[], FeaturePool] | None = None,
         batch_size: int | None = None,
+        labelled: LabelledRows | None = None,
         augments: bool = True,
     ) -> None:
         """Prepare the training loader for a phase.
@@ -126,11 +137,12 @@ class ContinualDataModule(StreamDataModule):
             samples: Chooses the samples on which the phase trains (``Phase.samples``); None for all.
             features: Builds the features on which the phase trains; None to train on images.
             batch_size: Rows per step of a phase on features; None for ``batch_size`` of the data module.
+            labelled: Numbers of labelled samples of each step, in addition to the unlabelled ones; None for none.
             augments: Whether batches are augmented.
         """
         self.phase_index, self.memory, self._resume, self._augments = index, memory, resume, augments
         self._origin, self.phase_samples = origin, samples
-        self._features, self._phase_batch_size = features, batch_size
+        self._features, self._phase_batch_size, self._labelled = features, batch_size, labelled
 
     # ------------------------------------------------------------------ loaders
 
@@ -155,6 +167,21 @@ class ContinualDataModule(StreamDataModule):
         chosen = None if self.phase_samples is None else self.phase_samples(*self._candidates(indices, memory))
         if chosen is not None:
             indices, tasks = indices[chosen], tasks[chosen]
+        if self._labelled is not None:
+            columns, replayed = self._candidates(indices, memory)
+            labelled_plan = LabelledPlan(
+                indices,
+                tasks,
+                columns=columns,
+                replayed=replayed,
+                labelled=self._labelled,
+                batch_size=self.batch_size,
+                key=mix(self.seed or 0, index, self.phase_index),
+                rank=distributed.rank(),
+                world=distributed.world_size(),
+                drop_last=self.drop_last,
+            )
+            return self._loader("train").over(labelled_plan, place=self._place, memory=memory)
         plan = self._plan(
             indices,
             tasks,
@@ -326,10 +353,11 @@ class ContinualDataModule(StreamDataModule):
         return torch.arange(len(memory)) + len(self.samples(train=True).labels)
 
     def _candidates(self, indices: Tensor, memory: Memory | None) -> tuple[Tensor, Tensor]:
-        """Columns of samples of the data set, then of the samples of a memory, and whether the memory holds each."""
-        replayed = indices >= len(self.samples(train=True).labels)
+        """Columns of samples of the data set, then of samples of a memory, and whether the memory holds each."""
+        count = len(self.samples(train=True).labels)
+        replayed = indices >= count
         labels = [self._loader("train").labels[indices[~replayed]]]
-        labels += [] if memory is None else [memory.labels.cpu()]
+        labels += [] if memory is None else [memory.labels.cpu()[indices[replayed] - count]]
         return torch.cat(labels), replayed
 
     def _plan(self, indices: Tensor, tasks: Tensor, **options: Any) -> Plan:
@@ -364,7 +392,7 @@ class ContinualDataModule(StreamDataModule):
                 source,
                 columns,
                 labels=training_labels(self) if kind in ("train", "statistics") else None,
-                hidden=self._hidden() if kind == "train" else None,  # in training batches only
+                hidden=self._hidden() if kind in ("train", "statistics") else None,
                 shift=Shifts(self.stream) if shifted else None,
                 targets=self._target_table(test=kind == "test"),
                 workers=self.workers,

@@ -69,7 +69,7 @@ ROOMS = (
         "from files to augmented tensors",
         "sources, images, loaders, transforms, auto_augment, aug_mix, pixels, corruptions, rotations, feature_pool, "
         "feature_cache, arrays, samples, standardize, tables, joined, files, datasets, decoding, labels, scaling, "
-        "shifts, layout, balance, cut_mix, levels, targets, shared",
+        "shifts, layout, balance, cut_mix, levels, targets, shared, labelled",
     ),
     Room(
         "report",

@@ -3,9 +3,10 @@
 from cl_lightning.data.aug_mix import AugMix
 from cl_lightning.data.auto_augment import AutoAugment
 from cl_lightning.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from cl_lightning.data.cut_mix import cut_box, cutmix, mixed_loss, mixup
+from cl_lightning.data.cut_mix import cut_box, cutmix, mixed_loss, mixup, row_places
 from cl_lightning.data.feature_cache import FeatureCache, FeatureStore, Table
 from cl_lightning.data.feature_pool import FeaturePool, GaussianFeatures
+from cl_lightning.data.labelled import LabelledPlan, LabelledRows, apart, interleaved
 from cl_lightning.data.loaders import MEMORY_ROWS, FeatureLoader, Plan, PlannedLoader, Rows, StreamLoader
 from cl_lightning.data.pixels import permute_pixels, resized_crop, rotate_images, shift_images
 from cl_lightning.data.rotations import rotate_batch, rotated, rotation_labels
@@ -54,6 +55,8 @@ __all__ = [
     "FileSource",
     "GaussianFeatures",
     "Kind",
+    "LabelledPlan",
+    "LabelledRows",
     "Normalize",
     "Plan",
     "PlannedLoader",
@@ -73,9 +76,11 @@ __all__ = [
     "TensorSource",
     "ToFloat",
     "Transform",
+    "apart",
     "corrupt",
     "cut_box",
     "cutmix",
+    "interleaved",
     "mixed_loss",
     "mixup",
     "permute_pixels",
@@ -84,6 +89,7 @@ __all__ = [
     "rotate_images",
     "rotated",
     "rotation_labels",
+    "row_places",
     "shift_images",
     "targets_of",
 ]

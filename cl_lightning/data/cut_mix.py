@@ -125,7 +125,7 @@ def mixed_loss(loss: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
 
 def _previous(batch: Batch, rows: Tensor, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rows and labels of the previous sample of each sample, or of its group, in the batch of all processes."""
-    places = _places(batch)
+    places = row_places(batch)
     groups = torch.zeros_like(places) if groups is None else groups
     gathered, labels, order, groups = all_gather_together((rows, batch.labels, places, groups))
     order = order.argsort()
@@ -138,7 +138,7 @@ def _mixed(batch: Batch, images: Tensor, labels: Tensor, remains: float) -> Batc
     return batch.replace(images=images, extra={**batch.extra, **extra})
 
 
-def _places(batch: Batch) -> Tensor:
+def row_places(batch: Batch) -> Tensor:
     """Place of each row of this process in the batch of a single process, int64 ``(B,)``."""
     places, before = [], 0
     for part in [part for _, part in batch.parts.values()] or [batch]:

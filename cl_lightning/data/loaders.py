@@ -35,12 +35,16 @@ class Rows:
         tasks: Task of each sample, int64 ``(B,)``.
         draw: Random numbers of the step.
         weight: See :class:`~cl_lightning.batch.Batch`.
+        hidden: Samples whose label is hidden in this step, bool ``(B,)``; None for no others than in all steps.
+        groups: See :class:`~cl_lightning.batch.Batch`.
     """
 
     indices: Tensor
     tasks: Tensor
     draw: Draw
     weight: float = 1.0
+    hidden: Tensor | None = None
+    groups: tuple[int, int] | None = None
 
 
 class Plan:
@@ -317,7 +321,9 @@ class PlannedLoader:
             extra |= {TARGETS: targets[0]} if targets else {}
             indices = torch.where(rows.indices >= self.num_data, -1, rows.indices)
             extra[MEMORY_ROWS] = (rows.indices - self.num_data).clamp(min=-1)
-        batch = Batch(raw, labels, tasks, indices, raw, rows.draw, extra=extra, weight=rows.weight)
+        if rows.hidden is not None:
+            labels = labels.masked_fill(rows.hidden, -1)
+        batch = Batch(raw, labels, tasks, indices, raw, rows.draw, extra=extra, weight=rows.weight, groups=rows.groups)
         return batch.pin_memory() if self.loader.pin_memory else batch
 
     def _split(self) -> Callable[[Rows], Rows]:

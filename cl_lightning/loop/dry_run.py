@@ -210,6 +210,7 @@ class _DryRun:
             samples=phase.samples,
             features=phase.features,
             batch_size=phase.options.batch_size,
+            labelled=phase.labelled,
             augments=not phase.unaugmented,
         )
         stage.training = True
@@ -236,7 +237,8 @@ class _DryRun:
     def _least_steps(self, task: Task, phase: Phase, epochs: int) -> int:
         """Least number of optimizer steps of a phase; 1 where it is not known before the phase."""
         trainer: Any = self.stage
-        if phase.samples is not None or phase.features is not None or trainer.limit_train_batches != 1.0:
+        chosen = phase.samples is not None or phase.features is not None or phase.labelled is not None
+        if chosen or trainer.limit_train_batches != 1.0:
             return 1
         stream, batch_size = self.whole.stream, self.whole.stream.batch_size or self.whole.batch_size
         labelled = len(stream.train[task.index]) - len(stream.unlabelled[task.index])

@@ -278,6 +278,7 @@ class TaskLoop:
             samples=phase.samples,
             features=phase.features,
             batch_size=phase.options.batch_size,
+            labelled=phase.labelled,
             augments=not phase.unaugmented,
         )
         self._compile()

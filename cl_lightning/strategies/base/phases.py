@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from cl_lightning.checks import at_least, one_of
-from cl_lightning.data import FeaturePool
+from cl_lightning.data import FeaturePool, LabelledRows
 
 Interval = Literal["epoch", "step"]
 
@@ -66,6 +66,8 @@ class Phase:
         features: Makes the pool of features whose rows replace the images of the batches; the head alone is trained,
             and callbacks add no losses, since their losses are of images. Called on every process when the fit begins
             or is resumed, with the network on its device. The rows must be the same each time.
+        labelled: Numbers of labelled samples of each step, in addition to the batch, which is then unlabelled; None for
+            batches of samples as they come.
         unaugmented: Whether batches are not augmented, for a method with its own augmentation or none.
         on_memory: Whether the phase trains only on samples that the memory keeps from then on: a stream whose samples
             are seen once does not limit its epochs.
@@ -78,6 +80,7 @@ class Phase:
     freezes: Callable[[], Iterable[nn.Module]] | None = None
     samples: Callable[[Tensor, Tensor], Tensor | None] | None = None
     features: Callable[[], FeaturePool] | None = None
+    labelled: LabelledRows | None = None
     unaugmented: bool = False
     on_memory: bool = False
     needed: Callable[[], bool] | None = None
