@@ -33,6 +33,7 @@ FAMILIES = {
     ),
     "rehearsal": ("Rehearsal methods", "class-incremental learning with a memory of samples of earlier tasks"),
     "segmentation": ("Segmentation methods", "classes of pixels that arrive in tasks, with all others as background"),
+    "semi_supervised": ("Semi-supervised methods", "most samples of a task have no label, and are trained on too"),
     "test_time": ("Test-time adaptation", "a trained network adapts to unlabelled, corrupted test data"),
     "callbacks": ("Callbacks", "mechanisms that can be added to any strategy"),
 }
