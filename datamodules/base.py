@@ -106,7 +106,7 @@ class ContinualDataModule(StreamDataModule):
 
         Args:
             task: Task of the stream.
-            cumulative: Whether the training loader serves all tasks so far.
+            cumulative: Whether the training loader serves all tasks so far, without the samples that are forgotten.
             with_unlabelled: Whether it also serves samples whose label is hidden; their label is -1.
             left_out: Share of the training samples of each class that the training and statistics loaders leave out, in
                 [0, 1), drawn by seed and task. The samples of earlier tasks of ``cumulative`` are all served.
@@ -151,9 +151,10 @@ class ContinualDataModule(StreamDataModule):
         stream, index = self.stream, self.task.index
         if self._features is not None:
             return self._feature_loader(self._features())
-        chosen_tasks = range(index + 1) if self.cumulative else range(index, index + 1)
-        indices, tasks = self._pool([self._train_pool(task).numpy() for task in chosen_tasks], range(len(chosen_tasks)))
-        tasks += chosen_tasks.start
+        chosen_tasks = [t for t in range(index + 1) if stream.tasks[t].learns] if self.cumulative else [index]
+        pools = [self._train_pool(task) for task in chosen_tasks]
+        indices = torch.cat(pools)
+        tasks = torch.cat([torch.full_like(pool, task) for pool, task in zip(pools, chosen_tasks, strict=True)])
         if self.cumulative and self.target_kind in ("labels", "pixels"):  # a sample may be in several tasks
             indices = indices.unique()  # type: ignore[no-untyped-call]
             tasks = torch.full_like(indices, index)
@@ -376,8 +377,10 @@ class ContinualDataModule(StreamDataModule):
         return hidden
 
     def _train_pool(self, task: int) -> Tensor:
-        """Training samples of a task, without those that it leaves out."""
+        """Training samples of a task that are neither left out nor forgotten; all samples of a request."""
         pool = torch.as_tensor(self.stream.train[task].copy())
+        if self.stream.tasks[task].learns and len(forgotten := self.stream.forgotten(self.task.index)):
+            pool = pool[~torch.isin(pool, torch.from_numpy(forgotten))]
         if task != self.task.index or self._left_out == 0:
             return pool
         labels = torch.as_tensor(training_labels(self))[pool]

@@ -35,6 +35,7 @@ FAMILIES = {
     "segmentation": ("Segmentation methods", "classes of pixels that arrive in tasks, with all others as background"),
     "semi_supervised": ("Semi-supervised methods", "most samples of a task have no label, and are trained on too"),
     "test_time": ("Test-time adaptation", "a trained network adapts to unlabelled, corrupted test data"),
+    "unlearning": ("Unlearning", "requests to forget samples, classes or tasks that were learnt"),
     "callbacks": ("Callbacks", "mechanisms that can be added to any strategy"),
 }
 """Title of a family's page and its purpose, by the folder of its methods, in the order of the README."""

@@ -62,7 +62,8 @@ ROOMS = (
         "strategies.base",
         "the base class of methods and its parts",
         "strategy, replay, task_incremental, phases, schedules, optimizers, terms, passes, evaluation, traits, "
-        "host, gradients, exemplars, expanding, virtual, second_pass, rehearse, alternating_rate, inner_adam",
+        "host, gradients, exemplars, expanding, virtual, second_pass, rehearse, alternating_rate, inner_adam, "
+        "unlearning",
     ),
     Room(
         "data",
@@ -79,7 +80,7 @@ ROOMS = (
     Room(
         "measures",
         "accuracy matrix, measures and cost of a run",
-        "accuracy, scores, matrix, functional, curves, cost, compatibility, plasticity",
+        "accuracy, scores, matrix, functional, curves, cost, compatibility, plasticity, unlearning",
     ),
     Room("optim", "optimizers that any strategy takes", "default, sam, upgd"),
     Room(
@@ -101,7 +102,7 @@ ROOMS = (
     Room(
         "stream",
         "the samples of each task; pure numpy",
-        "tasks, core, scenarios, modifiers, rehearsal, levels, label_sets, domains, dealing, manifest, draws",
+        "tasks, core, scenarios, modifiers, rehearsal, requests, levels, label_sets, domains, dealing, manifest, draws",
     ),
     Room("batch", "a batch and its random numbers", "(porch)"),
     Room("distributed", "sums and rows over all processes", "(porch)"),

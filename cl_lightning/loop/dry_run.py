@@ -31,7 +31,7 @@ from cl_lightning.measures import CostMeter
 from cl_lightning.models import AdaptedBackbone, Backbone, Head, joined_rows
 from cl_lightning.strategies.base.evaluation import check_monitor
 from cl_lightning.strategy import ContinualStrategy, Phase
-from cl_lightning.stream import Task
+from cl_lightning.stream import Stream, Task
 from cl_lightning.stream.draws import rank_in_group
 
 _IMAGES = 2
@@ -321,6 +321,7 @@ def _few(datamodule: ContinualDataModule, count: int) -> ContinualDataModule:
     hidden = tuple(chosen(part) for part in stream.unlabelled)
     labelled = [np.setdiff1d(part, out) for part, out in zip(stream.train, stream.unlabelled, strict=True)]
     train = tuple(np.concatenate([chosen(part), out]) for part, out in zip(labelled, hidden, strict=True))
+    train = _with_requested(stream, train, chosen)
     left = [np.isin(noisy, part) for noisy, part in zip(stream.noisy, train, strict=True)]
     few = copy.copy(datamodule)
     few.stream = replace(
@@ -334,6 +335,20 @@ def _few(datamodule: ContinualDataModule, count: int) -> ContinualDataModule:
     )
     few._loaders, few.workers, few.drop_last, few.pin_memory = {}, 0, False, False
     return few
+
+
+def _with_requested(
+    stream: Stream, few: tuple[np.ndarray, ...], chosen: Callable[[np.ndarray], np.ndarray]
+) -> tuple[np.ndarray, ...]:
+    """Few samples of each task: requests ask for samples among them, and tasks have some of each request."""
+    if all(task.learns for task in stream.tasks):
+        return few
+    asked = np.concatenate([chosen(stream.train[task.index]) for task in stream.tasks if not task.learns])
+    learnt = [np.union1d(part, np.intersect1d(whole, asked)) for part, whole in zip(few, stream.train, strict=True)]
+    pool = np.concatenate([learnt[task.index] for task in stream.tasks if task.learns])
+    return tuple(
+        learnt[task.index] if task.learns else np.intersect1d(stream.train[task.index], pool) for task in stream.tasks
+    )
 
 
 @contextmanager

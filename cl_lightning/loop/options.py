@@ -20,6 +20,7 @@ from cl_lightning.lightning_private import keep_buffers_local, use_own_sampler
 from cl_lightning.loop.lightning_support import check_support
 from cl_lightning.loop.nan_guard import NanLoss
 from cl_lightning.memory import HerdingPolicy, Memory
+from cl_lightning.strategies.base import request_problem
 from cl_lightning.strategies.base.evaluation import METRICS, check_monitor
 from cl_lightning.strategy import ContinualStrategy
 from cl_lightning.stream import Stream
@@ -223,7 +224,7 @@ def check_fit(strategy: ContinualStrategy, stream: Stream) -> None:
             f"{name}: automatic_optimization is False, which is not supported: return the loss from losses(), and "
             "change gradients in edit_gradients()"
         )
-    later = stream.tasks[1:]
+    later = [task for task in stream.tasks[1:] if task.learns]
     kinds = {
         "class-incremental": any(task.num_new for task in later),
         "domain-incremental": any(not task.num_new for task in later),
@@ -236,6 +237,16 @@ def check_fit(strategy: ContinualStrategy, stream: Stream) -> None:
                 f"{name} does not take {kind} streams{reason if kind == 'domain-incremental' else ''}; it takes "
                 f"{', '.join(traits.scenarios)}; {traits.remedy or 'use another scenario, or another strategy'}"
             )
+
+
+def check_requests(strategy: ContinualStrategy, stream: Stream) -> None:
+    """Check that a strategy serves the requests of the stream to hold, keep and forget samples.
+
+    Raises:
+        ValueError: If it cannot forget, or not what a request asks for.
+    """
+    if (problem := request_problem(strategy, stream)) is not None:
+        raise ValueError(problem)
 
 
 def check_balance(strategy: ContinualStrategy, datamodule: ContinualDataModule, stream: Stream) -> None:

@@ -190,6 +190,7 @@ def measures(matrix: "AccuracyMatrix", stream: "Stream", task: int) -> dict[str,
 def protocol(loop: Run) -> dict[str, Any]:
     """Protocol of the run: settings that a reader needs to compare its numbers with the numbers of other runs."""
     stream, strategy, data, trainer = loop.stream, loop.strategy, loop.datamodule, loop.trainer
+    kinds = [task.request for task in stream.tasks]
     uses = ["evaluation after each task"]
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     uses += [use for callback in callbacks if (use := getattr(callback, "test_data_use", None)) and use not in uses]
@@ -204,6 +205,7 @@ def protocol(loop: Run) -> dict[str, Any]:
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "one_pass": stream.one_pass,
         "passes": stream.passes,
+        **({} if all(kind == "learn" for kind in kinds) else {"requests": _requests(stream)}),
         **({"wrong_labels": [len(part) for part in stream.noisy]} if any(map(len, stream.noisy)) else {}),
         "val_fraction": data.val_fraction,
         "augmentation": [type(transform).__name__ for transform in data.augmentation.transforms],
@@ -222,6 +224,14 @@ def protocol(loop: Run) -> dict[str, Any]:
         "callbacks": [class_path(callback) for callback in callbacks if callback not in loop.own_callbacks],
         "test_data_use": uses,
     }
+
+
+def _requests(stream: "Stream") -> list[str]:
+    """What each task of a stream with requests asks, and the number of samples of each request."""
+    return [
+        task.request if task.learns else f"{task.name} ({len(stream.train[task.index])} samples)"
+        for task in stream.tasks
+    ]
 
 
 def bytes_kept(trainer: Trainer, strategy: "ContinualStrategy") -> dict[str, int]:

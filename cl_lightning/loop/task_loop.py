@@ -41,6 +41,7 @@ from cl_lightning.loop.options import (
     check_names,
     check_network,
     check_phases,
+    check_requests,
     check_trainer,
     check_watched,
 )
@@ -162,6 +163,7 @@ class TaskLoop:
         if stop is not None and stop >= count:
             raise ValueError(f"loop: stop_after_task is {stop}; the stream has {count} tasks, so at most {count - 1}")
         check_fit(self.strategy, self.stream)
+        check_requests(self.strategy, self.stream)
         check_phases(self.strategy, self.stream, self.options.phase_epochs)
         check_balance(self.strategy, self.datamodule, self.stream)
         check_watched(self.trainer, self.strategy, self.stream)

@@ -48,6 +48,7 @@ from cl_lightning.measures.functional import (
 from cl_lightning.measures.matrix import AccuracyMatrix
 from cl_lightning.measures.plasticity import PLASTICITY, dormant_units, effective_rank, joint_norm
 from cl_lightning.measures.scores import METRICS, SCORES, Score, ScoreMetric
+from cl_lightning.measures.unlearning import UNLEARNING, jensen_shannon, membership, membership_threshold
 
 __all__ = [
     "CONFIDENCE_BINS",
@@ -55,6 +56,7 @@ __all__ = [
     "METRICS",
     "PLASTICITY",
     "SCORES",
+    "UNLEARNING",
     "AccuracyMatrix",
     "BaseNovel",
     "CostMeter",
@@ -84,11 +86,14 @@ __all__ = [
     "global_forgetting",
     "headline_accuracy",
     "intransigence",
+    "jensen_shannon",
     "joint_norm",
     "last_accuracy",
     "lca",
     "learning_accuracy",
     "mean_online_error",
+    "membership",
+    "membership_threshold",
     "min_accuracy",
     "old_new_accuracy",
     "online_error",

@@ -16,8 +16,9 @@ from cl_lightning.stream.label_sets import LabelSets
 from cl_lightning.stream.levels import LabelExpansion
 from cl_lightning.stream.modifiers import LabelFraction, LongTailed, Modifier, NoisyLabels, Online, Subsampling, Subset
 from cl_lightning.stream.rehearsal import PowerLawRehearsal
+from cl_lightning.stream.requests import Request, Requests
 from cl_lightning.stream.scenarios import Blurry, ClassIncremental, FewShot, FromManifest, SingleTask
-from cl_lightning.stream.tasks import Segment, Shift, Task
+from cl_lightning.stream.tasks import RequestKind, Segment, Shift, Task
 
 __all__ = [
     "Blurry",
@@ -36,6 +37,9 @@ __all__ = [
     "Online",
     "PermutedDomains",
     "PowerLawRehearsal",
+    "Request",
+    "RequestKind",
+    "Requests",
     "RotatedDomains",
     "Scenario",
     "Segment",

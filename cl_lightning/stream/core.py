@@ -6,7 +6,7 @@ from functools import cached_property
 from hashlib import blake2b
 from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from cl_lightning.files import replaced
 from cl_lightning.hashing import BoolArray, IntArray, KeyArray, hash64, hash_names
 from cl_lightning.stream import manifest
 from cl_lightning.stream.draws import rank_in_group
-from cl_lightning.stream.tasks import Segment, Shift, Task, _integers, number_tasks, repeats
+from cl_lightning.stream.tasks import RequestKind, Segment, Shift, Task, _integers, number_tasks, repeats
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +171,7 @@ class DatasetInfo:
 
 _ARRAYS = ("train", "val", "test", "unlabelled", "noisy", "given")
 _OPTIONAL = ("noisy", "given")  # in manifests and hashes only where they are not empty
+_ASKED: dict[str, tuple[str, ...]] = {"keep": ("hold",), "forget": ("learn", "hold")}  # tasks that a request is about
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,7 +242,10 @@ class Stream:
             if hidden.size and not np.isin(hidden, train).all():
                 raise ValueError(f"task {task}: unlabelled has samples that are not in train")
         self._check_given()
-        tasks, order = number_tasks([t.classes for t in self.tasks], [t.name for t in self.tasks], self.shifts)
+        self._check_requests()
+        tasks, order = number_tasks(
+            [t.classes for t in self.tasks], [t.name for t in self.tasks], self.shifts, [t.request for t in self.tasks]
+        )
         if tasks != self.tasks or order != self.order:
             raise ValueError("order: the columns are not the classes of the tasks in order of arrival")
         if len(self.class_names) != len(order):
@@ -272,6 +276,40 @@ class Stream:
                 raise ValueError(f"task {task}: noisy lacks samples of train that are noisy in another task")
         if (given[first][inverse] != given).any():
             raise ValueError("given: a sample of several tasks has different labels in them; give it one")
+
+    def _check_requests(self) -> None:
+        for task in self.tasks:
+            if task.request not in get_args(RequestKind):
+                raise ValueError(
+                    f"task {task.index}: request is {task.request!r}; use {', '.join(get_args(RequestKind))}"
+                )
+            if task.learns:
+                continue
+            mine = self.train[task.index]
+            asked = [t.index for t in self.tasks[: task.index] if t.request in _ASKED[task.request]]
+            known = np.concatenate([np.empty(0, np.int64), *(self.train[index] for index in asked)])
+            if task.num_new or not np.isin(mine, known).all() or np.isin(mine, self.forgotten(task.index - 1)).any():
+                raise ValueError(
+                    f"task {task.index}: it asks to {task.request} samples that no earlier task has, or that are "
+                    "forgotten already"
+                )
+            if self.val[task.index].size or self.test[task.index].size:
+                raise ValueError(f"task {task.index}: it asks to {task.request}, and has validation or test samples")
+            later = [t.index for t in self.tasks[task.index :] if t.learns]
+            if task.request == "forget" and any(np.isin(mine, self.train[index]).any() for index in later):
+                raise ValueError(f"task {task.index}: it asks to forget samples that a later task learns again")
+
+    def forgotten(self, task: int) -> IntArray:
+        """Training samples that the requests up to and including a task ask to forget, ascending; -1 for no task."""
+        asked = [self.train[t.index] for t in self.tasks[: task + 1] if t.request == "forget"]
+        return np.unique(np.concatenate([np.empty(0, np.int64), *asked]))
+
+    def emptied(self, task: int) -> tuple[int, ...]:
+        """Earlier tasks that a request to forget leaves without samples, ascending."""
+        before, after = self.forgotten(task - 1), self.forgotten(task)
+        earlier = [t.index for t in self.tasks[:task] if t.learns]
+        left = [(np.setdiff1d(self.train[t], before).size, np.setdiff1d(self.train[t], after).size) for t in earlier]
+        return tuple(t for t, (old, new) in zip(earlier, left, strict=True) if old and not new)
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -344,7 +382,9 @@ class Stream:
         digests = []
         for task in self.tasks:
             shift = task.domain and [task.domain.kind, task.domain.value]
-            digest = blake2b(dumps([task.name, self.names_of(task), task.columns, shift]).encode(), digest_size=16)
+            request = [] if task.request == "learn" else [task.request]
+            facts = [task.name, self.names_of(task), task.columns, shift, *request]
+            digest = blake2b(dumps(facts).encode(), digest_size=16)
             for name in _ARRAYS:
                 array = getattr(self, name)[task.index]
                 if name in _OPTIONAL and not array.size:
@@ -404,6 +444,7 @@ class Stream:
                 "name": task.name,
                 "classes": list(task.classes),
                 "shift": task.domain and [task.domain.kind, task.domain.value],
+                **({} if task.request == "learn" else {"request": task.request}),
                 "train": self.train[task.index].tolist(),
                 "val": self.val[task.index].tolist(),
                 "test": self.test[task.index].tolist(),

@@ -7,7 +7,7 @@ validation samples and the manifest.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -94,6 +94,8 @@ def _plain(value: Any) -> Any:
     """A value in the form of JSON."""
     if isinstance(value, Scenario):
         return value.describe()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value

@@ -135,7 +135,10 @@ def _read(data: Any, make: Callable[..., S]) -> S:
             task.fail("classes", "has a label twice")
     order = tuple(top.many("order", int))
     tasks, arrival = number_tasks(
-        [item.data["classes"] for item in items], [item.take("name", str) for item in items], list(map(_shift, items))
+        [item.data["classes"] for item in items],
+        [item.take("name", str) for item in items],
+        list(map(_shift, items)),
+        [item.take("request", str) if "request" in item.data else "learn" for item in items],
     )
     if order != arrival:
         top.fail("order", "is not the order in which the classes of the tasks arrive")

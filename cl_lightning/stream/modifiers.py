@@ -25,7 +25,10 @@ class Modifier(Scenario):
         """The changed stream; random choices use the seeds of ``stream.parts``."""
 
     def stream(self, info: DatasetInfo, part: Segment, earlier: Stream | None) -> Stream:
-        return replace(self.change(self.base.stream(info, part, earlier), info), scenario=self.describe())
+        stream = self.base.stream(info, part, earlier)
+        if any(task.request != "learn" for task in stream.tasks):
+            self.fail("the base has requests to hold, keep or forget samples; put Requests around all other modifiers")
+        return replace(self.change(stream, info), scenario=self.describe())
 
 
 @dataclass(frozen=True)

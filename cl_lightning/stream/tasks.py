@@ -48,6 +48,10 @@ class Shift:
             raise ValueError(f"Shift: the seed of a permutation is an integer in 0 .. 2**32 - 1, got {self.value!r}")
 
 
+RequestKind = Literal["learn", "hold", "keep", "forget"]
+"""What a task asks of the learner, see :class:`Task`."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One task of a stream.
@@ -61,6 +65,9 @@ class Task:
         num_new: Number of columns that the task adds; 0 if all its classes are known.
         num_seen: Number of columns after this task.
         domain: Transform of its images, or None.
+        request: What the task asks. ``learn``: its samples are learnt; ``hold``: they are learnt so that a later task
+            may ask to keep or to forget them; ``keep``: held samples of earlier tasks are learnt permanently;
+            ``forget``: samples of earlier tasks are forgotten. Tasks that keep or forget have no test samples.
     """
 
     index: int
@@ -71,14 +78,23 @@ class Task:
     num_new: int
     num_seen: int
     domain: Shift | None = None
+    request: RequestKind = "learn"
 
     @property
     def is_first(self) -> bool:
         return self.index == 0
 
+    @property
+    def learns(self) -> bool:
+        """Whether the task brings samples to learn."""
+        return self.request in ("learn", "hold")
+
 
 def number_tasks(
-    classes: Sequence[Sequence[int]], names: Sequence[str], shifts: Sequence[Shift | None]
+    classes: Sequence[Sequence[int]],
+    names: Sequence[str],
+    shifts: Sequence[Shift | None],
+    requests: Sequence[RequestKind] | None = None,
 ) -> tuple[tuple[Task, ...], tuple[int, ...]]:
     """Number the tasks, and assign columns to the classes in order of arrival.
 
@@ -86,19 +102,21 @@ def number_tasks(
         classes: Raw labels present in each task; new labels get their columns in this order.
         names: Name of each task.
         shifts: Shift of each task.
+        requests: Request of each task; None for ``learn``.
 
     Returns:
         The tasks, and the raw label of each column.
     """
     column: dict[int, int] = {}
-    tasks = []
-    for place, (present, name, shift) in enumerate(zip(classes, names, shifts, strict=True)):
+    tasks: list[Task] = []
+    asked: Sequence[RequestKind] = ["learn"] * len(names) if requests is None else requests
+    for place, (present, name, shift, request) in enumerate(zip(classes, names, shifts, asked, strict=True)):
         new = [label for label in present if label not in column]
         for label in new:
             column[label] = len(column)
         classes_here = tuple(sorted(present, key=column.__getitem__))
         columns = tuple(column[label] for label in classes_here)
-        tasks.append(Task(place, name, classes_here, columns, tuple(new), len(new), len(column), shift))
+        tasks.append(Task(place, name, classes_here, columns, tuple(new), len(new), len(column), shift, request))
     return tuple(tasks), tuple(column)
 
 

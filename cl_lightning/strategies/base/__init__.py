@@ -35,6 +35,7 @@ from cl_lightning.strategies.base.strategy import (
 from cl_lightning.strategies.base.task_incremental import BY_TASK, SharesWeights, TaskIncremental, routed
 from cl_lightning.strategies.base.terms import AddsLosses
 from cl_lightning.strategies.base.traits import Traits
+from cl_lightning.strategies.base.unlearning import Unlearns, request_problem, start_again
 from cl_lightning.strategies.base.virtual import (
     mean_gradient,
     output_at,
@@ -68,6 +69,7 @@ __all__ = [
     "TaskEndReplay",
     "TaskIncremental",
     "Traits",
+    "Unlearns",
     "adam_step",
     "balanced_phase",
     "check_loss_classes",
@@ -82,12 +84,14 @@ __all__ = [
     "output_at",
     "refuse_weight_decay",
     "relative_step",
+    "request_problem",
     "require_plain_sgd",
     "routed",
     "sensitivities",
     "separate_group",
     "set_gradient",
     "sigmoid_optimizer",
+    "start_again",
     "step_on",
     "sum_of_zeros",
     "trained_weights",

@@ -17,6 +17,7 @@ from torch import Tensor
 from cl_lightning.batch import Batch
 from cl_lightning.data import TARGET_KINDS
 from cl_lightning.models import Output
+from cl_lightning.strategies.base import start_again
 from cl_lightning.strategy import ContinualStrategy, Traits
 from cl_lightning.stream import Task
 
@@ -41,11 +42,7 @@ class Joint(ContinualStrategy):
 
     def begin_task(self, task: Task) -> None:
         if self.from_scratch and not task.is_first:
-            assert self.image_shape is not None
-            sizes = self.network.head.block_sizes()
-            self.build(self.image_shape)
-            for size in sizes:
-                self.network.head.grow(size)
+            start_again(self)
         super().begin_task(task)
 
     def losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
