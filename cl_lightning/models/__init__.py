@@ -120,12 +120,14 @@ from cl_lightning.models.simplex_head import (
 )
 from cl_lightning.models.svm import linear_svm
 from cl_lightning.models.task_head import TaskHead
+from cl_lightning.models.task_networks import MAIN, TaskNetworks, drawn
 from cl_lightning.models.text_head import TextHead, save_text_embeddings, template_mean
 from cl_lightning.models.transport import transport
 from cl_lightning.models.vae import VAE, kl_to_standard_normal
 from cl_lightning.models.vectors import ConvNet1d, TableResNet, example
 
 __all__ = [
+    "MAIN",
     "MLP",
     "SSF",
     "VAE",
@@ -202,6 +204,7 @@ __all__ = [
     "TableResNet",
     "TargetHead",
     "TaskHead",
+    "TaskNetworks",
     "Temporary",
     "TextHead",
     "Timm",
@@ -220,6 +223,7 @@ __all__ = [
     "component_weights",
     "consolidate",
     "distances",
+    "drawn",
     "early_norm_parameters",
     "example",
     "feature_map",
