@@ -49,6 +49,7 @@ def test_scores_are_those_of_the_validation_samples_at_the_ends_of_tasks():
     assert found.score("last_accuracy") == pytest.approx(0.74)
     assert found.score("average_incremental_accuracy") == pytest.approx((0.9 + 0.725 + 0.74) / 3)
     assert found.plasticity() == pytest.approx((0.8 + 1.0) / 2)
+    assert selection.Validation.of(validated([[0.6], [0.5, 0.8]], [10, 30])).plasticity() == pytest.approx(0.8)
     assert selection.Validation.of(validated([[0.7]], [10])).plasticity() == pytest.approx(0.7)
 
 
@@ -84,11 +85,11 @@ def test_the_best_setting_is_the_highest_score_and_the_earliest_among_equals():
     assert selection.best([failed, pruned], select) is None
 
 
-@pytest.mark.parametrize(("share", "weight"), [(0.0, 0), (0.1, 1), (0.25, 10), (0.5, 10), (0.51, 100)])
+@pytest.mark.parametrize(("share", "weight"), [(0.0, 0), (0.1, 1), (0.25, 10), (0.49, 10), (0.5, 100)])
 def test_plasticity_first_takes_the_largest_stability_that_loses_no_more_than_the_share(share, weight):
     select = Selection(sampler="plasticity_first", share=share)
     first = [finished(0.5, 0, lr=1, w=0), finished(0.8, 1, lr=2, w=0), finished(0.6, 2, lr=3, w=0)]
-    second = [finished(0.395, 3, 1, lr=2, w=100), finished(0.61, 4, 1, lr=2, w=10), finished(0.75, 5, 1, lr=2, w=1)]
+    second = [finished(0.4, 3, 1, lr=2, w=100), finished(0.61, 4, 1, lr=2, w=10), finished(0.75, 5, 1, lr=2, w=1)]
     chosen = selection.best([*first, *second], select, "w").user_attrs[SETTING]
     assert chosen == {"lr": 2, "w": weight}
 
