@@ -48,7 +48,10 @@ def test_the_wheel_holds_every_package_and_nothing_outside_cl_lightning(wheel):
     wanted = {f"cl_lightning/{p.relative_to(ROOT / 'cl_lightning').as_posix()}" for p in own_modules("cl_lightning")}
     wanted |= {f"cl_lightning/{top}/{p.relative_to(ROOT / top).as_posix()}" for top in TOPS for p in own_modules(top)}
     assert wanted <= modules
-    assert "cl_lightning/py.typed" in names
+    assert {"cl_lightning/py.typed", "cl_lightning/catalogue.json"} <= set(names)
+    configs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "experiments").rglob("*.yaml")}
+    configs -= {name for name in configs if "/sweeps/" in name}
+    assert {f"cl_lightning/{name}" for name in configs} <= set(names)
 
 
 def test_the_wheel_runs_the_quickstart_in_an_empty_folder(wheel, tmp_path):
