@@ -88,7 +88,7 @@ ROOMS = (
         "samples, prototypes, networks and importances kept from earlier tasks",
         "replay, policies, herding, prototypes, class_statistics, drift, teacher, importance, paths, sensitivity, "
         "consolidation, owners, input_spaces, growing, accounting, mean_covariance, budget, slots, weight_space, "
-        "sample_importance, dual_spaces, hyper_domains, category_balanced",
+        "sample_importance, dual_spaces, hyper_domains, category_balanced, task_memories",
     ),
     Room(
         "models",

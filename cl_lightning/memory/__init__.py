@@ -30,6 +30,7 @@ from cl_lightning.memory.replay import Memory, valid_columns
 from cl_lightning.memory.sample_importance import ImportanceMemory, credited, least_important, mean_decrease
 from cl_lightning.memory.sensitivity import fisher_diagonal, output_norm
 from cl_lightning.memory.slots import SlotMemory
+from cl_lightning.memory.task_memories import TaskMemories
 from cl_lightning.memory.teacher import Teacher, Teachers
 from cl_lightning.memory.weight_space import (
     Average,
@@ -86,6 +87,7 @@ __all__ = [
     "SharedBudget",
     "Slerp",
     "SlotMemory",
+    "TaskMemories",
     "Teacher",
     "Teachers",
     "Ties",
