@@ -116,10 +116,14 @@ class AccuracyMatrix:
 
         Returns:
             A figure of matplotlib: ``matrix.plot().savefig("matrix.pdf")``.
+
+        Raises:
+            ValueError: If no task is finished.
         """
         from matplotlib.figure import Figure
 
-        size = max(self.learned, 1)
+        if not (size := self.learned):
+            raise ValueError("AccuracyMatrix: no task is finished; there is nothing to draw")
         values = 100 * self._shown()[0][:size, :size]
         side = 1.4 + 0.45 * size
         figure = Figure(figsize=(side + 0.6, side), layout="constrained")

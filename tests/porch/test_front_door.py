@@ -70,7 +70,8 @@ def test_a_matrix_without_tasks_says_so():
     from cl_lightning.measures import AccuracyMatrix
 
     assert f"{AccuracyMatrix()!r}" == "AccuracyMatrix: no task is finished"
-    AccuracyMatrix().plot()
+    with pytest.raises(ValueError, match="no task is finished"):
+        AccuracyMatrix().plot()
 
 
 def test_a_loaded_model_predicts_what_the_run_evaluated(run):
