@@ -63,7 +63,7 @@ ROOMS = (
         "the base class of methods and its parts",
         "strategy, replay, task_incremental, phases, schedules, optimizers, terms, passes, evaluation, traits, "
         "host, gradients, exemplars, expanding, virtual, second_pass, rehearse, alternating_rate, inner_adam, "
-        "unlearning",
+        "unlearning, stream_schedules",
     ),
     Room(
         "data",

@@ -32,6 +32,7 @@ from cl_lightning.strategies.base.strategy import (
     LossClasses,
     sum_of_zeros,
 )
+from cl_lightning.strategies.base.stream_schedules import CosineOverStream, InfiniteOverStream, RsqrtOverStream
 from cl_lightning.strategies.base.task_incremental import BY_TASK, SharesWeights, TaskIncremental, routed
 from cl_lightning.strategies.base.terms import AddsLosses
 from cl_lightning.strategies.base.traits import Traits
@@ -55,16 +56,19 @@ __all__ = [
     "Classifier",
     "ContinualStrategy",
     "CosineExemplars",
+    "CosineOverStream",
     "ExemplarReplay",
     "ExpandingReplay",
     "FreezeNorm",
     "HeadFactory",
+    "InfiniteOverStream",
     "LossClasses",
     "MemoryReplay",
     "NearestExemplars",
     "Phase",
     "PhaseOptions",
     "Replay",
+    "RsqrtOverStream",
     "SharesWeights",
     "TaskEndReplay",
     "TaskIncremental",

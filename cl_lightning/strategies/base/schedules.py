@@ -47,7 +47,7 @@ def scheduled(
         interval = "step" if isinstance(scheduler, OneCycleLR | CyclicLR) else "epoch"
     length = epochs if interval == "epoch" else int(trainer.estimated_stepping_batches)
     if isinstance(scheduler, PhaseSchedule):
-        scheduler.begin(length)
+        scheduler.begin(length, trainer.lightning_module.task.index, len(trainer.datamodule.stream))
     if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < length:
         raise ValueError(
             f"{name}: total_steps is {scheduler.total_steps}, but the phase has {length} {interval}s; give at least "
@@ -63,12 +63,15 @@ class PhaseSchedule(LRScheduler):
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.epochs = 1
+        self.epochs, self.task, self.tasks = 1, 0, 1
         super().__init__(optimizer)
 
-    def begin(self, epochs: int) -> None:
-        """Set the length of the phase. Called by the strategy before the first step."""
-        self.epochs = max(epochs, 1)
+    def begin(self, epochs: int, task: int = 0, tasks: int = 1) -> None:
+        """Set the length of the phase, its task and the number of tasks.
+
+        Called by the strategy before the first step.
+        """
+        self.epochs, self.task, self.tasks = max(epochs, 1), task, tasks
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = rate
         self._last_lr = self.get_lr()
