@@ -80,7 +80,8 @@ ROOMS = (
     Room(
         "measures",
         "accuracy matrix, measures and cost of a run",
-        "accuracy, scores, matrix, functional, curves, cost, compatibility, plasticity, unlearning",
+        "accuracy, scores, matrix, functional, curves, cost, compatibility, plasticity, clusters, speed, "
+        "unlearning",
     ),
     Room("optim", "optimizers that any strategy takes", "default, sam, upgd"),
     Room(
@@ -96,7 +97,7 @@ ROOMS = (
         "backbones, background_head, residual, weights, convnet, heads, growing, text_head, closed_form, network, "
         "normalization, prompts, expert_prompts, expansion, masks, svm, consolidated_head, cut, energy_head, kmeans, "
         "max_margin, null_space, pixels, random_layer, simplex_head, vae, mean_head, mixture, dependence, domain_head, "
-        "transport, vectors, task_head, task_networks, `peft/` (a file per mechanism)",
+        "transport, vectors, task_head, task_networks, clustering, `peft/` (a file per mechanism)",
     ),
     Room("losses", "functions of logits, features, labels", "classification, distillation, contrastive, targets"),
     Room(

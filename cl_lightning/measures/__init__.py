@@ -1,6 +1,7 @@
 """Measures of a run: the accuracy matrix, measures computed from it, accuracy curves, cost."""
 
 from cl_lightning.measures.accuracy import EvaluationResult, StreamAccuracy
+from cl_lightning.measures.clusters import ClusteringAccuracy, clustering_accuracy
 from cl_lightning.measures.compatibility import (
     average_compatibility,
     average_multi_model_accuracy,
@@ -48,6 +49,7 @@ from cl_lightning.measures.functional import (
 from cl_lightning.measures.matrix import AccuracyMatrix
 from cl_lightning.measures.plasticity import PLASTICITY, dormant_units, effective_rank, joint_norm
 from cl_lightning.measures.scores import METRICS, SCORES, Score, ScoreMetric
+from cl_lightning.measures.speed import speed_up
 from cl_lightning.measures.unlearning import UNLEARNING, jensen_shannon, membership, membership_threshold
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "UNLEARNING",
     "AccuracyMatrix",
     "BaseNovel",
+    "ClusteringAccuracy",
     "CostMeter",
     "EvaluationResult",
     "Score",
@@ -75,6 +78,7 @@ __all__ = [
     "backward_compatibility",
     "backward_transfer",
     "base_novel_harmonic",
+    "clustering_accuracy",
     "confidence_counts",
     "dormant_units",
     "effective_rank",
@@ -101,6 +105,7 @@ __all__ = [
     "performance_drop",
     "performance_maintenance",
     "retrieval_accuracy",
+    "speed_up",
     "transfer_contrast",
     "unknown_auroc",
     "verification_accuracy",

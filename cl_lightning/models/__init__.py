@@ -25,6 +25,14 @@ from cl_lightning.models.closed_form import (
     solve_positive,
     validated_ridge,
 )
+from cl_lightning.models.clustering import (
+    kernel,
+    longest_edge,
+    ncd_kmeans,
+    plain_kmeans,
+    silhouette,
+    spectral_embedding,
+)
 from cl_lightning.models.consolidated_head import ConsolidatedHead, consolidate
 from cl_lightning.models.convnet import ConvNet, InstanceNormConvNet
 from cl_lightning.models.cut import Cut, joined_rows
@@ -44,7 +52,7 @@ from cl_lightning.models.heads import (
     align_rows,
     distances,
 )
-from cl_lightning.models.kmeans import kmeans
+from cl_lightning.models.kmeans import kmeans, spread_points
 from cl_lightning.models.masks import (
     GatedBackbone,
     clamp_embeddings,
@@ -236,19 +244,23 @@ __all__ = [
     "in_eval_mode",
     "joined",
     "joined_rows",
+    "kernel",
     "kl_to_standard_normal",
     "kmeans",
     "layers_of",
     "least_change",
     "linear_svm",
+    "longest_edge",
     "map_stage",
     "margins",
     "most_frequent",
+    "ncd_kmeans",
     "newly_used",
     "norm_parameters",
     "orthogonality",
     "orthonormal_rows",
     "perceptron",
+    "plain_kmeans",
     "positions",
     "recurring",
     "recursive_ridge",
@@ -258,8 +270,11 @@ __all__ = [
     "save_text_embeddings",
     "set_statistics",
     "shortfall",
+    "silhouette",
     "simplex",
     "solve_positive",
+    "spectral_embedding",
+    "spread_points",
     "square_distances",
     "template_mean",
     "transport",

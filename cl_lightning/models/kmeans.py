@@ -33,7 +33,7 @@ def kmeans(points: Tensor, count: int, *, key: int = 0, iterations: int = 100) -
     points = points.double()
     if count == 1:
         return points.mean(dim=0, keepdim=True)
-    centres = _first_centres(points, Draw.of(count, key).rand().tolist())
+    centres = spread_points(points, Draw.of(count, key).rand().tolist())
     for _ in range(iterations):
         nearest = (points[:, None] - centres).square().sum(dim=2).argmin(dim=1)
         members = F.one_hot(nearest, count).to(points.dtype)  # a product, since sums by index depend on their order
@@ -45,16 +45,27 @@ def kmeans(points: Tensor, count: int, *, key: int = 0, iterations: int = 100) -
     return centres
 
 
-def _first_centres(points: Tensor, uniform: list[float]) -> Tensor:
-    """A point for each number in [0, 1): each drawn with probability proportional to its squared distance to those
-    before, or uniformly where all distances are 0."""
-    nearest = torch.ones_like(points[:, 0])
+def spread_points(points: Tensor, uniform: list[float], given: Tensor | None = None) -> Tensor:
+    """A point for each number in [0, 1), by k-means++: each drawn with probability proportional to its squared distance
+    to the given and the drawn ones, or uniformly where all distances are 0.
+
+    Args:
+        points: ``(n, d)``.
+        uniform: Numbers in [0, 1).
+        given: Centres that are there already, ``(k, d)``; None for none.
+
+    Returns:
+        ``(len(uniform), d)``.
+    """
+    nearest, measured = torch.ones_like(points[:, 0]), given is not None and len(given) > 0
+    if given is not None and measured:
+        nearest = torch.cdist(points, given).square().amin(dim=1)
     chosen: list[Tensor] = []
     for number in uniform:
         weights = nearest if nearest.sum() > 0 else torch.ones_like(nearest)
         bounds = weights.cumsum(dim=0)
         row = torch.searchsorted(bounds, number * bounds[-1], right=True).clamp(max=len(points) - 1)
         distance = (points - points[row]).square().sum(dim=1)
-        nearest = torch.minimum(nearest, distance) if chosen else distance
+        nearest = torch.minimum(nearest, distance) if chosen or measured else distance
         chosen.append(points[row])
     return torch.stack(chosen)

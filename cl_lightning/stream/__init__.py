@@ -14,16 +14,26 @@ from cl_lightning.stream.dealing import Scenario, Split, Splitter
 from cl_lightning.stream.domains import DomainIncremental, PermutedDomains, RotatedDomains
 from cl_lightning.stream.label_sets import LabelSets
 from cl_lightning.stream.levels import LabelExpansion
-from cl_lightning.stream.modifiers import LabelFraction, LongTailed, Modifier, NoisyLabels, Online, Subsampling, Subset
+from cl_lightning.stream.modifiers import (
+    Discovery,
+    LabelFraction,
+    LongTailed,
+    Modifier,
+    NoisyLabels,
+    Online,
+    Subsampling,
+    Subset,
+)
 from cl_lightning.stream.rehearsal import PowerLawRehearsal
 from cl_lightning.stream.requests import Request, Requests
-from cl_lightning.stream.scenarios import Blurry, ClassIncremental, FewShot, FromManifest, SingleTask
+from cl_lightning.stream.scenarios import Blurry, ClassIncremental, FewShot, FromManifest, Rounds, SingleTask
 from cl_lightning.stream.tasks import RequestKind, Segment, Shift, Task
 
 __all__ = [
     "Blurry",
     "ClassIncremental",
     "DatasetInfo",
+    "Discovery",
     "DomainIncremental",
     "FewShot",
     "FromManifest",
@@ -41,6 +51,7 @@ __all__ = [
     "RequestKind",
     "Requests",
     "RotatedDomains",
+    "Rounds",
     "Scenario",
     "Segment",
     "Shift",

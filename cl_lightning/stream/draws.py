@@ -15,7 +15,7 @@ from cl_lightning.hashing import IntArray, KeyArray
 
 # Purposes of random choices: one number each, so that the keys of different choices are independent.
 ORDER, VALIDATION, SHOTS, SHARES, MINOR, DEALING, PERMUTATION, TAIL, THINNING, LABELS = range(10)
-NOISE, WRONG_LABEL, REHEARSAL, LEVELS, FORGETTING = 16, 17, 18, 19, 20
+NOISE, WRONG_LABEL, REHEARSAL, LEVELS, FORGETTING, DISCOVERY = 16, 17, 18, 19, 20, 21
 
 
 def rank_in_group(groups: IntArray, keys: KeyArray | IntArray | None = None) -> tuple[IntArray, IntArray]:

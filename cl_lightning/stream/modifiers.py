@@ -164,6 +164,56 @@ class NoisyLabels(Modifier):
         return replace(stream, noisy=tuple(indices[rows] for rows in noisy), given=tuple(given[rows] for rows in noisy))
 
 
+@dataclass(frozen=True)
+class Discovery(Modifier):
+    """Discovery of classes: a first task with labels, then sessions without labels that mix old and new classes.
+
+    A share of the samples of each class is kept back from the task in which the class arrives, and split evenly over
+    the later tasks of the stream. The labels of all training samples after the first task are hidden (continual
+    generalised category discovery: Wu et al., ICCV 2023, arXiv:2308.11063). A test sample belongs to the first task
+    with its class. When a stream is extended, earlier tasks keep their samples: those of a class go to tasks that were
+    made together with its own.
+
+    Args:
+        base: Scenario whose later tasks become sessions.
+        later: Share of the samples of a class that later sessions have, in [0, 1); 0 for sessions of new classes alone.
+    """
+
+    base: Scenario
+    later: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.later < 1:
+            self.fail(f"later must be at least 0 and below 1, got {self.later}")
+
+    def change(self, stream: Stream, info: DatasetInfo) -> Stream:
+        _refuse_noise(self, stream)
+        if any(hidden.size for hidden in stream.unlabelled):
+            self.fail("labels are already hidden; leave LabelFraction out")
+        task = np.repeat(np.arange(len(stream)), [len(indices) for indices in stream.train])
+        indices = np.concatenate(stream.train)
+        if len(np.unique(indices)) != len(indices):
+            self.fail("a sample is in several tasks; use a base whose tasks share no samples")
+        stops = np.cumsum([part.tasks for part in stream.parts])
+        sessions = (np.repeat(stops, [part.tasks for part in stream.parts]) - 1 - np.arange(len(stream)))[task]
+        keys = info.keys(indices, seed_array(part.seed for part in stream.task_parts)[task], draws.DISCOVERY)
+        place, size = rank_in_group(task * info.num_classes + info.train_labels[indices], keys)
+        moved = (place < np.minimum(round_half_up(size * self.later), size - 1)) & (sessions > 0)
+        task = np.where(moved, task + 1 + place % np.maximum(sessions, 1), task)
+        train = [np.sort(indices[rows]) for rows in split(task, len(stream))]
+        names = [each.name for each in stream.tasks]
+        tasks, order = arrivals(info, train, np.array(stream.order), names, stream.shifts)
+        return replace(
+            stream,
+            tasks=tasks,
+            order=order,
+            class_names=tuple(info.class_names[label] for label in order),
+            train=tuple(train),
+            test=assign_tests(info, tasks, stream.test),
+            unlabelled=(np.empty(0, np.int64), *train[1:]),
+        )
+
+
 def _refuse_noise(modifier: Modifier, stream: Stream) -> None:
     if any(part.size for part in stream.noisy):
         modifier.fail(f"labels are noisy already; put NoisyLabels around {type(modifier).__name__}, and only once")

@@ -122,6 +122,36 @@ class SingleTask(Splitter):
 
 
 @dataclass(frozen=True)
+class Rounds(Splitter):
+    """Rounds over one pool of samples, for active learning: every task has all classes and all training samples.
+
+    A method that queries labels trains on the samples that it has chosen; others train on the pool again and again. All
+    test samples belong to the first round, so the first column of the accuracy matrix has the accuracy after each
+    round. The stream cannot be extended.
+
+    Args:
+        rounds: Number of tasks, at least 1.
+    """
+
+    rounds: int = 10
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            self.fail(f"rounds must be at least 1, got {self.rounds}")
+
+    def split(self, info: DatasetInfo, seed: int, earlier: Stream | None) -> Split:
+        if earlier is not None:
+            self.fail("the pool of the earlier rounds would change; make a new stream")
+        pool, test = np.arange(len(info.train_labels)), np.arange(len(info.test_labels))
+        return Split(
+            [pool] * self.rounds,
+            np.arange(info.num_classes),
+            [f"round {index}" for index in range(self.rounds)],
+            test=[test, *[test[:0]] * (self.rounds - 1)],
+        )
+
+
+@dataclass(frozen=True)
 class FewShot(Splitter):
     """Few-shot class-incremental learning (Tao et al., CVPR 2020, arXiv:2004.10956).
 
