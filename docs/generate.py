@@ -24,6 +24,7 @@ from cl_lightning.cli.discovery import Method, catalogue, methods
 
 FAMILIES = {
     "baselines": ("Baselines", "lower and upper bounds"),
+    "discovery": ("Discovery of classes", "sessions without labels mix known and new classes"),
     "exemplar_free": ("Exemplar-free methods", "class-incremental learning that stores no samples of earlier tasks"),
     "few_shot": ("Few-shot methods", "a large base session, then sessions of a few images per class"),
     "online": ("Online methods", "each sample is seen once, in small batches"),
