@@ -23,6 +23,7 @@ from rooms import FORBIDDEN, ORDER, PACKAGE, ROOMS, ROOT, Room
 from cl_lightning.cli.discovery import Method, catalogue, methods
 
 FAMILIES = {
+    "active": ("Active learning", "the labels of a task are queried, and replay takes the place of retraining"),
     "baselines": ("Baselines", "lower and upper bounds"),
     "discovery": ("Discovery of classes", "sessions without labels mix known and new classes"),
     "exemplar_free": ("Exemplar-free methods", "class-incremental learning that stores no samples of earlier tasks"),
