@@ -31,6 +31,16 @@ SUBJECTS = {
     )
 }
 SLOW = "two configurations pass the suite, and each session is clustered from ten starts"
+PUBLISHED = {
+    "pbnncd": {
+        "source": "ColinTr/PracticalNCD: Pendigits, as its card gives it",
+        "classification_weight": 0.461,
+        "latent": 11,
+        "optimizer": "AdamW(lr=0.00284)",
+        "trainer.max_epochs": 200,
+        "trainer.callbacks": ["DiscoveryAccuracy()"],
+    }
+}
 ADAM = partial(torch.optim.AdamW, lr=2e-3)
 SMALL = partial(PBNNCD, optimizer=ADAM, latent=16, dropout=0.0)
 MIXED = {"scenario": Discovery(ClassIncremental(sizes=[6, 2, 2]), later=0.2), "batch_size": 64}
