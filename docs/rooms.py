@@ -83,7 +83,7 @@ ROOMS = (
         "accuracy, scores, matrix, functional, curves, cost, compatibility, plasticity, clusters, speed, "
         "unlearning",
     ),
-    Room("optim", "optimizers that any strategy takes", "default, sam, upgd"),
+    Room("optim", "optimizers that any strategy takes", "default, sam, upgd, alternating"),
     Room(
         "memory",
         "samples, prototypes, networks and importances kept from earlier tasks",

@@ -131,7 +131,7 @@ from cl_lightning.models.task_head import TaskHead
 from cl_lightning.models.task_networks import MAIN, TaskNetworks, drawn
 from cl_lightning.models.text_head import TextHead, save_text_embeddings, template_mean
 from cl_lightning.models.transport import transport
-from cl_lightning.models.vae import VAE, kl_to_standard_normal
+from cl_lightning.models.vae import VAE, FeatureVAE, kl_to_standard_normal
 from cl_lightning.models.vectors import ConvNet1d, TableResNet, example
 
 __all__ = [
@@ -162,6 +162,7 @@ __all__ = [
     "EnergyHead",
     "ExpandableBackbone",
     "ExpertPrompts",
+    "FeatureVAE",
     "FiLM",
     "GatedBackbone",
     "GrowingParameters",

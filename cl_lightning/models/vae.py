@@ -95,3 +95,44 @@ class VAE(nn.Module):
     def num_bytes(self) -> int:
         """Size of the weights in bytes."""
         return sum(tensor.nbytes for tensor in self.state_dict().values())
+
+
+class FeatureVAE(VAE):
+    """Variational autoencoder of features, with the squared error in place of the cross-entropy.
+
+        L(x) = |x - decoder(z)|^2 + kl_weight * KL( N(mu(x), sigma(x)^2) || N(0, 1) )
+
+    Args:
+        num_features: Size of a feature vector.
+        hidden: Units of each layer of the encoder, at least one layer.
+        latent: Dimensions of z, at least 1.
+        kl_weight: Weight of the divergence, at least 0.
+        bounded: Whether a sigmoid is the output of the decoder, for features in [0, 1].
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        hidden: Sequence[int] = (128, 32),
+        latent: int = 8,
+        kl_weight: float = 0.025,
+        bounded: bool = True,
+    ) -> None:
+        super().__init__((1, 1, num_features), hidden=hidden, latent=latent)
+        self.kl_weight, self.bounded = kl_weight, bounded
+
+    def losses(self, images: Tensor, noise: Tensor) -> Tensor:
+        """L(x) above of features ``(B, d)``, ``(B,)``; ``noise`` as in :class:`VAE`."""
+        mean, log_variance = full_precision(self.encoder(images)).chunk(2, dim=1)
+        errors = self._errors(images, mean + (log_variance / 2).exp() * noise)
+        return errors + self.kl_weight * kl_to_standard_normal(mean, log_variance)
+
+    def errors(self, features: Tensor) -> Tensor:
+        """Squared errors of the reconstructions of features ``(B, d)`` at the mean of z, ``(B,)``."""
+        return self._errors(features, full_precision(self.encoder(features)).chunk(2, dim=1)[0])
+
+    def _errors(self, features: Tensor, z: Tensor) -> Tensor:
+        found = full_precision(self.decoder(z))
+        found = found.sigmoid() if self.bounded else found
+        return (found - features).square().sum(dim=1)
