@@ -17,6 +17,7 @@ def test_the_threshold_separates_members_from_others_best_and_is_the_smallest_of
     assert membership(samples.float(), members, others) == 0.5
     assert membership(torch.tensor([math.inf]), members, others) == 0.0
     assert membership_threshold(torch.tensor([0.3, 0.3]), torch.tensor([0.3, 0.4])) == pytest.approx(0.3)
+    assert membership_threshold(torch.tensor([0.3, 0.5]), torch.tensor([0.3, 0.3, 0.3])) == 0.5  # equal losses together
 
 
 @pytest.mark.parametrize("seed", range(3))
