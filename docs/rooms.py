@@ -80,8 +80,7 @@ ROOMS = (
     Room(
         "measures",
         "accuracy matrix, measures and cost of a run",
-        "accuracy, scores, matrix, functional, curves, cost, compatibility, plasticity, clusters, speed, "
-        "unlearning",
+        "accuracy, scores, matrix, functional, curves, cost, compatibility, plasticity, clusters, speed, unlearning",
     ),
     Room("optim", "optimizers that any strategy takes", "default, sam, upgd, alternating"),
     Room(
