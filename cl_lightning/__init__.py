@@ -3,6 +3,7 @@
 Classes and functions are imported when they are first used: ``from cl_lightning import ER, Digits, fit``.
 """
 
+import sys
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -33,6 +34,10 @@ def __getattr__(name: str) -> Any:
     folder = Path(__file__).parent
     if name.startswith("_") or (folder / name).is_dir() or (folder / f"{name}.py").is_file():
         raise AttributeError(name)  # a module, which the import finds next
+    if sys._getframe(1).f_code.co_name == "get_import_path":
+        raise AttributeError(
+            name
+        )  # jsonargparse looks for the shortest path; configs and checkpoints have the full one
     module = _NAMES.get(name)
     if module is None:
         catalogue = import_module("cl_lightning.catalogue")

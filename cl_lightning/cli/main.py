@@ -42,7 +42,7 @@ Classes are given by name or import path. Configs are merged, later values overr
   {PROGRAM} report runs --output report.html
   {PROGRAM} study STUDY.yaml --workers 2
 
-Short forms: --lr, --optimizer, --backbone, --epochs, --batch_size, --tasks, --seed, --devices.
+Short forms: --lr --optimizer --backbone --epochs --batch_size --tasks --seed --devices
 Errors are printed in one line; CL_LIGHTNING_TRACEBACK=1 adds the traceback."""
 
 

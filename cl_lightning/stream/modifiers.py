@@ -202,7 +202,9 @@ class Discovery(Modifier):
         task = np.where(moved, task + 1 + place % np.maximum(sessions, 1), task)
         train = [np.sort(indices[rows]) for rows in split(task, len(stream))]
         names = [each.name for each in stream.tasks]
-        tasks, order = arrivals(info, train, np.array(stream.order), names, stream.shifts)
+        tasks, order = arrivals(
+            info, remaining_classes(info, stream.tasks, train), np.array(stream.order), names, stream.shifts
+        )
         return replace(
             stream,
             tasks=tasks,

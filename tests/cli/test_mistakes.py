@@ -60,7 +60,7 @@ from cl_lightning.loop import results
         ("--model.loss_classes some", "model.loss_classes: 'some' is not allowed; give 'all' or 'current' or 'task'"),
         (
             "--data.scenario.class_order [0,1]",
-            "data.scenario: '[0, 1]' is not allowed; give the name of a kind of Scenario",
+            "ClassIncremental: class_order lacks class 2 (2); it must have each of the 10 classes once",
         ),
         ("--trainer.precision 99", "trainer.precision: '99' is not allowed; give 64 or 32 or 16 or"),
         ("--config nosuch.yaml", "config: File does not exist"),

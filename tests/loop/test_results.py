@@ -82,7 +82,7 @@ def test_the_documentation_names_every_key_and_no_other(whole):
     found |= {f"measures.{key}" for key in content["measures"] if "/" not in key}
     only_elsewhere = {"hardware.cuda", "hardware.device_memory_bytes", "measures.forward_transfer"}
     only_elsewhere |= {"measures.mean_online_error", "measures.mean_unknown_auroc"}  # of test-time streams
-    only_elsewhere |= {"protocol.wrong_labels"}  # of streams with noisy labels
+    only_elsewhere |= {"protocol.wrong_labels", "protocol.requests"}  # of streams with noisy labels, with requests
     only_elsewhere |= {
         key for key in documented if key.startswith("plasticity")
     }  # of a callback with a test of its own

@@ -44,6 +44,13 @@ def test_all_classes_have_their_names_in_the_package():
     assert len(catalogue.names()) == len(set(catalogue.names()))
 
 
+def test_configs_keep_the_full_paths_of_classes():
+    from jsonargparse._util import get_import_path
+
+    assert get_import_path(cl.LwF) == "cl_lightning.strategies.exemplar_free.lwf.LwF"
+    assert get_import_path(cl.ClassIncremental) == "cl_lightning.stream.ClassIncremental"
+
+
 def test_a_run_has_its_matrix_measures_and_results(run):
     assert run.matrix.learned == 2
     assert run.measures["average_accuracy"] == run.matrix.measures()["average_accuracy"]

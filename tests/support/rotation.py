@@ -14,7 +14,7 @@ more than ``MOST`` of them, those whose own files have changed come first, then 
 
 All other tests of a method, in its own file and in the suites for all methods, run if its own files have changed, and
 otherwise on one day in ``DAYS``: the time of a run grows little with the number of methods. A shared part that has
-changed is tested by half of the methods on each day, and by all of them in ``make stress``.
+changed is tested by a third of the methods on each day, and by all of them in ``make stress``.
 """
 
 import hashlib
@@ -34,9 +34,9 @@ ROTATION = os.environ.setdefault("CL_LIGHTNING_ROTATION", datetime.now(UTC).date
 """Set before the workers start, which inherit it."""
 ONE_IN = 10
 """Of the methods that do not depend on what has changed."""
-DAYS = 2
+DAYS = 3
 """Of the methods whose own files have not changed, an ordinary run tests one in so many."""
-MOST = 16
+MOST = 8
 """Of the methods, and files of variants, that depend on what has changed: the time of a run stays bounded."""
 
 
