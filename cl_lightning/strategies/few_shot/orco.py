@@ -309,7 +309,7 @@ class OrCo(ExemplarReplay):
             terms["ce"] = sum(found, cosines.new_zeros(()))
         else:
             terms["ce"] = cross_entropy(cosines, labels)
-        moved = (~base).nonzero().squeeze(1) if later else torch.arange(columns, device=h.device)
+        moved = torch.arange(head.block_sizes()[0] if later else 0, columns, device=h.device)
         vectors = torch.cat([F.normalize(batch_means(h, labels, assigned, moved), dim=1), free])
         terms["spread"] = spread(vectors)
         return terms
