@@ -35,35 +35,7 @@ SUBJECTS = {
     ),
 }
 
-PUBLISHED = {
-    "orco": {
-        "source": "noorahmedds/OrCo: the configuration for CIFAR-100, as its card gives it",
-        "num_targets": 100,
-        "embedding_size": 128,
-        "hidden_size": 2048,
-        "target_steps": 1000,
-        "supervised_share": 0.9,
-        "temperature": 0.07,
-        "perturbation": 9e-5,
-        "novel_weight": 0.5,
-        "base_weight": 0.0,
-        "tune_backbone": False,
-        "align_options": {
-            "epochs": 10,
-            "optimizer": "SGD(lr=0.1, momentum=0.9, dampening=0.9)",
-            "scheduler": "CosineOverPhase",
-        },
-        "session_options": {
-            "epochs": 100,
-            "optimizer": "SGD(lr=0.1, momentum=0.9, dampening=0.9)",
-            "scheduler": "CosineOverPhase(warmup=10)",
-        },
-        "memory_size": 500,
-        "exemplars_per_class": 5,
-        "optimizer": "SGD(lr=0.1, momentum=0.9, weight_decay=0.0005)",
-        "scheduler": "CosineOverPhase",
-    },
-}
+
 SMALL = partial(
     OrCo,
     num_targets=10,
